@@ -1,0 +1,65 @@
+#!/bin/sh
+# Makes .venv in the repository root and installs the exact set of requirements.txt and this project into it.
+# A stamp in .venv makes later runs instant. PYTHON=/path/to/python3 chooses the interpreter of a new .venv.
+set -eu
+
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+venv=$root/.venv
+stamp=$venv/installed
+
+fail() {
+    printf 'setup: %s\n' "$*" >&2
+    exit 2
+}
+
+recent_enough() {
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
+}
+
+# Prints the interpreter for a new .venv: $PYTHON if set, else the first on the path that is recent enough.
+find_python() {
+    if [ -n "${PYTHON:-}" ]; then
+        recent_enough "$PYTHON" || fail "PYTHON='$PYTHON' is not a working Python 3.10 or newer; point it to one."
+        printf '%s\n' "$PYTHON"
+        return
+    fi
+    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+        if recent_enough "$candidate"; then
+            printf '%s\n' "$candidate"
+            return
+        fi
+    done
+    fail "no Python 3.10 or newer on the path; install one or set PYTHON to it."
+}
+
+# The root is part of it: an editable install of a folder that was copied or moved still points to the old place.
+wanted() {
+    { printf '%s\n' "$root" && cat "$root/requirements.txt" "$root/pyproject.toml"; } | cksum
+}
+
+is_current() {
+    [ -x "$venv/bin/python" ] && [ -f "$stamp" ] && [ "$(cat "$stamp")" = "$(wanted)" ]
+}
+
+install() {
+    # A .venv without pip is what a first attempt leaves behind where the venv module is incomplete.
+    if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
+        interpreter=$(find_python)
+        "$interpreter" -m venv --clear "$venv"
+    fi
+    echo "setup: installing requirements.txt into .venv (a minute on CPU, longer where CUDA packages are fetched)"
+    set -- "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --quiet
+    "$@" --requirement "$root/requirements.txt"
+    "$@" --no-deps --no-build-isolation --editable "$root"
+    wanted >"$stamp"
+}
+
+is_current && exit 0
+# Two first runs at once take turns; the second then finds the work done.
+if command -v flock >/dev/null; then
+    exec 9>"$root/.venv.lock"
+    flock 9
+fi
+if ! is_current; then
+    install
+fi

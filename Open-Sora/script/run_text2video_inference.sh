@@ -1,0 +1,2 @@
+#!/bin/sh
+exec sh "$(dirname -- "$0")/../scripts/run_text2video_inference.sh" "$@"

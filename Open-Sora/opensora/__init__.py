@@ -1,0 +1,1 @@
+"""The Open-Sora 1.2 model stack: models, rectified-flow maths, aspect tables and text cleaning."""

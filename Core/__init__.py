@@ -1,0 +1,1 @@
+"""Reward-gradient alignment of text-to-video diffusion models."""

@@ -1,0 +1,31 @@
+"""Reward models: frozen scorers of videos whose gradient reaches the pixels."""
+
+from Core.rewards.base import (
+    REGISTRY,
+    ImageReward,
+    Reward,
+    RewardInfo,
+    RewardOutput,
+    VideoReward,
+    build_reward,
+    check_reward_config,
+    register,
+    required_weights,
+    resolve_reward,
+)
+from Core.rewards.weights import Weight
+
+__all__ = [
+    "REGISTRY",
+    "ImageReward",
+    "Reward",
+    "RewardInfo",
+    "RewardOutput",
+    "VideoReward",
+    "Weight",
+    "build_reward",
+    "check_reward_config",
+    "register",
+    "required_weights",
+    "resolve_reward",
+]

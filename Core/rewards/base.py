@@ -1,0 +1,319 @@
+"""The contract of a reward model, and the registry that builds one by name.
+
+Axes: B videos, F frames of each, N images (N = B·F inside an image scorer), H rows, W columns.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import sys
+from abc import abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from Core.rewards.arguments import argument_errors
+from Core.rewards.preprocess import to_unit_range
+from Core.rewards.weights import Weight, missing_local, prefetch
+
+
+@dataclass(frozen=True)
+class RewardOutput:
+    """Result of scoring B videos.
+
+    score: [B], in the scorer's own unit. loss: [B], what training minimises. parts: [B] each, detached, for
+    logging. All float32 (float64 for a float64 scorer), score and loss with gradient to the frames.
+    """
+
+    score: Tensor
+    loss: Tensor
+    parts: dict[str, Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardInfo:
+    """What a user wants to know of a scorer before choosing it.
+
+    range: usual interval of the score. weights: constructor argument → the published weights it defaults to.
+    """
+
+    name: str
+    summary: str
+    range: str
+    higher_is_better: bool = True
+    paper: str = ""
+    weights: Mapping[str, Weight] = field(default_factory=dict)
+
+
+def freeze(module: nn.Module) -> nn.Module:
+    """Put `module` into eval mode and turn each of its parameters into a buffer.
+
+    A buffer moves and is saved like a parameter, but no `requires_grad_`, optimiser or wrapper finds it: the only
+    form of freezing that whoever holds the module cannot undo by accident.
+    """
+    for child in module.modules():
+        for name, parameter in list(child._parameters.items()):
+            if parameter is not None:
+                del child._parameters[name]
+                child.register_buffer(name, parameter.detach())
+    return module.train(False)
+
+
+class Reward(nn.Module):
+    """A frozen, differentiable scorer of videos.
+
+    Subclass `ImageReward` or `VideoReward`, set `info`, and load the networks in a constructor with keyword-only,
+    annotated arguments (they become the keys of `reward_args`). Networks are frozen as they are assigned.
+    """
+
+    info: ClassVar[RewardInfo]
+    full_precision: ClassVar[tuple[str, ...]] = ()  # attributes that stay float32 in a half-precision scorer
+    slice_size: int = 32  # images (or clips) per forward; more are scored slice by slice
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, freeze(value) if isinstance(value, nn.Module) else value)
+
+    def train(self, mode: bool = True) -> Reward:
+        """Stay in eval mode, whatever `mode` says."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights (CPU for a scorer without any)."""
+        return next((b.device for b in self.buffers()), torch.device("cpu"))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Floating-point type the networks run in."""
+        kept = tuple(f"{name}." for name in self.full_precision)
+        floats = (
+            b.dtype for n, b in self.named_buffers() if b.is_floating_point() and not n.startswith(kept)
+        )
+        return next(floats, torch.float32)
+
+    def cast(self, dtype: torch.dtype) -> Reward:
+        """Convert the networks to `dtype`, except that `full_precision` ones never get less than float32."""
+        for name, child in self.named_children():
+            child.to(torch.promote_types(dtype, torch.float32) if name in self.full_precision else dtype)
+        return self
+
+    @classmethod
+    def scorers(cls) -> tuple[str, ...]:
+        """Names of the elementary scorers inside, to find what a mixture holds twice."""
+        return (cls.info.name,)
+
+    @classmethod
+    def required_weights(cls, args: Mapping[str, Any]) -> dict[str, Weight]:
+        """Weights that `cls(**args)` loads, by the constructor argument that names them."""
+        return {key: weight.at(args.get(key, weight.source)) for key, weight in cls.info.weights.items()}
+
+    @classmethod
+    def config_errors(cls, args: Mapping[str, Any]) -> list[str]:
+        """Sentences on what is wrong with `args`, found without loading anything."""
+        label = f"reward_args of {cls.info.name!r}"
+        errors = argument_errors(cls, args, label, shared={"slice_size": int})
+        if errors:
+            return errors
+        required = cls.required_weights(args).items()
+        return [
+            f"{label}: {key}: {problem}" for key, weight in required if (problem := missing_local(weight))
+        ]
+
+    def forward(self, frames: Tensor, prompts: Sequence[str]) -> RewardOutput:
+        """Score videos.
+
+        frames: [B, F, 3, H, W] in [-1, 1]. prompts: B texts. Raises ValueError if the two do not fit.
+        """
+        check_inputs(frames, prompts)
+        return self.evaluate(frames, list(prompts))
+
+    @abstractmethod
+    def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
+        """`forward` after its inputs have been checked."""
+
+    def loss(self, score: Tensor) -> Tensor:
+        """What training minimises, elementwise of the score; by default the score itself, signed."""
+        return -score if self.info.higher_is_better else score
+
+    def in_slices(
+        self, score: Callable[[Tensor, list[str]], Tensor], inputs: Tensor, prompts: list[str]
+    ) -> Tensor:
+        """`score(inputs, prompts)` in slices of `slice_size`, each recomputed in the backward pass.
+
+        inputs: [N, …]. prompts: N texts. Returns [N]. The graph of only one slice is alive at a time.
+        """
+        if len(inputs) <= self.slice_size:
+            return score(inputs, prompts)
+        starts = range(0, len(inputs), self.slice_size)
+        slices = [(inputs[i : i + self.slice_size], prompts[i : i + self.slice_size]) for i in starts]
+        return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in slices])
+
+
+class ImageReward(Reward):
+    """A scorer of single images: the score of a video is the mean over its frames, and so is the loss."""
+
+    @abstractmethod
+    def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
+        """Score N images. images: [N, 3, H, W] in [0, 1]. prompts: N texts. Returns [N]."""
+
+    def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
+        batch, count = frames.shape[:2]
+        images = to_unit_range(frames).flatten(0, 1)
+        repeated = [prompt for prompt in prompts for _ in range(count)]
+        scores = self.in_slices(self.score_images, images, repeated).view(batch, count)
+        score = scores.mean(dim=1)
+        return RewardOutput(score, self.loss(scores).mean(dim=1), {self.info.name: score.detach()})
+
+
+class VideoReward(Reward):
+    """A scorer that sees a clip as a whole."""
+
+    min_frames: ClassVar[int] = 1
+
+    @abstractmethod
+    def score_clips(self, clips: Tensor, prompts: list[str]) -> Tensor:
+        """Score B clips. clips: [B, F, 3, H, W] in [0, 1]. prompts: B texts. Returns [B]."""
+
+    def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
+        if frames.shape[1] < self.min_frames:
+            raise ValueError(
+                f"reward {self.info.name!r} needs at least {self.min_frames} frames and got {frames.shape[1]}: "
+                'decode more with decode_frame="all" (or "fml", "alt")'
+            )
+        score = self.in_slices(self.score_clips, to_unit_range(frames), prompts)
+        return RewardOutput(score, self.loss(score), {self.info.name: score.detach()})
+
+
+def check_inputs(frames: Tensor, prompts: Sequence[str]) -> None:
+    """Raise ValueError unless frames are floating-point [B, F, 3, H, W] with B prompts."""
+    if frames.dim() != 5 or frames.shape[2] != 3 or not frames.is_floating_point():
+        raise ValueError(
+            f"frames must be floating point [B, F, 3, H, W] in [-1, 1], got {frames.dtype} {list(frames.shape)}"
+        )
+    if isinstance(prompts, str) or len(prompts) != len(frames):
+        given = "one string" if isinstance(prompts, str) else str(len(prompts))
+        raise ValueError(
+            f"a reward needs a list with one prompt per video: {len(frames)} videos, prompts: {given}"
+        )
+
+
+# Name → "module:class", imported when asked for. A new scorer is one file and one line here.
+REGISTRY: dict[str, str | type[Reward]] = {
+    "aesthetic": "Core.rewards.aesthetic:Aesthetic",
+    "pick_score": "Core.rewards.pick_score:PickScore",
+}
+
+
+def register(name: str, reward: str | type[Reward]) -> None:
+    """Add a scorer at run time: a class, or "module:class". A name in use is refused."""
+    if name in REGISTRY:
+        raise ValueError(f"a reward named {name!r} exists already; choose another name")
+    REGISTRY[name] = reward
+
+
+def resolve_reward(name: str) -> type[Reward]:
+    """The class behind a registered name or behind "path/to/file.py:Class"; ValueError says what is wrong."""
+    if not isinstance(name, str):
+        raise ValueError(f"a reward is named by a string, got {name!r}")
+    target = REGISTRY.get(name)
+    if isinstance(target, str):
+        module, _, attribute = target.partition(":")
+        return getattr(importlib.import_module(module), attribute)
+    if target is not None:
+        return target
+    if ".py:" in name:
+        return _class_from_file(name)
+    near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.4)
+    hint = f"did you mean {near[0]!r}? " if near else ""
+    raise ValueError(
+        f"unknown reward {name!r}: {hint}choose one of {', '.join(sorted(REGISTRY))}, "
+        'or your own as "path/to/my_reward.py:MyReward"'
+    )
+
+
+def _class_from_file(spec: str) -> type[Reward]:
+    """Import `Class` from "path/to/file.py:Class"."""
+    path, _, attribute = spec.rpartition(":")
+    file = Path(path).expanduser().resolve()
+    if not file.is_file():
+        raise ValueError(f"reward {spec!r}: there is no file {path!r}")
+    module_name = f"user_reward_{file.stem}_{abs(hash(str(file)))}"
+    if module_name not in sys.modules:
+        module_spec = importlib.util.spec_from_file_location(module_name, file)
+        module = importlib.util.module_from_spec(module_spec)
+        module_spec.loader.exec_module(module)
+        sys.modules[module_name] = module
+    found = getattr(sys.modules[module_name], attribute, None)
+    if not (isinstance(found, type) and issubclass(found, Reward)):
+        raise ValueError(
+            f"reward {spec!r}: {path!r} has no class {attribute!r} derived from Core.rewards.Reward"
+        )
+    return found
+
+
+def check_reward_config(
+    reward_fn: str | Mapping[str, float], reward_args: Mapping[str, Any] | None = None
+) -> list[str]:
+    """All that is wrong with a reward configuration, one sentence each, without loading any weights."""
+    from Core.rewards.mixture import mixture_errors
+
+    args = dict(reward_args or {})
+    if isinstance(reward_fn, Mapping):
+        return mixture_errors(reward_fn, args)
+    try:
+        return resolve_reward(reward_fn).config_errors(args)
+    except ValueError as error:
+        return [str(error)]
+
+
+def required_weights(
+    reward_fn: str | Mapping[str, float], reward_args: Mapping[str, Any] | None = None
+) -> list[Weight]:
+    """All weights that `build_reward(reward_fn, reward_args)` loads."""
+    args = dict(reward_args or {})
+    parts = (
+        {name: args.get(name, {}) for name in reward_fn}
+        if isinstance(reward_fn, Mapping)
+        else {reward_fn: args}
+    )
+    return [w for name, own in parts.items() for w in resolve_reward(name).required_weights(own).values()]
+
+
+def build_reward(
+    reward_fn: str | Mapping[str, float],
+    reward_args: Mapping[str, Any] | None = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Reward:
+    """Build a scorer or a weighted mixture.
+
+    reward_fn: a registered name, "path/to/file.py:Class", or {name: weight}. reward_args: arguments of the scorer;
+    for a mixture {name: {argument: value}}. Raises ValueError with every mistake of the configuration at once,
+    FileNotFoundError with every missing weight at once.
+    """
+    from Core.rewards.mixture import Mixture
+
+    args = dict(reward_args or {})
+    if errors := check_reward_config(reward_fn, args):
+        raise ValueError("; ".join(errors))
+    prefetch(required_weights(reward_fn, args))
+    if isinstance(reward_fn, Mapping):
+        reward = Mixture({name: construct(name, args.get(name, {})) for name in reward_fn}, reward_fn)
+    else:
+        reward = construct(reward_fn, args)
+    return reward.to(device).cast(dtype)
+
+
+def construct(name: str, args: Mapping[str, Any]) -> Reward:
+    """Instantiate a scorer; `slice_size`, which every scorer understands, is set on the instance."""
+    reward = resolve_reward(name)(**{key: value for key, value in args.items() if key != "slice_size"})
+    reward.slice_size = args.get("slice_size", reward.slice_size)
+    return reward

@@ -1,0 +1,39 @@
+"""PickScore: preference of people between images for a prompt (Kirstain et al. 2023, arXiv:2305.01569)."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from Core.rewards.base import ImageReward, RewardInfo
+from Core.rewards.clip import load_clip
+from Core.rewards.preprocess import Fit
+from Core.rewards.weights import Weight, locate
+
+
+class PickScore(ImageReward):
+    """exp(logit_scale) · cos(image, own prompt); loss |1 − score / 100|.
+
+    model: CLIP of any size, as a folder or hub id, with its tokenizer beside it. resize: how an image that is not
+    square is fitted; `crop` is the official way.
+    """
+
+    info = RewardInfo(
+        name="pick_score",
+        summary="CLIP ViT-H fine-tuned on people's choices between images",
+        range="0 to 100, good images 20 to 25",
+        paper="Kirstain et al. 2023, arXiv:2305.01569",
+        weights={
+            "model": Weight(source="yuvalkirstain/PickScore_v1", size=3_944_000_000, licence="not stated")
+        },
+    )
+
+    def __init__(self, *, model: str = "yuvalkirstain/PickScore_v1", resize: Fit = "crop"):
+        super().__init__()
+        folder = locate(self.info.weights["model"].at(model))
+        self.image, self.text, self.logit_scale = load_clip(folder, resize)
+
+    def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.logit_scale * (self.image(images) * self.text(prompts)).sum(dim=-1)
+
+    def loss(self, score: Tensor) -> Tensor:
+        return (1 - score / 100).abs()

@@ -1,0 +1,170 @@
+"""Differentiable image preprocessing shared by every scorer.
+
+Axes: N images, C = 3 channels, H rows, W columns. Pixels are RGB. Everything here is plain tensor code, so a
+gradient reaches the frames, and it reproduces the 8-bit pipelines the published models were trained with:
+antialiased bilinear / bicubic resampling as in Pillow, integer output sizes as in torchvision.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+
+Fit = Literal["crop", "pad", "squash"]
+Interpolation = Literal["bilinear", "bicubic"]
+
+# Pillow's resampling codes, as `preprocessor_config.json` stores them.
+PILLOW_CODES: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}
+
+
+class _ClampTowardsRange(torch.autograd.Function):
+    """Clamp whose gradient, outside the range, survives only where a descent step would lead back inside."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, low: float, high: float) -> Tensor:
+        ctx.save_for_backward(x < low, x > high)
+        return x.clamp(low, high)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None]:
+        below, above = ctx.saved_tensors
+        leads_away = (below & (grad > 0)) | (above & (grad < 0))
+        return grad.masked_fill(leads_away, 0), None, None
+
+
+def clamp_towards_range(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
+    """Clamp `x` to [low, high].
+
+    `torch.clamp` stops every gradient of a saturated pixel, so such a pixel can never recover. Here the gradient
+    of a loss (to be minimised) passes if stepping against it moves the value back towards the range.
+    """
+    return _ClampTowardsRange.apply(x, low, high)
+
+
+def to_unit_range(frames: Tensor) -> Tensor:
+    """Map pixels from [-1, 1] to [0, 1], clamped; at least float32, since 8-bit floats cannot hold a pixel."""
+    if frames.dtype != torch.float64:
+        frames = frames.float()
+    return clamp_towards_range(frames / 2 + 0.5)
+
+
+def resize(images: Tensor, height: int, width: int, interpolation: Interpolation = "bicubic") -> Tensor:
+    """Resize [N, 3, H, W] to [N, 3, height, width] with antialiasing, as Pillow does."""
+    if images.shape[-2:] == (height, width):
+        return images
+    return F.interpolate(images, (height, width), mode=interpolation, antialias=True, align_corners=False)
+
+
+def resize_short_side(images: Tensor, size: int, interpolation: Interpolation = "bicubic") -> Tensor:
+    """Resize [N, 3, H, W] so that the shorter side has `size` pixels, keeping the aspect ratio."""
+    height, width = images.shape[-2:]
+    if height <= width:
+        return resize(images, size, int(size * width / height), interpolation)
+    return resize(images, int(size * height / width), size, interpolation)
+
+
+def center_crop(images: Tensor, height: int, width: int) -> Tensor:
+    """Cut the central [height, width] window out of [N, 3, H, W]; a smaller image is padded with black first."""
+    images = pad_centered(images, max(height, images.shape[-2]), max(width, images.shape[-1]))
+    top = (images.shape[-2] - height) // 2
+    left = (images.shape[-1] - width) // 2
+    return images[..., top : top + height, left : left + width]
+
+
+def pad_centered(images: Tensor, height: int, width: int) -> Tensor:
+    """Centre [N, 3, H, W] on a black canvas of [height, width] (no smaller than the image)."""
+    rows, columns = height - images.shape[-2], width - images.shape[-1]
+    return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
+
+
+def resize_long_side(images: Tensor, size: int, interpolation: Interpolation = "bicubic") -> Tensor:
+    """Resize [N, 3, H, W] so that the longer side has `size` pixels, keeping the aspect ratio."""
+    scale = size / max(images.shape[-2:])
+    height, width = (max(1, round(side * scale)) for side in images.shape[-2:])
+    return resize(images, height, width, interpolation)
+
+
+def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Subtract the channel means of [N, 3, H, W] and divide by the channel deviations."""
+    mean_, std_ = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
+    return (images - mean_) / std_
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageTransform:
+    """What a model does to an image before its first layer.
+
+    fit: how another aspect ratio is brought to height x width: `crop` (short side to size, centre crop),
+    `pad` (long side to size, centred on black), `squash` (stretched).
+    """
+
+    height: int
+    width: int
+    fit: Fit = "crop"
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, ...] = CLIP_MEAN
+    std: tuple[float, ...] = CLIP_STD
+    short_side: int | None = None  # with `crop`: resize to this before cropping; default: no margin
+
+    def __call__(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] in [0, 1] → normalised [N, 3, height, width]."""
+        return normalize(self.fitted(images), self.mean, self.std)
+
+    def fitted(self, images: Tensor) -> Tensor:
+        """[N, 3, H, W] → [N, 3, height, width], not normalised."""
+        if self.fit == "squash":
+            return resize(images, self.height, self.width, self.interpolation)
+        if self.fit == "pad":
+            images = resize_long_side(images, min(self.height, self.width), self.interpolation)
+            return pad_centered(images, self.height, self.width)
+        images = resize_short_side(
+            images, self.short_side or min(self.height, self.width), self.interpolation
+        )
+        return center_crop(images, self.height, self.width)
+
+
+def read_processor_config(folder: Path) -> dict[str, Any]:
+    """Preprocessing settings of a model folder in the transformers layout; {} if it holds none.
+
+    Looks in `preprocessor_config.json`, `video_preprocessor_config.json` and the nested section of
+    `processor_config.json`, which newer versions of transformers write.
+    """
+    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
+        path = folder / name
+        if path.is_file():
+            values = json.loads(path.read_text(encoding="utf-8"))
+            return values.get("image_processor") or values.get("video_processor") or values
+    return {}
+
+
+def transform_from_folder(folder: Path, image_size: int, defaults: ImageTransform) -> ImageTransform:
+    """The official transform of a model folder.
+
+    image_size: side in pixels the network takes. `defaults` fills in what the folder does not state.
+    """
+    config = read_processor_config(folder)
+    size, crop = config.get("size"), config.get("crop_size")
+    short_side = size.get("shortest_edge") if isinstance(size, dict) else size
+    squash = isinstance(size, dict) and "height" in size and not config.get("do_center_crop", False)
+    if isinstance(crop, dict):
+        height, width = crop["height"], crop["width"]
+    else:
+        height = width = crop or image_size
+    return ImageTransform(
+        height=image_size if squash else height,
+        width=image_size if squash else width,
+        fit="squash" if squash else defaults.fit,
+        interpolation=PILLOW_CODES.get(config.get("resample"), defaults.interpolation),
+        mean=tuple(config.get("image_mean", defaults.mean)),
+        std=tuple(config.get("image_std", defaults.std)),
+        short_side=None if squash else short_side,
+    )

@@ -27,7 +27,8 @@ LAION_HEAD = Weight(
 def linear_layers(state: Mapping[str, Tensor], origin: str) -> list[nn.Linear]:
     """The linear layers of a head stored as `layers.<i>.weight` and `.bias`, in order, of whatever widths.
 
-    origin: how error messages call the file. Raises ValueError if the layers do not form a chain to one output.
+    origin: how error messages call the file. Raises ValueError if the layers do not form a chain to one
+    output.
     """
     indices = sorted(int(m[1]) for key in state if (m := re.fullmatch(r"layers\.(\d+)\.weight", key)))
     expected = {f"layers.{i}.{part}" for i in indices for part in ("weight", "bias")}
@@ -35,7 +36,7 @@ def linear_layers(state: Mapping[str, Tensor], origin: str) -> list[nn.Linear]:
     chained = all(after[1] == before[0] for before, after in zip(shapes, shapes[1:], strict=False))
     if not indices or set(state) != expected or not chained or shapes[-1][0] != 1:
         raise ValueError(
-            f"{origin} is no head: expected a chain of layers.<i>.weight and layers.<i>.bias ending in one output, "
+            f"{origin} is no head: expected a chain of layers.<i>.weight and .bias ending in one output, "
             f"got {', '.join(f'{key} {list(value.shape)}' for key, value in list(state.items())[:4])}"
         )
     layers = []

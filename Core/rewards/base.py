@@ -55,8 +55,8 @@ class RewardInfo:
 def freeze(module: nn.Module) -> nn.Module:
     """Put `module` into eval mode and turn each of its parameters into a buffer.
 
-    A buffer moves and is saved like a parameter, but no `requires_grad_`, optimiser or wrapper finds it: the only
-    form of freezing that whoever holds the module cannot undo by accident.
+    A buffer moves and is saved like a parameter, but no `requires_grad_`, optimiser or wrapper finds it:
+    the only form of freezing that whoever holds the module cannot undo by accident.
     """
     for child in module.modules():
         for name, parameter in list(child._parameters.items()):
@@ -69,8 +69,9 @@ def freeze(module: nn.Module) -> nn.Module:
 class Reward(nn.Module):
     """A frozen, differentiable scorer of videos.
 
-    Subclass `ImageReward` or `VideoReward`, set `info`, and load the networks in a constructor with keyword-only,
-    annotated arguments (they become the keys of `reward_args`). Networks are frozen as they are assigned.
+    Subclass `ImageReward` or `VideoReward`, set `info`, and load the networks in a constructor with
+    keyword-only, annotated arguments (they become the keys of `reward_args`). Networks are frozen as they
+    are assigned.
     """
 
     info: ClassVar[RewardInfo]
@@ -184,7 +185,7 @@ class VideoReward(Reward):
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
         if frames.shape[1] < self.min_frames:
             raise ValueError(
-                f"reward {self.info.name!r} needs at least {self.min_frames} frames and got {frames.shape[1]}: "
+                f"reward {self.info.name!r} needs at least {self.min_frames} frames, got {frames.shape[1]}: "
                 'decode more with decode_frame="all" (or "fml", "alt")'
             )
         score = self.in_slices(self.score_clips, to_unit_range(frames), prompts)
@@ -195,7 +196,7 @@ def check_inputs(frames: Tensor, prompts: Sequence[str]) -> None:
     """Raise ValueError unless frames are floating-point [B, F, 3, H, W] with B prompts."""
     if frames.dim() != 5 or frames.shape[2] != 3 or not frames.is_floating_point():
         raise ValueError(
-            f"frames must be floating point [B, F, 3, H, W] in [-1, 1], got {frames.dtype} {list(frames.shape)}"
+            f"frames must be floating-point [B, F, 3, H, W], got {frames.dtype} {list(frames.shape)}"
         )
     if isinstance(prompts, str) or len(prompts) != len(frames):
         given = "one string" if isinstance(prompts, str) else str(len(prompts))
@@ -295,9 +296,9 @@ def build_reward(
 ) -> Reward:
     """Build a scorer or a weighted mixture.
 
-    reward_fn: a registered name, "path/to/file.py:Class", or {name: weight}. reward_args: arguments of the scorer;
-    for a mixture {name: {argument: value}}. Raises ValueError with every mistake of the configuration at once,
-    FileNotFoundError with every missing weight at once.
+    reward_fn: a registered name, "path/to/file.py:Class", or {name: weight}. reward_args: arguments of the
+    scorer; for a mixture {name: {argument: value}}. Raises ValueError with every mistake of the
+    configuration at once, FileNotFoundError with every missing weight at once.
     """
     from Core.rewards.mixture import Mixture
 

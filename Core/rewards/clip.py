@@ -45,8 +45,8 @@ class ImageTower(nn.Module):
 class TextTower(nn.Module):
     """Tokenizer, text transformer and projection; features are computed once per text and kept.
 
-    padding: "longest" for causal text models, whose pooled token never sees the padding; "max_length" for those
-    trained on padded text.
+    padding: "longest" for causal text models, whose pooled token never sees the padding; "max_length" for
+    those trained on padded text.
     """
 
     def __init__(self, model: nn.Module, projection: nn.Module, tokenizer: Any, padding: str = "longest"):
@@ -107,14 +107,14 @@ def load_strictly(model_class: Any, folder: Path, **kwargs: Any) -> Any:
     missing = sorted(report["missing_keys"]) + sorted(str(item) for item in report["mismatched_keys"])
     if missing:
         raise ValueError(
-            f"the weights in {folder} do not fit {model_class.__name__}: {len(missing)} tensors are missing or of "
-            f"another shape, first {', '.join(missing[:3])}; give a folder of that architecture"
+            f"the weights in {folder} do not fit {model_class.__name__}: {len(missing)} tensors are missing "
+            f"or of another shape, first {', '.join(missing[:3])}; give a folder of that architecture"
         )
     return model
 
 
 def clip_transform(folder: Path, image_size: int, resize: Fit) -> ImageTransform:
-    """Transform of a CLIP folder: the official one for `crop`, else the same with another way to fit the image."""
+    """Transform of a CLIP folder; for a `resize` other than `crop`, the official one fitted that way."""
     official = transform_from_folder(folder, image_size, ImageTransform(height=image_size, width=image_size))
     if resize == "crop":
         return official

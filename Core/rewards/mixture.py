@@ -14,8 +14,8 @@ from Core.rewards.base import Reward, RewardInfo, RewardOutput, resolve_reward
 class Mixture(Reward):
     """Score and loss are weighted sums over the parts; each part is logged unweighted, under its own name.
 
-    A part whose score is better when lower (`info.higher_is_better` False) enters the summed score negatively, so
-    that a higher mixture score is always better.
+    A part whose score is better when lower (`info.higher_is_better` False) enters the summed score
+    negatively, so that a higher mixture score is always better.
     """
 
     info = RewardInfo(name="mixture", summary="weighted sum of rewards", range="depends on the parts")
@@ -49,7 +49,7 @@ def mixture_errors(weights: Mapping[Any, Any], args: Mapping[str, Any]) -> list[
             errors.append(f"weight of reward {name!r} must be a number above 0, got {weight!r}")
         errors += _part_errors(name, args.get(name, {}), seen)
     errors += [
-        f"reward_args has settings for {name!r}, which is no part of the mixture: {', '.join(map(str, weights))}"
+        f"reward_args has settings for {name!r}, no part of the mixture ({', '.join(map(str, weights))})"
         for name in args
         if name not in weights
     ]

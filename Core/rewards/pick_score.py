@@ -13,8 +13,8 @@ from Core.rewards.weights import Weight, locate
 class PickScore(ImageReward):
     """exp(logit_scale) · cos(image, own prompt); loss |1 − score / 100|.
 
-    model: CLIP of any size, as a folder or hub id, with its tokenizer beside it. resize: how an image that is not
-    square is fitted; `crop` is the official way.
+    model: CLIP of any size, as a folder or hub id, with its tokenizer beside it. resize: how an image that
+    is not square is fitted; `crop` is the official way.
     """
 
     info = RewardInfo(

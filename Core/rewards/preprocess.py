@@ -44,14 +44,15 @@ class _ClampTowardsRange(torch.autograd.Function):
 def clamp_towards_range(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Clamp `x` to [low, high].
 
-    `torch.clamp` stops every gradient of a saturated pixel, so such a pixel can never recover. Here the gradient
-    of a loss (to be minimised) passes if stepping against it moves the value back towards the range.
+    `torch.clamp` stops every gradient of a saturated pixel, so such a pixel can never recover. Here the
+    gradient of a loss (to be minimised) passes if stepping against it moves the value back towards the
+    range.
     """
     return _ClampTowardsRange.apply(x, low, high)
 
 
 def to_unit_range(frames: Tensor) -> Tensor:
-    """Map pixels from [-1, 1] to [0, 1], clamped; at least float32, since 8-bit floats cannot hold a pixel."""
+    """Map pixels from [-1, 1] to [0, 1], clamped, in float32 or better."""
     if frames.dtype != torch.float64:
         frames = frames.float()
     return clamp_towards_range(frames / 2 + 0.5)
@@ -73,7 +74,7 @@ def resize_short_side(images: Tensor, size: int, interpolation: Interpolation = 
 
 
 def center_crop(images: Tensor, height: int, width: int) -> Tensor:
-    """Cut the central [height, width] window out of [N, 3, H, W]; a smaller image is padded with black first."""
+    """Cut the central [height, width] window out of [N, 3, H, W], after padding with black if needed."""
     images = pad_centered(images, max(height, images.shape[-2]), max(width, images.shape[-1]))
     top = (images.shape[-2] - height) // 2
     left = (images.shape[-1] - width) // 2

@@ -1,7 +1,8 @@
 """Where the published weights of the scorers are, and how they get here.
 
-A weight is named by a local file or folder, a hub id ("owner/name") or a pinned https address. Files are looked for
-on this machine first; the network is used only for what is missing, and nothing is ever unpickled.
+A weight is named by a local file or folder, a hub id ("owner/name") or a pinned https address. Files are
+looked for on this machine first; the network is used only for what is missing, and nothing is ever
+unpickled.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ PATTERNS = {
 class Weight:
     """One published artefact.
 
-    source: hub id, https address, or local path. kind: `model` (folder in the transformers layout), `tokenizer`
-    (the same without weights) or `file` (a single one, `file` in its repository). size: approximate download in
-    bytes. sha256: of a pinned file. licence: of the weights.
+    source: hub id, https address, or local path. kind: `model` (folder in the transformers layout),
+    `tokenizer` (the same without weights) or `file` (a single one, `file` in its repository). size:
+    approximate download in bytes. sha256: of a pinned file. licence: of the weights.
     """
 
     source: str
@@ -50,7 +51,7 @@ class Weight:
 
     @property
     def is_local(self) -> bool:
-        """Whether `source` names a path of this machine (existing or not) rather than a hub id or an address."""
+        """Whether `source` names a path, existing or not, rather than a hub id or an address."""
         if self.source.startswith("https://"):
             return False
         path = Path(self.source).expanduser()
@@ -138,8 +139,8 @@ def prefetch(weights: Iterable[Weight]) -> None:
     if missing:
         raise FileNotFoundError(
             f"{len(missing)} weight(s) are not on this machine and cannot be fetched: {'; '.join(missing)}. "
-            "Where the network is open run `python scripts/download_weights.py --reward NAME --to DIR`, copy DIR "
-            "here and use the config lines it prints"
+            "Where the network is open run `python scripts/download_weights.py --reward NAME --to DIR`, "
+            "copy DIR here and use the config lines it prints"
         )
 
 
@@ -220,7 +221,7 @@ def load_state(path: Path) -> dict[str, Tensor]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"refused to load {path.name}: it is damaged or holds more than tensors ({type(error).__name__}); "
-            "use a file from its official source, or convert it to .safetensors where you trust it"
+            f"refused to load {path.name}: it is damaged or holds more than tensors "
+            f"({type(error).__name__}); use a file from its official source, or convert it to .safetensors where you trust it"
         ) from error
     return state.get("state_dict", state)

@@ -19,7 +19,7 @@ recent_enough() {
 # Prints the interpreter for a new .venv: $PYTHON if set, else the first on the path that is recent enough.
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
-        recent_enough "$PYTHON" || fail "PYTHON='$PYTHON' is not a working Python 3.10 or newer; point it to one."
+        recent_enough "$PYTHON" || fail "PYTHON='$PYTHON' is no working Python 3.10 or newer; set it to one."
         printf '%s\n' "$PYTHON"
         return
     fi
@@ -32,7 +32,7 @@ find_python() {
     fail "no Python 3.10 or newer on the path; install one or set PYTHON to it."
 }
 
-# The root is part of it: an editable install of a folder that was copied or moved still points to the old place.
+# The root is part of it: after a copy or a move, an editable install still points to the old place.
 wanted() {
     { printf '%s\n' "$root" && cat "$root/requirements.txt" "$root/pyproject.toml"; } | cksum
 }
@@ -47,7 +47,7 @@ install() {
         interpreter=$(find_python)
         "$interpreter" -m venv --clear "$venv"
     fi
-    echo "setup: installing requirements.txt into .venv (a minute on CPU, longer where CUDA packages are fetched)"
+    echo "setup: installing requirements.txt into .venv (a minute or two; longer with CUDA packages)"
     set -- "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --quiet
     "$@" --requirement "$root/requirements.txt"
     "$@" --no-deps --no-build-isolation --editable "$root"

@@ -42,7 +42,7 @@ esac
 
 python=$(find_python)
 machine=$("$python" -c 'import os, torch; print(torch.cuda.device_count(), len(os.sched_getaffinity(0)))') \
-    || fail "'$python' cannot import torch; run scripts/setup.sh, or set PYTHON to an environment that has it."
+    || fail "'$python' cannot import torch; run scripts/setup.sh or set PYTHON to one that can."
 gpus=${machine% *}
 cores=${machine#* }
 
@@ -61,9 +61,9 @@ threads=$((cores / processes))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
 
 script=$opensora/scripts/train_t2v_lora.py
-# One process needs no launcher, and without one the script's own message and exit status reach the user untouched.
+# One process needs no launcher; without one the script's own message and exit status reach the user.
 [ "$processes" -gt 1 ] || exec "$python" "$script" "$config" "$@"
-# The training config owns the precision, and a default accelerate config must not change what was asked for here.
+# The training config owns the precision; accelerate's own default config must not change what is asked here.
 # Port 0: any free one, so that two trainings can share a machine.
 exec "$python" -m accelerate.commands.launch --multi_gpu --num_processes "$processes" --num_machines 1 \
     --mixed_precision no --dynamo_backend no --main_process_port 0 "$script" "$config" "$@"

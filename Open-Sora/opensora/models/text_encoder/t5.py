@@ -3,9 +3,11 @@
 Axis legend: B batch, L tokens (`model_max_length`), D width of the encoder (4096 for XXL).
 """
 
-import os
+import re
+from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoTokenizer, T5EncoderModel
 
 from opensora.registry import MODELS
@@ -28,7 +30,7 @@ class T5Embedder:
 
     Raises:
         FileNotFoundError: the folder or hub id yields no model.
-        ValueError: weights of the encoder are missing, or the tokenizer is another model's.
+        ValueError: the weights are damaged or incomplete, or the tokenizer is another model's.
     """
 
     def __init__(
@@ -43,26 +45,32 @@ class T5Embedder:
     ):
         self.device = torch.device(device)
         self.model_max_length = model_max_length
-        source = dict(
-            cache_dir=cache_dir, local_files_only=local_files_only or os.path.isdir(from_pretrained)
-        )
-        if not os.path.isdir(from_pretrained) and from_pretrained.startswith((".", "/", "~")):
-            raise FileNotFoundError(_missing_message(from_pretrained))  # a path, so do not ask the hub for it
+        is_folder = _check_folder(from_pretrained)
+        source = dict(cache_dir=cache_dir, local_files_only=local_files_only or is_folder)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(from_pretrained, **source)
+            # Sizes are compared below, for a sentence in place of transformers' report.
             self.model, loading = T5EncoderModel.from_pretrained(
-                from_pretrained, dtype=torch_dtype, output_loading_info=True, **source
+                from_pretrained,
+                dtype=torch_dtype,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                **source,
             )
         except OSError as error:
             raise FileNotFoundError(_missing_message(from_pretrained)) from error
-        _check_complete(from_pretrained, self.model, self.tokenizer, loading["missing_keys"])
+        except SafetensorError as error:
+            raise ValueError(
+                f"text encoder {from_pretrained!r} has a damaged weight file ({error}); fetch it again"
+            ) from error
+        _check_complete(from_pretrained, self.model, self.tokenizer, loading)
         self.model.to(self.device).eval().requires_grad_(False)
 
     @torch.no_grad()
     def get_text_embeddings(self, texts):
         """Return embeddings [B, L, D] and attention mask [B, L] (1 = token, 0 = padding) of `texts`."""
         tokens = self.tokenizer(
-            list(texts),
+            [texts] if isinstance(texts, str) else list(texts),
             max_length=self.model_max_length,
             padding="max_length",
             truncation=True,
@@ -146,11 +154,32 @@ def text_preprocessing(text, use_text_preprocessing=True):
     return text.lower().strip()
 
 
-def _check_complete(from_pretrained, model, tokenizer, missing_keys):
-    if missing_keys:
+def _check_folder(from_pretrained):
+    """Return whether `from_pretrained` is a folder (else a hub id); FileNotFoundError if files are missing.
+
+    transformers would fill the gaps in silence: without config.json with the sizes of T5-small, without a
+    tokenizer file with a tokenizer that knows no word.
+    """
+    folder = Path(from_pretrained)
+    if not folder.is_dir():
+        if from_pretrained.startswith((".", "/", "~")):  # a path, so do not ask the hub for it
+            raise FileNotFoundError(_missing_message(from_pretrained))
+        return False
+    tokenizer_files = ("tokenizer.json", "spiece.model")
+    if not (folder / "config.json").is_file() or not any(
+        (folder / name).is_file() for name in tokenizer_files
+    ):
+        raise FileNotFoundError(_missing_message(from_pretrained))
+    return True
+
+
+def _check_complete(from_pretrained, model, tokenizer, loading):
+    """Raise ValueError when weights were made up or the tokenizer does not go with the embedding."""
+    bad = sorted({*loading["missing_keys"], *(key for key, *_ in loading["mismatched_keys"])})
+    if bad:
         raise ValueError(
-            f"text encoder {from_pretrained!r} lacks {len(missing_keys)} weights of a T5 encoder (first: "
-            f"{sorted(missing_keys)[0]}); fetch the checkpoint again"
+            f"text encoder {from_pretrained!r} lacks {len(bad)} weights that its config.json wants, or has "
+            f"them in another size (first: {bad[0]}); fetch the checkpoint again"
         )
     if len(tokenizer) > model.config.vocab_size:
         raise ValueError(
@@ -160,10 +189,9 @@ def _check_complete(from_pretrained, model, tokenizer, missing_keys):
 
 
 def _missing_message(from_pretrained):
-    name = os.path.basename(os.path.normpath(from_pretrained))
-    hub_id = (
-        from_pretrained if from_pretrained.count("/") == 1 and name[0] != "." else "DeepFloyd/t5-v1_1-xxl"
-    )
+    name = Path(from_pretrained).name
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", from_pretrained)
+    hub_id = from_pretrained if is_hub_id else "DeepFloyd/t5-v1_1-xxl"
     return (
         f"no T5 text encoder at {from_pretrained!r}: expected a hub id that can be reached, or a folder with "
         "config.json, spiece.model (or tokenizer.json) and model*.safetensors (or pytorch_model*.bin); fetch "

@@ -18,6 +18,18 @@ from transformers import (
     CLIPTextConfig,
     CLIPTokenizer,
     CLIPVisionConfig,
+    SiglipConfig,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    T5Tokenizer,
+    VideoMAEConfig,
+    VideoMAEForVideoClassification,
+    VideoMAEImageProcessorPil,
+    VJEPA2Config,
+    VJEPA2Model,
+    YolosConfig,
+    YolosForObjectDetection,
+    YolosImageProcessorPil,
 )
 
 SIZE = 16  # pixels a twin's vision tower takes
@@ -86,5 +98,147 @@ def head_file(path: Path, widths: tuple[int, ...], indices: tuple[int, ...], see
     return path
 
 
-def write_json(path: Path, values: dict) -> None:
-    path.write_text(json.dumps(values), encoding="utf-8")
+def siglip_folder(folder: Path) -> Path:
+    """SigLIP: 16×16 pixels, patches of 8, a sentencepiece tokenizer, texts padded to 12 tokens."""
+    tokenizer = T5Tokenizer().train_new_from_iterator(["a red fox runs", "blue dog sits", "green bird"], 60)
+    tokenizer.model_max_length = 12
+    sizes = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": len(tokenizer), "max_position_embeddings": 12, "projection_size": 16}
+    vision = {**sizes, "image_size": SIZE, "patch_size": 8}
+    randomize(SiglipModel(SiglipConfig(text_config=text, vision_config=vision))).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    SiglipImageProcessorPil(size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
+    return folder
+
+
+def videomae_folder(folder: Path) -> Path:
+    """VideoMAE classifier: 4 frames of 16×16, five actions."""
+    actions = ["riding a bike", "playing guitar", "bike", "swimming", "riding a horse"]
+    config = VideoMAEConfig(
+        image_size=SIZE,
+        patch_size=8,
+        num_frames=4,
+        hidden_size=24,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        id2label=dict(enumerate(actions)),
+        label2id={label: i for i, label in enumerate(actions)},
+        use_mean_pooling=True,
+    )
+    randomize(VideoMAEForVideoClassification(config)).save_pretrained(folder)
+    size = {"shortest_edge": SIZE}
+    VideoMAEImageProcessorPil(size=size, crop_size={"height": SIZE, "width": SIZE}).save_pretrained(folder)
+    return folder
+
+
+def yolos_folder(folder: Path) -> Path:
+    """YOLOS: short side 32, patches of 16, five boxes, three classes."""
+    config = YolosConfig(
+        image_size=[32, 48],
+        patch_size=16,
+        num_detection_tokens=5,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        id2label={0: "cat", 1: "dog", 2: "car"},
+        label2id={"cat": 0, "dog": 1, "car": 2},
+    )
+    randomize(YolosForObjectDetection(config)).save_pretrained(folder)
+    YolosImageProcessorPil(size={"shortest_edge": 32, "longest_edge": 48}).save_pretrained(folder)
+    return folder
+
+
+def vjepa_folder(folder: Path) -> Path:
+    """V-JEPA 2: 16×16 pixels, patches of 4, tubelets of 2 frames."""
+    config = VJEPA2Config(
+        crop_size=SIZE,
+        patch_size=4,
+        frames_per_clip=8,
+        hidden_size=24,
+        num_attention_heads=2,
+        num_hidden_layers=2,
+        mlp_ratio=2.0,
+        pred_hidden_size=24,
+        pred_num_attention_heads=2,
+        pred_num_hidden_layers=2,
+        pred_mlp_ratio=2.0,
+        pred_num_mask_tokens=2,
+        num_pooler_layers=1,
+    )
+    randomize(VJEPA2Model(config)).save_pretrained(folder)
+    values = {"size": {"shortest_edge": int(SIZE * 256 / 224)}, "crop_size": {"height": SIZE, "width": SIZE}}
+    values |= {"resample": 2, "image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+    (folder / "video_preprocessor_config.json").write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
+
+def open_clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
+    """State dict in open_clip's layout: widths 80 and 64 (one head each), two blocks, projection to 12."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def tensor(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    def norm(name: str, width: int) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": 1 + tensor(width, scale=0.1), f"{name}.bias": tensor(width, scale=0.1)}
+
+    def linear(name: str, width_in: int, width_out: int, stem: str = ".") -> dict[str, torch.Tensor]:
+        weight = tensor(width_out, width_in, scale=width_in**-0.5)
+        return {f"{name}{stem}weight": weight, f"{name}{stem}bias": tensor(width_out, scale=0.1)}
+
+    def blocks(prefix: str, width: int) -> dict[str, torch.Tensor]:
+        state = {}
+        for i in range(2):
+            name = f"{prefix}transformer.resblocks.{i}"
+            state |= norm(f"{name}.ln_1", width) | norm(f"{name}.ln_2", width)
+            state |= linear(f"{name}.attn.in_proj", width, 3 * width, stem="_")
+            state |= linear(f"{name}.attn.out_proj", width, width)
+            state |= linear(f"{name}.mlp.c_fc", width, 2 * width) | linear(
+                f"{name}.mlp.c_proj", 2 * width, width
+            )
+        return state
+
+    vocabulary = len(clip_tokenizer())
+    return {
+        "visual.class_embedding": tensor(80),
+        "visual.positional_embedding": tensor(5, 80),
+        "visual.proj": tensor(80, 12, scale=80**-0.5),
+        "visual.conv1.weight": tensor(80, 3, 8, 8, scale=192**-0.5),
+        **norm("visual.ln_pre", 80),
+        **norm("visual.ln_post", 80),
+        **blocks("visual.", 80),
+        "positional_embedding": tensor(24, 64),
+        "token_embedding.weight": tensor(vocabulary, 64),
+        **norm("ln_final", 64),
+        **blocks("", 64),
+        "text_projection": tensor(64, 12, scale=64**-0.5),
+        "logit_scale": torch.tensor(2.6592),
+    }
+
+
+def twin_arguments(root: Path) -> dict[str, dict]:
+    """Build every twin under `root`; registered name → `reward_args` that load it."""
+    clip = str(clip_folder(root / "clip"))
+    laion = str(head_file(root / "laion.pth", (12, 8, 6, 5, 4, 1), (0, 2, 4, 6, 7)))
+    jpeg = str(head_file(root / "jpeg.pt", (12, 8, 6, 5, 1), (0, 3, 6, 9)))
+    torch.save({"state_dict": open_clip_state()}, root / "HPS_v2_compressed.pt")
+    aesthetic = {"model": clip, "head": laion}
+    hps = {"model": str(root), "tokenizer": clip}
+    return {
+        "aesthetic": aesthetic,
+        "hps": hps,
+        "aesthetic_hps": {"aesthetic": aesthetic, "hps": hps},
+        "pick_score": {"model": clip},
+        "clip_score": {"model": clip},
+        "actpred": {"model": str(videomae_folder(root / "videomae"))},
+        "compression": {"model": clip, "head": jpeg},
+        "incompressibility": {"model": clip, "head": jpeg},
+        "weather": {"model": clip, "head": laion},
+        "object_detection": {"model": str(yolos_folder(root / "yolos")), "label": "dog"},
+        "vjepa": {"model": str(vjepa_folder(root / "vjepa"))},
+        "motion": {},
+        "sharpness": {},
+        "saturation": {},
+    }

@@ -1,12 +1,8 @@
 """Reward models: frozen scorers of videos whose gradient reaches the pixels."""
 
-from Core.rewards.base import (
+from Core.rewards.base import ImageReward, Reward, RewardInfo, RewardOutput, VideoReward
+from Core.rewards.registry import (
     REGISTRY,
-    ImageReward,
-    Reward,
-    RewardInfo,
-    RewardOutput,
-    VideoReward,
     build_reward,
     check_reward_config,
     register,

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.clip import CLIP_L14, load_image_tower
+from Core.rewards.loading import load_state
 from Core.rewards.preprocess import Fit
-from Core.rewards.weights import Weight, load_state, locate
+from Core.rewards.weights import Weight, locate
 
 LAION_HEAD = Weight(
     source="https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"
@@ -63,7 +64,8 @@ class Aesthetic(ImageReward):
     """LAION head on the unit CLIP feature; loss 0.1 · |score − 10|.
 
     model: CLIP folder or hub id. head: file in the LAION layout (`layers.0.weight`, …) for that CLIP's width.
-    resize: how an image that is not square is fitted; `crop` is CLIP's official way. target: score aimed at.
+    resize: how an image that is not square is fitted; by default as the CLIP folder says. target: score
+    aimed at.
     """
 
     info = RewardInfo(
@@ -80,7 +82,7 @@ class Aesthetic(ImageReward):
         *,
         model: str = CLIP_L14.source,
         head: str = LAION_HEAD.source,
-        resize: Fit = "crop",
+        resize: Fit | None = None,
         target: float = 10.0,
     ):
         super().__init__()

@@ -1,18 +1,13 @@
-"""The contract of a reward model, and the registry that builds one by name.
+"""The contract of a reward model: what every scorer takes, returns and guarantees.
 
 Axes: B videos, F frames of each, N images (N = B·F inside an image scorer), H rows, W columns.
 """
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import importlib.util
-import sys
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
@@ -21,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from Core.rewards.arguments import argument_errors
 from Core.rewards.preprocess import to_unit_range
-from Core.rewards.weights import Weight, missing_local, prefetch
+from Core.rewards.weights import Weight, missing_local
 
 
 @dataclass(frozen=True)
@@ -86,6 +81,15 @@ class Reward(nn.Module):
         return super().train(False)
 
     @property
+    def higher_is_better(self) -> bool:
+        """Whether training raises the score; a scorer that an argument turns around overrides it."""
+        return self.info.higher_is_better
+
+    def prompt_errors(self, prompts: Sequence[str]) -> list[str]:
+        """Sentences on prompts this scorer cannot use, to be asked before training starts."""
+        return []
+
+    @property
     def device(self) -> torch.device:
         """Device of the weights (CPU for a scorer without any)."""
         return next((b.device for b in self.buffers()), torch.device("cpu"))
@@ -141,7 +145,7 @@ class Reward(nn.Module):
 
     def loss(self, score: Tensor) -> Tensor:
         """What training minimises, elementwise of the score; by default the score itself, signed."""
-        return -score if self.info.higher_is_better else score
+        return -score if self.higher_is_better else score
 
     def in_slices(
         self, score: Callable[[Tensor, list[str]], Tensor], inputs: Tensor, prompts: list[str]
@@ -203,118 +207,3 @@ def check_inputs(frames: Tensor, prompts: Sequence[str]) -> None:
         raise ValueError(
             f"a reward needs a list with one prompt per video: {len(frames)} videos, prompts: {given}"
         )
-
-
-# Name → "module:class", imported when asked for. A new scorer is one file and one line here.
-REGISTRY: dict[str, str | type[Reward]] = {
-    "aesthetic": "Core.rewards.aesthetic:Aesthetic",
-    "pick_score": "Core.rewards.pick_score:PickScore",
-}
-
-
-def register(name: str, reward: str | type[Reward]) -> None:
-    """Add a scorer at run time: a class, or "module:class". A name in use is refused."""
-    if name in REGISTRY:
-        raise ValueError(f"a reward named {name!r} exists already; choose another name")
-    REGISTRY[name] = reward
-
-
-def resolve_reward(name: str) -> type[Reward]:
-    """The class behind a registered name or behind "path/to/file.py:Class"; ValueError says what is wrong."""
-    if not isinstance(name, str):
-        raise ValueError(f"a reward is named by a string, got {name!r}")
-    target = REGISTRY.get(name)
-    if isinstance(target, str):
-        module, _, attribute = target.partition(":")
-        return getattr(importlib.import_module(module), attribute)
-    if target is not None:
-        return target
-    if ".py:" in name:
-        return _class_from_file(name)
-    near = difflib.get_close_matches(name, REGISTRY, n=1, cutoff=0.4)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    raise ValueError(
-        f"unknown reward {name!r}: {hint}choose one of {', '.join(sorted(REGISTRY))}, "
-        'or your own as "path/to/my_reward.py:MyReward"'
-    )
-
-
-def _class_from_file(spec: str) -> type[Reward]:
-    """Import `Class` from "path/to/file.py:Class"."""
-    path, _, attribute = spec.rpartition(":")
-    file = Path(path).expanduser().resolve()
-    if not file.is_file():
-        raise ValueError(f"reward {spec!r}: there is no file {path!r}")
-    module_name = f"user_reward_{file.stem}_{abs(hash(str(file)))}"
-    if module_name not in sys.modules:
-        module_spec = importlib.util.spec_from_file_location(module_name, file)
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        sys.modules[module_name] = module
-    found = getattr(sys.modules[module_name], attribute, None)
-    if not (isinstance(found, type) and issubclass(found, Reward)):
-        raise ValueError(
-            f"reward {spec!r}: {path!r} has no class {attribute!r} derived from Core.rewards.Reward"
-        )
-    return found
-
-
-def check_reward_config(
-    reward_fn: str | Mapping[str, float], reward_args: Mapping[str, Any] | None = None
-) -> list[str]:
-    """All that is wrong with a reward configuration, one sentence each, without loading any weights."""
-    from Core.rewards.mixture import mixture_errors
-
-    args = dict(reward_args or {})
-    if isinstance(reward_fn, Mapping):
-        return mixture_errors(reward_fn, args)
-    try:
-        return resolve_reward(reward_fn).config_errors(args)
-    except ValueError as error:
-        return [str(error)]
-
-
-def required_weights(
-    reward_fn: str | Mapping[str, float], reward_args: Mapping[str, Any] | None = None
-) -> list[Weight]:
-    """All weights that `build_reward(reward_fn, reward_args)` loads."""
-    args = dict(reward_args or {})
-    parts = (
-        {name: args.get(name, {}) for name in reward_fn}
-        if isinstance(reward_fn, Mapping)
-        else {reward_fn: args}
-    )
-    return [w for name, own in parts.items() for w in resolve_reward(name).required_weights(own).values()]
-
-
-def build_reward(
-    reward_fn: str | Mapping[str, float],
-    reward_args: Mapping[str, Any] | None = None,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-) -> Reward:
-    """Build a scorer or a weighted mixture.
-
-    reward_fn: a registered name, "path/to/file.py:Class", or {name: weight}. reward_args: arguments of the
-    scorer; for a mixture {name: {argument: value}}. Raises ValueError with every mistake of the
-    configuration at once, FileNotFoundError with every missing weight at once.
-    """
-    from Core.rewards.mixture import Mixture
-
-    args = dict(reward_args or {})
-    if errors := check_reward_config(reward_fn, args):
-        raise ValueError("; ".join(errors))
-    prefetch(required_weights(reward_fn, args))
-    if isinstance(reward_fn, Mapping):
-        reward = Mixture({name: construct(name, args.get(name, {})) for name in reward_fn}, reward_fn)
-    else:
-        reward = construct(reward_fn, args)
-    return reward.to(device).cast(dtype)
-
-
-def construct(name: str, args: Mapping[str, Any]) -> Reward:
-    """Instantiate a scorer; `slice_size`, which every scorer understands, is set on the instance."""
-    reward = resolve_reward(name)(**{key: value for key, value in args.items() if key != "slice_size"})
-    reward.slice_size = args.get("slice_size", reward.slice_size)
-    return reward

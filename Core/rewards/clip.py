@@ -5,8 +5,8 @@ Axes: N images or texts, L tokens, D features.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from abc import abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from Core.rewards.loading import load_strictly
 from Core.rewards.preprocess import Fit, ImageTransform, transform_from_folder
 from Core.rewards.weights import Weight
 
@@ -42,20 +43,11 @@ class ImageTower(nn.Module):
         return unit(self.projection(self.model(pixel_values=pixels).pooler_output))
 
 
-class TextTower(nn.Module):
-    """Tokenizer, text transformer and projection; features are computed once per text and kept.
+class CachedText(nn.Module):
+    """Text features, computed once per text and kept; a subclass says how in `encode`."""
 
-    padding: "longest" for causal text models, whose pooled token never sees the padding; "max_length" for
-    those trained on padded text.
-    """
-
-    def __init__(self, model: nn.Module, projection: nn.Module, tokenizer: Any, padding: str = "longest"):
+    def __init__(self):
         super().__init__()
-        self.model = model
-        self.projection = projection
-        self.tokenizer = tokenizer
-        self.padding = padding
-        self.max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
         self._cache: dict[str, Tensor] = {}
 
     def _apply(self, fn, recurse=True):
@@ -72,9 +64,28 @@ class TextTower(nn.Module):
             self._cache.update(zip(unseen, self.encode(unseen), strict=True))
         return torch.stack([self._cache[text] for text in texts])
 
-    @torch.no_grad()
+    @abstractmethod
     def encode(self, texts: list[str]) -> Tensor:
         """`forward` without the cache."""
+
+
+class TextTower(CachedText):
+    """Tokenizer, text transformer and projection.
+
+    padding: "longest" for causal text models, whose pooled token never sees the padding; "max_length" for
+    those trained on padded text.
+    """
+
+    def __init__(self, model: nn.Module, projection: nn.Module, tokenizer: Any, padding: str = "longest"):
+        super().__init__()
+        self.model = model
+        self.projection = projection
+        self.tokenizer = tokenizer
+        self.padding = padding
+        self.max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+
+    @torch.no_grad()
+    def encode(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(
             texts, padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt"
         )
@@ -82,53 +93,13 @@ class TextTower(nn.Module):
         return unit(self.projection(self.model(input_ids=ids).pooler_output))
 
 
-@contextmanager
-def quiet_transformers() -> Iterator[None]:
-    """Silence transformers' table of unused weights and its progress bars; errors still show."""
-    from transformers.utils import logging
-
-    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(verbosity)
-        if bars:
-            logging.enable_progress_bar()
+def clip_transform(folder: Path, image_size: int, resize: Fit | None) -> ImageTransform:
+    """Transform of a CLIP folder, with another `fit` if `resize` asks for one."""
+    default = ImageTransform(height=image_size, width=image_size)
+    return transform_from_folder(folder, image_size, default).with_fit(resize)
 
 
-def load_strictly(model_class: Any, folder: Path, **kwargs: Any) -> Any:
-    """`model_class.from_pretrained(folder)`, refusing weights that leave any parameter uninitialised."""
-    with quiet_transformers():
-        model, report = model_class.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, **kwargs
-        )
-    missing = sorted(report["missing_keys"]) + sorted(str(item) for item in report["mismatched_keys"])
-    if missing:
-        raise ValueError(
-            f"the weights in {folder} do not fit {model_class.__name__}: {len(missing)} tensors are missing "
-            f"or of another shape, first {', '.join(missing[:3])}; give a folder of that architecture"
-        )
-    return model
-
-
-def clip_transform(folder: Path, image_size: int, resize: Fit) -> ImageTransform:
-    """Transform of a CLIP folder; for a `resize` other than `crop`, the official one fitted that way."""
-    official = transform_from_folder(folder, image_size, ImageTransform(height=image_size, width=image_size))
-    if resize == "crop":
-        return official
-    return ImageTransform(
-        height=official.height,
-        width=official.width,
-        fit=resize,
-        interpolation=official.interpolation,
-        mean=official.mean,
-        std=official.std,
-    )
-
-
-def load_image_tower(folder: Path, resize: Fit = "crop") -> ImageTower:
+def load_image_tower(folder: Path, resize: Fit | None = None) -> ImageTower:
     """Vision half of a CLIP folder in the transformers layout."""
     from transformers import CLIPVisionModelWithProjection
 
@@ -137,7 +108,7 @@ def load_image_tower(folder: Path, resize: Fit = "crop") -> ImageTower:
     return ImageTower(model.vision_model, model.visual_projection, transform)
 
 
-def load_clip(folder: Path, resize: Fit = "crop") -> tuple[ImageTower, TextTower, float]:
+def load_clip(folder: Path, resize: Fit | None = None) -> tuple[ImageTower, TextTower, float]:
     """Both halves of a CLIP folder in the transformers layout, and exp(logit_scale)."""
     from transformers import AutoTokenizer, CLIPModel
 

@@ -8,23 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from Core.rewards.base import Reward, RewardInfo, RewardOutput, resolve_reward
+from Core.rewards.arguments import argument_errors
+from Core.rewards.base import Reward, RewardInfo, RewardOutput
+from Core.rewards.registry import construct, resolve_reward
+from Core.rewards.weights import Weight
 
 
 class Mixture(Reward):
     """Score and loss are weighted sums over the parts; each part is logged unweighted, under its own name.
 
-    A part whose score is better when lower (`info.higher_is_better` False) enters the summed score
+    A part whose score is better when lower (`higher_is_better` False) enters the summed score
     negatively, so that a higher mixture score is always better.
+    score_weights: those of the score, where they differ from those of the loss.
     """
 
     info = RewardInfo(name="mixture", summary="weighted sum of rewards", range="depends on the parts")
 
-    def __init__(self, parts: Mapping[str, Reward], weights: Mapping[str, float]):
+    def __init__(
+        self,
+        parts: Mapping[str, Reward],
+        weights: Mapping[str, float],
+        score_weights: Mapping[str, float] | None = None,
+    ):
         super().__init__()
         self.rewards = nn.ModuleList(parts.values())
-        self.names = list(parts)
         self.weights = [float(weights[name]) for name in parts]
+        self.score_weights = [float((score_weights or weights)[name]) for name in parts]
 
     def cast(self, dtype: torch.dtype) -> Mixture:
         for reward in self.rewards:
@@ -33,11 +42,52 @@ class Mixture(Reward):
 
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
         outputs = [reward(frames, prompts) for reward in self.rewards]
-        signs = [1 if reward.info.higher_is_better else -1 for reward in self.rewards]
-        score = sum(w * sign * out.score for w, sign, out in zip(self.weights, signs, outputs, strict=True))
+        signs = [1 if reward.higher_is_better else -1 for reward in self.rewards]
+        score = sum(
+            w * sign * out.score for w, sign, out in zip(self.score_weights, signs, outputs, strict=True)
+        )
         loss = sum(w * out.loss for w, out in zip(self.weights, outputs, strict=True))
         parts = {key: value for out in outputs for key, value in out.parts.items()}
         return RewardOutput(score, loss, parts)
+
+
+class AestheticHPS(Mixture):
+    """(r_a + 15·r_h) / 2 of the scores; (1.5·0.1·|r_a − 10| + |1 − r_h|) / 2 of the losses.
+
+    aesthetic, hps: arguments of the two scorers.
+    """
+
+    info = RewardInfo(
+        name="aesthetic_hps",
+        summary="look and preference together, with the weights of the VADER reference",
+        range="0 to 8",
+        paper="Prabhudesai et al. 2024, arXiv:2407.08737",
+    )
+
+    def __init__(self, *, aesthetic: dict | None = None, hps: dict | None = None):
+        parts = {"aesthetic": construct("aesthetic", aesthetic or {}), "hps": construct("hps", hps or {})}
+        super().__init__(parts, {"aesthetic": 1.5 / 2, "hps": 1 / 2}, {"aesthetic": 1 / 2, "hps": 15 / 2})
+
+    @classmethod
+    def scorers(cls) -> tuple[str, ...]:
+        return ("aesthetic", "hps")
+
+    @classmethod
+    def required_weights(cls, args: Mapping[str, Any]) -> dict[str, Weight]:
+        return {
+            f"{name}.{key}": weight
+            for name in cls.scorers()
+            for key, weight in resolve_reward(name).required_weights(args.get(name) or {}).items()
+        }
+
+    @classmethod
+    def config_errors(cls, args: Mapping[str, Any]) -> list[str]:
+        errors = argument_errors(cls, args, f"reward_args of {cls.info.name!r}", shared={})
+        return errors or [
+            error
+            for name in cls.scorers()
+            for error in resolve_reward(name).config_errors(args.get(name) or {})
+        ]
 
 
 def mixture_errors(weights: Mapping[Any, Any], args: Mapping[str, Any]) -> list[str]:

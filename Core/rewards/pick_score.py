@@ -13,8 +13,8 @@ from Core.rewards.weights import Weight, locate
 class PickScore(ImageReward):
     """exp(logit_scale) · cos(image, own prompt); loss |1 − score / 100|.
 
-    model: CLIP of any size, as a folder or hub id, with its tokenizer beside it. resize: how an image that
-    is not square is fitted; `crop` is the official way.
+    model: CLIP of any size, as a folder or hub id, with its tokenizer beside it. resize: how an image that is
+    not square is fitted; by default as the folder says (PickScore: short side to size, centre crop).
     """
 
     info = RewardInfo(
@@ -27,7 +27,7 @@ class PickScore(ImageReward):
         },
     )
 
-    def __init__(self, *, model: str = "yuvalkirstain/PickScore_v1", resize: Fit = "crop"):
+    def __init__(self, *, model: str = "yuvalkirstain/PickScore_v1", resize: Fit | None = None):
         super().__init__()
         folder = locate(self.info.weights["model"].at(model))
         self.image, self.text, self.logit_scale = load_clip(folder, resize)

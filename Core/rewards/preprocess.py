@@ -8,7 +8,7 @@ antialiased bilinear / bicubic resampling as in Pillow, integer output sizes as 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +18,8 @@ from torch import Tensor
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Fit = Literal["crop", "pad", "squash"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -119,6 +121,10 @@ class ImageTransform:
     def __call__(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] in [0, 1] → normalised [N, 3, height, width]."""
         return normalize(self.fitted(images), self.mean, self.std)
+
+    def with_fit(self, fit: Fit | None) -> ImageTransform:
+        """The same transform with another `fit`; None keeps the model's own."""
+        return self if fit in (None, self.fit) else replace(self, fit=fit, short_side=None)
 
     def fitted(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] → [N, 3, height, width], not normalised."""

@@ -8,7 +8,6 @@ unpickled.
 from __future__ import annotations
 
 import hashlib
-import pickle
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -16,8 +15,6 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEIGHT_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt"}
@@ -48,6 +45,10 @@ class Weight:
     def at(self, source: str) -> Weight:
         """The same artefact from another place; what was known of the published one no longer holds there."""
         return self if source == self.source else replace(self, source=source, size=0, sha256="", licence="")
+
+    def named(self, file: str) -> Weight:
+        """The same source, another of its files."""
+        return replace(self, file=file)
 
     @property
     def is_local(self) -> bool:
@@ -208,20 +209,3 @@ def sha256(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
-
-
-def load_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors`, `.pt` or `.pth` file on the CPU, without a wrapping "state_dict".
-
-    Raises ValueError if a pickle holds anything but tensors and plain containers: it is not executed.
-    """
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"refused to load {path.name}: it is damaged or holds more than tensors "
-            f"({type(error).__name__}); use a file from its official source, or convert it to .safetensors where you trust it"
-        ) from error
-    return state.get("state_dict", state)

@@ -1,0 +1,116 @@
+"""Whether a clip shows the action its prompt names, by VideoMAE (Tong et al. 2022, arXiv:2203.12602).
+
+Axes: B clips, T frames the network takes, K action classes.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from Core.rewards.base import RewardInfo, VideoReward
+from Core.rewards.loading import load_strictly
+from Core.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, transform_from_folder
+from Core.rewards.weights import Weight, locate
+
+VIDEOMAE = Weight(source="MCG-NJU/videomae-base-finetuned-kinetics", size=346_000_000, licence="CC-BY-NC-4.0")
+
+
+def words(text: str) -> list[str]:
+    """Lower-case words of a text, without punctuation."""
+    return re.findall(r"[a-z0-9']+", text.lower())
+
+
+def find_action(prompt: str, labels: Sequence[str]) -> str:
+    """The label a prompt is about: an exact one, else the longest whose words all occur in the prompt.
+
+    Raises ValueError naming near labels if there is none.
+    """
+    spoken = words(prompt)
+    exact = [label for label in labels if words(label) == spoken]
+    contained = [label for label in labels if words(label) and set(words(label)) <= set(spoken)]
+    if candidates := exact or contained:
+        return max(candidates, key=lambda label: (len(words(label)), len(label)))
+    raise ValueError(
+        f"no action class occurs in the prompt {prompt!r}; near: {', '.join(near_actions(prompt, labels))}; "
+        "use its words in the prompt, or set `action` in reward_args"
+    )
+
+
+def near_actions(prompt: str, labels: Sequence[str], count: int = 5) -> list[str]:
+    """Labels that share most words with the prompt, the more alike in spelling first."""
+    spoken = set(words(prompt))
+
+    def likeness(label: str) -> tuple[float, float]:
+        own = words(label)
+        shared = sum(word in spoken for word in own) / max(len(own), 1)
+        return shared, difflib.SequenceMatcher(None, label.lower(), prompt.lower()).ratio()
+
+    return sorted(labels, key=likeness, reverse=True)[:count]
+
+
+def spread_frames(clips: Tensor, count: int) -> Tensor:
+    """[B, F, 3, H, W] → [B, count, 3, H, W]: frames evenly over the clip, repeated if there are too few."""
+    index = torch.linspace(0, clips.shape[1] - 1, count, device=clips.device).round().long()
+    return clips[:, index]
+
+
+class ActionPrediction(VideoReward):
+    """Probability of the prompt's action class; loss is its cross entropy.
+
+    action: the class for every prompt; by default it is found in each prompt (`find_action`).
+    model: hub id or folder of a VideoMAE classifier.
+    """
+
+    info = RewardInfo(
+        name="actpred",
+        summary="VideoMAE's probability that the clip shows the prompt's Kinetics action",
+        range="0 to 1",
+        paper="Tong et al. 2022, arXiv:2203.12602",
+        weights={"model": VIDEOMAE},
+    )
+    slice_size = 4
+
+    def __init__(self, *, model: str = VIDEOMAE.source, action: str | None = None):
+        from transformers import VideoMAEForVideoClassification
+
+        super().__init__()
+        folder = locate(VIDEOMAE.at(model))
+        self.network = load_strictly(VideoMAEForVideoClassification, folder)
+        config = self.network.config
+        self.index_of = {label: int(index) for index, label in config.id2label.items()}
+        self.frame_count = config.num_frames
+        side = config.image_size
+        default = ImageTransform(
+            height=side, width=side, interpolation="bilinear", mean=IMAGENET_MEAN, std=IMAGENET_STD
+        )
+        self.transform = transform_from_folder(folder, side, default)
+        self.action = None if action is None else find_action(action, list(self.index_of))
+
+    def class_index(self, prompt: str) -> int:
+        """Index of the class a prompt is scored on."""
+        return self.index_of[self.action or find_action(prompt, list(self.index_of))]
+
+    def prompt_errors(self, prompts: Sequence[str]) -> list[str]:
+        errors = []
+        for prompt in dict.fromkeys(prompts):
+            try:
+                self.class_index(prompt)
+            except ValueError as error:
+                errors.append(str(error))
+        return errors
+
+    def score_clips(self, clips: Tensor, prompts: list[str]) -> Tensor:
+        chosen = torch.tensor([self.class_index(prompt) for prompt in prompts], device=clips.device)
+        frames = spread_frames(clips, self.frame_count)
+        pixels = self.transform(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
+        logits = self.network(pixel_values=pixels.to(self.dtype)).logits
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return logits.softmax(dim=-1).gather(1, chosen[:, None]).squeeze(1)
+
+    def loss(self, score: Tensor) -> Tensor:
+        return -score.clamp_min(torch.finfo(score.dtype).tiny).log()

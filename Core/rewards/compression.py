@@ -1,0 +1,78 @@
+"""File size of a frame as JPEG, predicted from CLIP image features by a small MLP."""
+
+from __future__ import annotations
+
+import itertools
+
+from torch import Tensor, nn
+
+from Core.rewards.aesthetic import load_head_layers
+from Core.rewards.base import ImageReward, RewardInfo
+from Core.rewards.clip import CLIP_L14, load_image_tower
+from Core.rewards.preprocess import Fit
+from Core.rewards.weights import Weight, locate
+
+JPEG_HEAD = Weight(
+    source="compression_reward.pt",
+    kind="file",
+    size=1_857_371,
+    sha256="4834909306ec3fd210805ad9eed6506338417ecf898aab7fa2d13f9c32ea2b2d",
+    licence="not stated",
+)
+PAPER = "Prabhudesai et al. 2024, arXiv:2407.08737"
+
+
+class JpegSize(ImageReward):
+    """Predicted kB of a 512-pixel JPEG; loss ∓score, or |score − target| with a target in kB.
+
+    model: CLIP folder or hub id. head: the reference's `compression_reward.pt`, or a file of the same layout
+    (linear layers with ReLU between them, on the unit CLIP feature). resize: as in `Aesthetic`.
+    """
+
+    full_precision = ("head",)
+
+    def __init__(
+        self,
+        *,
+        model: str = CLIP_L14.source,
+        head: str = JPEG_HEAD.source,
+        target: float | None = None,
+        resize: Fit | None = None,
+    ):
+        super().__init__()
+        self.image = load_image_tower(locate(CLIP_L14.at(model)), resize)
+        layers = load_head_layers(locate(JPEG_HEAD.at(head)), self.image)
+        with_relu = itertools.chain.from_iterable((layer, nn.ReLU()) for layer in layers)
+        self.head = nn.Sequential(*list(with_relu)[:-1])
+        self.target = target
+
+    def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
+        return self.head(self.image(images)).squeeze(-1)
+
+    def loss(self, score: Tensor) -> Tensor:
+        return super().loss(score) if self.target is None else (score - self.target).abs()
+
+
+class Compression(JpegSize):
+    """Frames that compress well: plain and smooth."""
+
+    info = RewardInfo(
+        name="compression",
+        summary="predicted JPEG size, pushed down or to a target",
+        range="kB, about 10 to 200",
+        higher_is_better=False,
+        paper=PAPER,
+        weights={"model": CLIP_L14, "head": JPEG_HEAD},
+    )
+
+
+class Incompressibility(JpegSize):
+    """Frames that compress badly: rich in detail."""
+
+    info = RewardInfo(
+        name="incompressibility",
+        summary="predicted JPEG size, pushed up or to a target",
+        range="kB, about 10 to 200",
+        paper=PAPER,
+        weights={"model": CLIP_L14, "head": JPEG_HEAD},
+    )

@@ -1,0 +1,69 @@
+"""Scorers without a network: cheap guards in a mixture against collapse, and monitors."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from Core.rewards.base import ImageReward, Reward, RewardInfo, VideoReward
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
+LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
+
+
+class Guard(Reward):
+    """Loss −score, or |score − target| with a target: "keep it near there"."""
+
+    def __init__(self, *, target: float | None = None):
+        super().__init__()
+        self.target = target
+
+    def loss(self, score: Tensor) -> Tensor:
+        return -score if self.target is None else (score - self.target).abs()
+
+
+class Motion(Guard, VideoReward):
+    """Mean absolute change of a pixel from one frame to the next."""
+
+    info = RewardInfo(
+        name="motion",
+        summary="how much moves; guards against freezing",
+        range="0 to 1, usually 0.01 to 0.1",
+    )
+    min_frames = 2
+
+    def score_clips(self, clips: Tensor, prompts: list[str]) -> Tensor:
+        return clips.diff(dim=1).abs().mean(dim=(1, 2, 3, 4))
+
+
+class Sharpness(Guard, ImageReward):
+    """Standard deviation of the Laplacian of the luma, interior pixels."""
+
+    info = RewardInfo(
+        name="sharpness",
+        summary="strength of fine detail; guards against blur",
+        range="0 to about 2, usually 0.02 to 0.2",
+        paper="Pech-Pacheco et al. 2000 (variance of Laplacian)",
+    )
+
+    def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
+        luma = (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(dim=1, keepdim=True)
+        response = F.conv2d(luma, images.new_tensor(LAPLACIAN).view(1, 1, 3, 3)).flatten(1)
+        # The small constant keeps the gradient finite on a flat image.
+        return (response.var(dim=1, unbiased=False) + 1e-8).sqrt()
+
+
+class Saturation(Guard, ImageReward):
+    """Mean HSV saturation, (max − min) / max over the channels."""
+
+    info = RewardInfo(
+        name="saturation",
+        summary="how colourful; guards against washed-out or garish frames",
+        range="0 to 1",
+        paper="Smith 1978 (HSV)",
+    )
+
+    def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
+        low, high = torch.aminmax(images, dim=1)
+        return ((high - low) / high.clamp_min(1e-3)).mean(dim=(1, 2))

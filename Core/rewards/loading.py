@@ -1,0 +1,64 @@
+"""Reading weights: strict on what a model needs, and without ever running code from a file."""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+
+def load_state(path: Path) -> dict[str, Tensor]:
+    """Tensors of a `.safetensors`, `.pt` or `.pth` file on the CPU, without a wrapping "state_dict".
+
+    Raises ValueError if a pickle holds anything but tensors and plain containers: it is not executed.
+    """
+    if path.suffix == ".safetensors":
+        return load_file(path)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+        raise ValueError(
+            f"refused to load {path.name}: it is damaged or holds more than tensors "
+            f"({type(error).__name__}); use a file from its official source, or a .safetensors"
+        ) from error
+    return state.get("state_dict", state)
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Silence transformers' table of unused weights and its progress bars; errors still show."""
+    from transformers.utils import logging
+
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
+
+
+def load_strictly(model_class: Any, folder: Path | None, **kwargs: Any) -> Any:
+    """`model_class.from_pretrained(folder)`, refusing weights that leave any parameter uninitialised.
+
+    kwargs go to `from_pretrained`; with folder None they are `config` and `state_dict`.
+    """
+    with quiet_transformers():
+        model, report = model_class.from_pretrained(
+            folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, **kwargs
+        )
+    missing = sorted(report["missing_keys"]) + sorted(str(item) for item in report["mismatched_keys"])
+    if missing:
+        raise ValueError(
+            f"{folder or 'the file'} does not fit {model_class.__name__}: {len(missing)} tensors are missing "
+            f"or of another shape, first {', '.join(missing[:3])}; give a model of that kind"
+        )
+    return model

@@ -1,4 +1,4 @@
-"""The committed prompt lists: enough of them, and every line a prompt of its own that the software reads as is."""
+"""The committed prompt lists: enough of them, each line a prompt of its own that is read as it stands."""
 
 from pathlib import Path
 

@@ -51,6 +51,8 @@ install() {
     set -- "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --quiet
     "$@" --requirement "$root/requirements.txt"
     "$@" --no-deps --no-build-isolation --editable "$root"
+    # The first import of mmengine.config writes a cache that a second process must not catch half written.
+    "$venv/bin/python" -c 'import mmengine.config, opensora, Core'
     wanted >"$stamp"
 }
 

@@ -214,7 +214,7 @@ def test_every_visible_gpu_is_used(checkout):
             {"NUM_PROCESSES": "8", "FAKE_GPUS": "4"},
             "NUM_PROCESSES=8, but the visible GPUs number 4; give at most that.",
         ),
-        ({"FAKE_NO_TORCH": "1"}, "cannot import torch; run scripts/setup.sh or set PYTHON"),
+        ({"FAKE_NO_TORCH": "1"}, "cannot import torch and mmengine; run scripts/setup.sh or set PYTHON"),
     ],
 )
 def test_launcher_refuses_bad_settings(checkout, settings, message):

@@ -41,8 +41,11 @@ case ${1-} in
 esac
 
 python=$(find_python)
-machine=$("$python" -c 'import os, torch; print(torch.cuda.device_count(), len(os.sched_getaffinity(0)))') \
-    || fail "'$python' cannot import torch; run scripts/setup.sh or set PYTHON to one that can."
+# mmengine.config is imported for the cache that its first import writes: of several processes that import it
+# at once, one could read it half written.
+machine=$("$python" -c 'import os, torch, mmengine.config
+print(torch.cuda.device_count(), len(os.sched_getaffinity(0)))') \
+    || fail "'$python' cannot import torch and mmengine; run scripts/setup.sh or set PYTHON to one that can."
 gpus=${machine% *}
 cores=${machine#* }
 
@@ -59,6 +62,8 @@ fi
 # Left unset, accelerate gives every process one thread.
 threads=$((cores / processes))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
+# Training compares it with the number of processes that really started.
+export VADER_NUM_PROCESSES="$processes"
 
 script=$opensora/scripts/train_t2v_lora.py
 # One process needs no launcher; without one the script's own message and exit status reach the user.

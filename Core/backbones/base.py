@@ -7,9 +7,12 @@ L text tokens, D text width, N sampling steps.
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
+
+from opensora.utils.ckpt_utils import is_hub_id
 
 
 @dataclass(frozen=True)
@@ -24,11 +27,6 @@ class VideoSpec:
 
 class TextEncoder(ABC):
     """Turns captions into features; built for as long as captions are encoded, then freed."""
-
-    @property
-    @abstractmethod
-    def identity(self) -> str:
-        """Names weights, tokenizer and length: what cached features depend on besides the caption."""
 
     @abstractmethod
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
@@ -53,6 +51,36 @@ class Backbone(ABC):
     num_sampling_steps: int
     num_timesteps: int = 1000
 
+    @classmethod
+    @abstractmethod
+    def frame_size(cls, resolution: str, aspect_ratio: str) -> tuple[int, int]:
+        """(height, width) in pixels of a named resolution; ValueError names those there are."""
+
+    @classmethod
+    @abstractmethod
+    def frame_count(cls, num_frames: str | int) -> int:
+        """Frames of a named duration, or the number itself; ValueError names the durations."""
+
+    @classmethod
+    @abstractmethod
+    def count_latent_frames(cls, num_frames: int, vae: dict) -> int:
+        """T of a video, from the config alone."""
+
+    @classmethod
+    @abstractmethod
+    def config_errors(cls, config) -> list[str]:
+        """What is wrong with the family's entries of a configuration; loads nothing."""
+
+    @classmethod
+    @abstractmethod
+    def from_config(cls, config, device: torch.device) -> "Backbone":
+        """Build from a validated configuration."""
+
+    @property
+    @abstractmethod
+    def text_identity(self) -> str:
+        """Names weights, tokenizer and length: what cached features depend on besides the caption."""
+
     @abstractmethod
     def caption(self, prompt: str) -> str:
         """The text the model is conditioned on, from a plain prompt: cleaned, with the model's suffixes."""
@@ -60,6 +88,10 @@ class Backbone(ABC):
     @abstractmethod
     def text_encoder(self) -> TextEncoder:
         """Load the text encoder."""
+
+    @abstractmethod
+    def fetch(self) -> list[str]:
+        """Bring all weights to this machine; a sentence for each that cannot be had."""
 
     @abstractmethod
     def load(self) -> None:
@@ -75,7 +107,7 @@ class Backbone(ABC):
 
     @abstractmethod
     def velocity(self, text: Sequence[Tensor]) -> Callable[..., Tensor]:
-        """The guided velocity for a batch of caption features: (z, t, generated) → dz/dt, see ``Velocity``."""
+        """Guided velocity for a batch of caption features: (z, t, generated) → dz/dt, see ``Velocity``."""
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
@@ -88,6 +120,56 @@ class Backbone(ABC):
     @abstractmethod
     def enable_checkpointing(self) -> None:
         """Recompute activations in the backward pass, once, wherever gradients flow."""
+
+    def encode_references(self, paths: Sequence[str]) -> list[list[Tensor]]:
+        """Latents [C, T, h, w] of each sample's reference files, given as paths joined by ``;``."""
+        raise ValueError(f"{type(self).__name__} cannot be conditioned on references; remove reference_path")
+
+    def condition(
+        self,
+        z: Tensor,
+        references: list[list[Tensor]],
+        strategies: list[str],
+        loop: int,
+        align: int | None,
+    ) -> Tensor | None:
+        """Put reference frames into the noise ``z``, in place; the mask of ``euler_sample`` or None."""
+        return None
+
+    def continue_clip(
+        self,
+        video: Tensor,
+        references: list[list[Tensor]],
+        strategies: list[str],
+        loop: int,
+        length: int,
+        edit: float,
+    ) -> tuple[list[list[Tensor]], list[str]]:
+        """References and strategies that make ``loop`` begin with the last ``length`` latent frames."""
+        raise ValueError(f"{type(self).__name__} cannot continue a clip; set loop=1")
+
+    def overlap(self, latent_frames: int) -> int:
+        """Pixel frames that ``latent_frames`` taken-over latent frames make."""
+        raise ValueError(f"{type(self).__name__} cannot continue a clip; set loop=1")
+
+
+def check_weights(key: str, source: str | None) -> list[str]:
+    """A sentence where ``source`` is a path that does not exist; hub ids are looked up when they load."""
+    if source is None:
+        return [f"{key} is missing; set it to a hub id (organisation/name) or the path of a local copy"]
+    if is_hub_id(str(source)) or Path(source).expanduser().exists():
+        return []
+    return [f"{key}: there is no file or folder {str(source)!r}; give an existing path or a hub id"]
+
+
+def file_identity(source: str) -> str:
+    """A name that changes with the files behind ``source``; a hub id stands for itself."""
+    path = Path(source).expanduser()
+    if not path.exists():
+        return str(source)
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
+    return f"{path.resolve()} {stats}"
 
 
 def pad_text(text: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

@@ -10,15 +10,43 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from Core.quantize import store_linears_in_fp8
+from opensora import models as _models  # noqa: F401 (registers the networks)
 from opensora.acceleration.checkpoint import set_grad_checkpoint
+from opensora.datasets.aspect import get_image_size, get_num_frames
 from opensora.models.text_encoder.t5 import text_preprocessing
 from opensora.registry import MODELS, build_module
 from opensora.schedulers.rf.rectified_flow import timestep_transform
-from opensora.utils.inference_utils import append_score_to_prompts, prepare_multi_resolution_info
+from opensora.utils.ckpt_utils import find_checkpoint
+from opensora.utils.inference_utils import (
+    append_generated,
+    append_score_to_prompts,
+    apply_mask_strategy,
+    collect_references_batch,
+    dframe_to_frame,
+    prepare_multi_resolution_info,
+)
 
-from .base import Backbone, TextEncoder, VideoSpec, gather_frames, pad_text
+from .base import (
+    Backbone,
+    TextEncoder,
+    VideoSpec,
+    check_weights,
+    file_identity,
+    gather_frames,
+    pad_text,
+)
 
 ENCODE_BATCH = 8
+CHUNK_FRAMES, TIME_FACTOR = 17, 4
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
+SCHEDULER_KEYS = {
+    "type": str,
+    "num_sampling_steps": int,
+    "cfg_scale": (int, float),
+    "use_timestep_transform": bool,
+    "use_discrete_timesteps": bool,
+}
 
 
 def rflow_timesteps(
@@ -29,7 +57,7 @@ def rflow_timesteps(
     num_timesteps: int = 1000,
     discrete: bool = False,
 ) -> Tensor:
-    """[steps, batch] from ``num_timesteps`` down; ``info`` (height, width, num_frames) shifts them, None not."""
+    """[steps, batch] from ``num_timesteps`` down, shifted by ``info`` (height, width, num_frames) if given."""
     t = torch.tensor([(1.0 - i / steps) * num_timesteps for i in range(steps)])
     t = (t.round() if discrete else t)[:, None].expand(steps, batch)
     if info is None:
@@ -92,12 +120,7 @@ class OpenSoraText(TextEncoder):
     """T5 features of captions."""
 
     def __init__(self, entry: dict, device: torch.device, dtype: torch.dtype):
-        self.entry = entry
         self.t5 = build_module(entry, MODELS, device=device, dtype=dtype)
-
-    @property
-    def identity(self) -> str:
-        return f"{self.entry['from_pretrained']} {self.entry['model_max_length']} {self.t5.dtype}"
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
@@ -116,7 +139,7 @@ class OpenSora(Backbone):
         video: what to make.
         multi_resolution: kind of size conditioning, ``STDiT2`` for the released weights.
         scores: ``aes``, ``flow``, ``camera_motion`` suffixes of every caption.
-        dtype: of the frozen weights.
+        dtype: of the frozen weights; ``fp8`` stores the denoiser's linear layers in 8-bit float.
     """
 
     lora_targets = ("qkv", "q_linear", "kv_linear")
@@ -131,39 +154,84 @@ class OpenSora(Backbone):
         video: VideoSpec,
         multi_resolution: str | None,
         scores: dict[str, Any],
+        dtype: str,
         device: torch.device,
-        dtype: torch.dtype,
     ):
         self.entries = {"model": model, "vae": vae, "text_encoder": text_encoder}
         self.video = video
         self.multi_resolution = multi_resolution
         self.scores = scores
-        self.device, self.dtype = device, dtype
+        self.device, self.dtype = device, DTYPES[dtype]
+        self.fp8_storage = dtype == "fp8"
         self.num_sampling_steps = scheduler["num_sampling_steps"]
         self.guidance_scale = scheduler["cfg_scale"]
         self.transform = scheduler.get("use_timestep_transform", False)
         self.discrete = scheduler.get("use_discrete_timesteps", False)
-        self.checkpoint_steps = False
+
+    @classmethod
+    def frame_size(cls, resolution: str, aspect_ratio: str) -> tuple[int, int]:
+        return get_image_size(resolution, aspect_ratio)
+
+    @classmethod
+    def frame_count(cls, num_frames: str | int) -> int:
+        return get_num_frames(num_frames)
+
+    @classmethod
+    def count_latent_frames(cls, num_frames: int, vae: dict) -> int:
+        chunk = vae.get("micro_frame_size", CHUNK_FRAMES) or num_frames
+        whole, rest = divmod(num_frames, chunk)
+        return whole * -(-chunk // TIME_FACTOR) + -(-rest // TIME_FACTOR)
+
+    @classmethod
+    def config_errors(cls, config) -> list[str]:
+        errors = []
+        for key in ("model", "vae", "text_encoder"):
+            entry = getattr(config, key)
+            if entry["type"] not in MODELS.module_dict:
+                known = ", ".join(sorted(MODELS.module_dict))
+                errors.append(f"{key}.type is {entry['type']!r}; it must be one of {known}")
+            errors += check_weights(f"{key}.from_pretrained", entry.get("from_pretrained"))
+        if "model_max_length" not in config.text_encoder:
+            errors.append("text_encoder.model_max_length is missing; Open-Sora 1.2 uses 300")
+        return errors + _scheduler_errors(config.scheduler)
+
+    @classmethod
+    def from_config(cls, config, device: torch.device) -> "OpenSora":
+        keys = ("model", "vae", "text_encoder", "scheduler", "video", "multi_resolution", "scores", "dtype")
+        return cls(**{key: getattr(config, key) for key in keys}, device=device)
 
     def caption(self, prompt: str) -> str:
         return text_preprocessing(append_score_to_prompts([prompt], **self.scores)[0])
 
+    @property
+    def text_identity(self) -> str:
+        entry = self.entries["text_encoder"]
+        return f"{file_identity(entry['from_pretrained'])} {entry['model_max_length']} {self.dtype}"
+
     def text_encoder(self) -> OpenSoraText:
         return OpenSoraText(self.entries["text_encoder"], self.device, self.dtype)
 
+    def fetch(self) -> list[str]:
+        errors = []
+        for key, entry in self.entries.items():
+            try:
+                find_checkpoint(entry["from_pretrained"])
+            except FileNotFoundError as error:
+                errors.append(f"{key}: {error}")
+        return errors
+
     def load(self) -> None:
         self.vae = self._place(build_module(self.entries["vae"], MODELS))
-        latent_size = self.vae.get_latent_size(self._frame_size())
-        text = self.entries["text_encoder"]
-        self.denoiser = self._place(
-            build_module(
-                self.entries["model"],
-                MODELS,
-                input_size=latent_size,
-                in_channels=self.vae.out_channels,
-                model_max_length=text["model_max_length"],
-            )
+        denoiser = build_module(
+            self.entries["model"],
+            MODELS,
+            input_size=self.latent_shape()[1:],
+            in_channels=self.vae.out_channels,
+            model_max_length=self.entries["text_encoder"]["model_max_length"],
         )
+        self.denoiser = self._place(denoiser)
+        if self.fp8_storage:
+            store_linears_in_fp8(self.denoiser)
 
     def _place(self, module: nn.Module) -> nn.Module:
         return module.to(self.device, self.dtype).eval().requires_grad_(False)
@@ -175,11 +243,10 @@ class OpenSora(Backbone):
         return (self.vae.out_channels, *self.vae.get_latent_size(self._frame_size()))
 
     def timesteps(self, batch: int) -> Tensor:
-        info = self._info(batch) if self.transform else None
         return rflow_timesteps(
             self.num_sampling_steps,
             batch,
-            info,
+            self._info(batch) if self.transform else None,
             num_timesteps=self.num_timesteps,
             discrete=self.discrete,
         ).to(self.device)
@@ -194,26 +261,74 @@ class OpenSora(Backbone):
         features, mask = pad_text(text, self.device)
         null = self.denoiser.y_embedder.y_embedding[: features.shape[1]].to(features)
         info = self._info(len(text))
+        info |= {key: info[key].to(self.device) for key in info if key not in ("height", "width")}
         return guided_velocity(
             self.denoiser,
             features[:, None],
             null.expand(len(text), 1, -1, -1),
             mask,
-            {
-                key: value if key in ("height", "width") else value.to(self.device)
-                for key, value in info.items()
-            },
+            info,
             guidance_scale=self.guidance_scale,
-            checkpoint_steps=self.checkpoint_steps,
         )
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z.to(self.dtype), num_frames=self.video.num_frames).float()
+        return self.vae.decode(z.to(self.dtype), num_frames=self.video.num_frames).to(z.dtype)
 
     def decode_frames(self, z: Tensor, index: Tensor) -> Tensor:
         frames = self.vae.decode(gather_frames(z.to(self.dtype), index), num_frames=1)
-        return frames.squeeze(2).unflatten(0, index.shape).float()
+        return frames.squeeze(2).unflatten(0, index.shape).to(z.dtype)
 
     def enable_checkpointing(self) -> None:
         set_grad_checkpoint(self.denoiser)
         set_grad_checkpoint(self.vae)
+
+    def encode_references(self, paths: Sequence[str]) -> list[list[Tensor]]:
+        return collect_references_batch(list(paths), self.vae, (self.video.height, self.video.width))
+
+    def condition(
+        self,
+        z: Tensor,
+        references: list[list[Tensor]],
+        strategies: list[str],
+        loop: int,
+        align: int | None,
+    ) -> Tensor | None:
+        return apply_mask_strategy(z, references, strategies, loop, align)
+
+    def continue_clip(
+        self,
+        video: Tensor,
+        references: list[list[Tensor]],
+        strategies: list[str],
+        loop: int,
+        length: int,
+        edit: float,
+    ) -> tuple[list[list[Tensor]], list[str]]:
+        pixels = video.to(self.dtype)
+        return append_generated(self.vae, pixels, references, strategies, loop, length, edit)
+
+    def overlap(self, latent_frames: int) -> int:
+        return dframe_to_frame(latent_frames)
+
+
+def _scheduler_errors(entry: dict) -> list[str]:
+    """Unknown, missing or ill-typed keys of the sampler's entry."""
+    errors = [
+        f"scheduler.{key} is not known; allowed are {', '.join(SCHEDULER_KEYS)}"
+        for key in entry
+        if key not in SCHEDULER_KEYS
+    ]
+    if entry["type"] != "rflow":
+        errors.append(f"scheduler.type must be 'rflow', got {entry['type']!r}")
+    for key, kind in SCHEDULER_KEYS.items():
+        value = entry.get(key)
+        if value is not None and (not isinstance(value, kind) or (kind is not bool and value is True)):
+            errors.append(f"scheduler.{key} has the wrong type: {value!r}")
+    errors += [
+        f"scheduler.{key} is missing; set it to a number"
+        for key in ("num_sampling_steps", "cfg_scale")
+        if key not in entry
+    ]
+    if isinstance(entry.get("num_sampling_steps"), int) and entry["num_sampling_steps"] < 1:
+        errors.append(f"scheduler.num_sampling_steps must be at least 1, got {entry['num_sampling_steps']}")
+    return errors

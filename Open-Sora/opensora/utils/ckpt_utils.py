@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -36,8 +37,8 @@ def find_checkpoint(source: str | Path) -> Path:
             cause = error
     raise FileNotFoundError(
         f"weights not found: {source!s} is neither a folder here nor reachable on the Hugging Face hub "
-        f"({type(cause).__name__}); fetch it with `hf download {source!s}` on a connected machine, or give the "
-        "path of a local copy"
+        f"({type(cause).__name__}); fetch it with `hf download {source!s}` on a connected machine, or give "
+        "the path of a local copy"
     ) from None
 
 
@@ -57,7 +58,7 @@ def read_config(source: str | Path) -> dict:
 
 
 def read_state(source: str | Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: one file, or a folder with one or several safetensors files, or one ``.pt``."""
+    """All tensors of a checkpoint: one file, or a folder with safetensors files or a single ``.pt``."""
     path = find_checkpoint(source)
     if path.is_file():
         return _read_file(path)
@@ -102,7 +103,14 @@ def load_pretrained(model: nn.Module, source: str | Path) -> nn.Module:
 
 def load_strict(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
     """``load_state_dict`` that names every key that does not fit; tensors become the model's own."""
-    own = model.state_dict()
+    mismatch = describe_mismatch(model.state_dict(), state)
+    if mismatch:
+        raise ValueError(f"the weights of {source} do not fit {type(model).__name__}: {mismatch}")
+    model.load_state_dict(state, assign=True)
+
+
+def describe_mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What keeps ``state`` from filling ``own``, in words; empty when it fits."""
     faults = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
@@ -112,10 +120,7 @@ def load_strict(model: nn.Module, state: dict[str, Tensor], source: str) -> None
             if state[key].shape != own[key].shape
         ],
     }
-    if any(faults.values()):
-        listed = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
-        raise ValueError(f"the weights of {source} do not fit {type(model).__name__}: {listed}")
-    model.load_state_dict(state, assign=True)
+    return "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
 
 
 def _some(keys: list[str], limit: int = 5) -> str:
@@ -124,7 +129,7 @@ def _some(keys: list[str], limit: int = 5) -> str:
 
 
 def save_pretrained(model: nn.Module, config: dict, folder: str | Path) -> None:
-    """Write ``config.json`` and ``model.safetensors``, the hub's layout, each under its name only when whole."""
+    """Write ``config.json`` and ``model.safetensors`` as on the hub, each under its name only when whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}

@@ -1,0 +1,39 @@
+"""Frozen linear layers kept in 8-bit float, computed in the model's own dtype."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+FP8 = torch.float8_e4m3fn
+FP8_MAX = torch.finfo(FP8).max
+
+
+class Fp8Linear(nn.Linear):
+    """A frozen linear layer whose weight is stored as float8_e4m3fn with one scale per output row.
+
+    A subclass of ``nn.Linear``, so that adapters attach to it. Half the memory of bf16; the rounding error of
+    a weight is at most 1/16 of its magnitude.
+    """
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Fp8Linear":
+        with torch.device("meta"):
+            stored = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        weight = linear.weight.detach()
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=1e-12).float() / FP8_MAX
+        stored.weight = nn.Parameter((weight / scale).to(FP8), requires_grad=False)
+        stored.register_buffer("scale", scale.to(weight.dtype))
+        stored.bias = linear.bias
+        return stored
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(self.scale.dtype) * self.scale, self.bias)
+
+
+def store_linears_in_fp8(model: nn.Module) -> None:
+    """Replace every linear layer inside the model's lists of blocks; embedders and the output stay exact."""
+    for blocks in [child for child in model.children() if isinstance(child, nn.ModuleList)]:
+        for parent in blocks.modules():
+            for name, child in parent.named_children():
+                if type(child) is nn.Linear:
+                    setattr(parent, name, Fp8Linear.of(child))

@@ -1,0 +1,100 @@
+"""accelerate lives here and nowhere else: devices, processes, autocast, gradient averaging, gathering."""
+
+import os
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import broadcast_object_list, gather_object
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+PROCESSES_ASKED_FOR = "VADER_NUM_PROCESSES"
+
+
+class Runtime:
+    """The processes of a run and what they do together.
+
+    Args:
+        mixed_precision: ``no``, ``bf16`` or ``fp16`` arithmetic under autocast.
+    """
+
+    def __init__(self, mixed_precision: str = "no"):
+        self.accelerator = Accelerator(mixed_precision=mixed_precision)
+        asked = int(os.environ.get(PROCESSES_ASKED_FOR, self.accelerator.num_processes))
+        if asked != self.accelerator.num_processes:
+            raise ValueError(
+                f"{asked} processes were asked for but {self.accelerator.num_processes} started; on a machine "
+                "without GPUs set ACCELERATE_USE_CPU=true, and launch with run_text2video_train.sh or torchrun"
+            )
+
+    @property
+    def device(self) -> torch.device:
+        return self.accelerator.device
+
+    @property
+    def rank(self) -> int:
+        return self.accelerator.process_index
+
+    @property
+    def num_processes(self) -> int:
+        return self.accelerator.num_processes
+
+    @property
+    def is_main(self) -> bool:
+        return self.accelerator.is_main_process
+
+    def autocast(self):
+        return self.accelerator.autocast()
+
+    def prepare(self, optimizer: Optimizer) -> Optimizer:
+        """The optimiser behind the gradient scaler of fp16; the model itself is never wrapped."""
+        return self.accelerator.prepare_optimizer(optimizer)
+
+    def backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(loss)
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Replace each gradient by its mean over the processes, in one all-reduce."""
+        if self.num_processes == 1:
+            return
+        grads = [p.grad for p in parameters]
+        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="mean")
+        for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            grad.copy_(mean.view_as(grad))
+
+    def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
+        """Unscale fp16 gradients, clip them, and return the norm they had."""
+        return float(self.accelerator.clip_grad_norm_(parameters, max_norm))
+
+    @property
+    def scales_gradients(self) -> bool:
+        """Whether fp16's scaler is at work; it skips a step whose gradient overflowed by itself."""
+        return self.accelerator.scaler is not None
+
+    def scaler_state(self) -> dict | None:
+        return self.accelerator.scaler.state_dict() if self.scales_gradients else None
+
+    def load_scaler(self, state: dict | None) -> None:
+        if state is not None and self.scales_gradients:
+            self.accelerator.scaler.load_state_dict(state)
+
+    def gather(self, values: Tensor) -> Tensor:
+        """[B] of every process → [B · processes], on the CPU."""
+        return self.accelerator.gather(values.detach().to(self.device)).cpu()
+
+    def gather_objects(self, objects: list[Any]) -> list[Any]:
+        """The lists of all processes as one, by rank."""
+        return gather_object(objects) if self.num_processes > 1 else list(objects)
+
+    def from_main(self, value: Any) -> Any:
+        """The main process's ``value``, on every process."""
+        return broadcast_object_list([value])[0] if self.num_processes > 1 else value
+
+    def barrier(self) -> None:
+        self.accelerator.wait_for_everyone()
+
+    def close(self) -> None:
+        self.barrier()
+        self.accelerator.end_training()

@@ -18,6 +18,7 @@ from Core import draws, lora
 from Core.backbones import Backbone
 from Core.checkpoint import Checkpoint, Checkpoints
 from Core.decode import choose_frames
+from Core.evaluate import score_videos
 from Core.inference import plan_samples, write_videos
 from Core.prompts import Prompt
 from Core.rewards import Reward, RewardOutput
@@ -26,7 +27,6 @@ from Core.schedulers.rf import euler_sample, first_gradient_step
 from Core.tracking import Trackers
 
 logger = logging.getLogger("vader")
-SCORED_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -213,7 +213,7 @@ class Trainer:
         for video in write_videos(
             self.backbone, self.text, self.config, own, folder, settings, "validating", reuse=False
         ):
-            output = score_video(self.reward, video.pixels.to(self.runtime.device), video.sample.prompt)
+            output = score_videos(self.reward, video.pixels[None], [video.sample.prompt])
             scores.append(output.score.item())
             parts.append({name: value.item() for name, value in output.parts.items()})
             made.append((str(video.path), video.sample.prompt.reward_text))
@@ -276,11 +276,3 @@ def lr_factor(config, step: int, total: int) -> float:
     left = 1 - (step - config.lr_warmup_steps) / max(1, total - config.lr_warmup_steps)
     shapes = {"constant": 1.0, "linear": left, "cosine": 0.5 * (1 - math.cos(math.pi * left))}
     return shapes[config.lr_schedule]
-
-
-@torch.no_grad()
-def score_video(reward: Reward, pixels: Tensor, prompt: Prompt) -> RewardOutput:
-    """Reward of a finished video [3, frames, H, W], over at most 8 frames spread evenly."""
-    count = min(SCORED_FRAMES, pixels.shape[1])
-    index = torch.linspace(0, pixels.shape[1] - 1, count).round().long()
-    return reward(pixels[:, index].transpose(0, 1)[None], [prompt.reward_text])

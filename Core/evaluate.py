@@ -1,0 +1,95 @@
+"""Before and after, paired: the same prompts and seeds with and without an adapter.
+
+Axes: P prompts, S videos of each prompt, B videos, T frames, H, W pixels.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from peft import PeftModel
+from torch import Tensor
+
+from Core.prompts import Prompt
+from Core.rewards import Reward, RewardOutput
+
+SCORED_FRAMES = 8
+RESAMPLES = 10_000
+
+
+@torch.no_grad()
+def score_videos(reward: Reward, videos: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:
+    """Reward of finished videos [B, 3, T, H, W] in [-1, 1], over at most 8 frames spread evenly."""
+    count = min(SCORED_FRAMES, videos.shape[2])
+    index = torch.linspace(0, videos.shape[2] - 1, count).round().long()
+    frames = videos[:, :, index].transpose(1, 2).to(reward.device)
+    return reward(frames, [prompt.reward_text for prompt in prompts])
+
+
+@contextmanager
+def without_adapter(model: PeftModel) -> Iterator[None]:
+    """The base model, as long as the context lasts."""
+    with model.disable_adapter():
+        yield
+
+
+@dataclass(frozen=True)
+class PairedGain:
+    """What changed from ``before`` to ``after``, both means; ``low`` to ``high`` holds the gain at 95%.
+
+    win_rate: share of videos that improved, ties counted half.
+    """
+
+    before: float
+    after: float
+    gain: float
+    low: float
+    high: float
+    win_rate: float
+    videos: int
+
+    @property
+    def significant(self) -> bool:
+        """Whether the interval leaves out zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{self.before:.3f} → {self.after:.3f}  ({self.gain:+.3f}, 95% {self.low:+.3f} to {self.high:+.3f})"
+
+
+def paired_gain(before: np.ndarray, after: np.ndarray, seed: int = 0) -> PairedGain:
+    """Mean difference of scores [P, S] with a bootstrap interval over prompts.
+
+    Prompts are resampled, not videos: videos of one prompt are not independent (Efron & Tibshirani, 1993).
+    """
+    before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
+    if before.shape != after.shape or before.ndim != 2:
+        raise ValueError(f"paired scores must both be [prompts, videos], got {before.shape} and {after.shape}")
+    difference = after - before
+    per_prompt = difference.mean(axis=1)
+    picks = np.random.default_rng(seed).integers(len(per_prompt), size=(RESAMPLES, len(per_prompt)))
+    low, high = np.quantile(per_prompt[picks].mean(axis=1), [0.025, 0.975])
+    wins = (difference > 0).mean() + (difference == 0).mean() / 2
+    means = (before.mean(), after.mean(), difference.mean(), low, high, wins)
+    return PairedGain(*map(float, means), videos=difference.size)
+
+
+def motion(videos: Tensor) -> Tensor:
+    """[B]: mean absolute change from frame to frame, in [0, 2]; 0 for a still. ``videos`` [B, 3, T, H, W]."""
+    if videos.shape[2] < 2:
+        return torch.zeros(len(videos))
+    return videos.diff(dim=2).abs().mean(dim=(1, 2, 3, 4))
+
+
+def diversity(videos: Tensor) -> float:
+    """Mean distance between different videos of one prompt, in root-mean-square pixel units of [-1, 1]."""
+    if len(videos) < 2:
+        return 0.0
+    return float(torch.pdist(videos.flatten(1)).mean() / videos[0].numel() ** 0.5)
+
+
+def summarise(scores: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, PairedGain]:
+    """A paired gain for each named pair of scores [P, S]."""
+    return {name: paired_gain(before, after) for name, (before, after) in scores.items()}

@@ -242,3 +242,15 @@ def twin_arguments(root: Path) -> dict[str, dict]:
         "sharpness": {},
         "saturation": {},
     }
+
+
+def smooth_images(count: int, size: tuple[int, int], seed: int = 0) -> torch.Tensor:
+    """8-bit pictures [N, 3, H, W] made of a few waves, with detail a resize keeps, as in photographs."""
+    generator = torch.Generator().manual_seed(seed)
+    rows, columns = (torch.linspace(0, 1, side) for side in size)
+    images = torch.zeros(count, 3, *size)
+    for _ in range(4):
+        kx, ky, phase, height = torch.rand(4, count, 3, 1, 1, generator=generator)
+        images += height * torch.sin(6 * kx * columns + 6 * ky * rows[:, None] + 6.3 * phase)
+    images = images / 4 + 0.5
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)

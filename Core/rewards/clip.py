@@ -19,6 +19,7 @@ from Core.rewards.preprocess import Fit, ImageTransform, transform_from_folder
 from Core.rewards.weights import Weight
 
 CLIP_L14 = Weight(source="openai/clip-vit-large-patch14", size=1_710_000_000, licence="MIT")
+TEXT_HALF = r"text_model\..*|text_projection\.weight|logit_scale"
 TEXT_CACHE_LIMIT = 8192  # texts; a float32 feature of ViT-H takes 4 kB
 
 
@@ -103,7 +104,7 @@ def load_image_tower(folder: Path, resize: Fit | None = None) -> ImageTower:
     """Vision half of a CLIP folder in the transformers layout."""
     from transformers import CLIPVisionModelWithProjection
 
-    model = load_strictly(CLIPVisionModelWithProjection, folder)
+    model = load_strictly(CLIPVisionModelWithProjection, folder, unused=TEXT_HALF)
     transform = clip_transform(folder, model.config.image_size, resize)
     return ImageTower(model.vision_model, model.visual_projection, transform)
 

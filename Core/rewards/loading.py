@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -46,19 +47,32 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_strictly(model_class: Any, folder: Path | None, **kwargs: Any) -> Any:
-    """`model_class.from_pretrained(folder)`, refusing weights that leave any parameter uninitialised.
+def load_strictly(model_class: Any, folder: Path | None, unused: str = "", **kwargs: Any) -> Any:
+    """`model_class.from_pretrained(folder)` in float32, refusing weights that do not fit the model exactly.
 
-    kwargs go to `from_pretrained`; with folder None they are `config` and `state_dict`.
+    unused: pattern of keys that may be left over, beside the position indices old files hold. kwargs go to
+    `from_pretrained`; with folder None they are `config` and `state_dict`. Raises ValueError with the keys that
+    are missing, left over, or of another shape.
     """
     with quiet_transformers():
         model, report = model_class.from_pretrained(
-            folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, **kwargs
+            folder,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # reported below, together with the rest
+            local_files_only=True,
+            dtype=torch.float32,
+            **kwargs,
         )
-    missing = sorted(report["missing_keys"]) + sorted(str(item) for item in report["mismatched_keys"])
-    if missing:
+    leftover = re.compile(rf"(.*\.)?position_ids|{unused}")
+    problems = {
+        "missing": sorted(report["missing_keys"]),
+        "left over": sorted(key for key in report["unexpected_keys"] if not leftover.fullmatch(key)),
+        "of another shape": sorted(str(key) for key in report["mismatched_keys"]),
+    }
+    found = [f"{len(keys)} {problem} ({', '.join(keys[:3])})" for problem, keys in problems.items() if keys]
+    if found:
         raise ValueError(
-            f"{folder or 'the file'} does not fit {model_class.__name__}: {len(missing)} tensors are missing "
-            f"or of another shape, first {', '.join(missing[:3])}; give a model of that kind"
+            f"the weights in {folder or 'the file'} are not those of {model_class.__name__}, "
+            f"{', '.join(found)}; give a model of that kind"
         )
     return model

@@ -15,14 +15,14 @@ from Core.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalize, read
 from Core.rewards.weights import Weight, locate
 
 YOLOS = Weight(source="hustvl/yolos-small", size=123_000_000, licence="Apache-2.0")
+PATCH = 16  # pixels; a YOLOS image is a whole number of patches
 
 
-def detector_size(
-    height: int, width: int, short: int, long: int | None, multiple: int = 16
-) -> tuple[int, int]:
+def detector_size(height: int, width: int, short: int, long: int | None) -> tuple[int, int]:
     """Size a YOLOS image is brought to: short side to `short` unless the long one would exceed `long`.
 
-    Both sides are rounded down, first to whole pixels, then to a multiple of 16 (the patch).
+    Both sides are rounded down, first to whole pixels, then to a multiple of 16 (the patch), of which there is
+    at least one.
     """
     small, large = sorted((height, width))
     side: float = short
@@ -30,7 +30,7 @@ def detector_size(
         side = long * small / large
     shorter, longer = round(side), int(side * large / small)
     rows, columns = (shorter, longer) if height <= width else (longer, shorter)
-    return rows - rows % multiple, columns - columns % multiple
+    return tuple(max(PATCH, side - side % PATCH) for side in (rows, columns))
 
 
 class ObjectDetection(ImageReward):

@@ -18,7 +18,7 @@ from Core.rewards.loading import load_strictly
 from Core.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, transform_from_folder
 from Core.rewards.weights import Weight, locate
 
-VJEPA2 = Weight(source="facebook/vjepa2-vitl-fpc64-256", size=1_500_000_000, licence="MIT")
+VJEPA2 = Weight(source="facebook/vjepa2-vitl-fpc64-256", size=1_304_000_000, licence="MIT")
 
 
 def hidden_tokens(tubelets: int, side: int) -> dict[str, Tensor]:

@@ -1,0 +1,313 @@
+"""Scores against independent computations of each official pipeline, on 8-bit pictures and tiny twins.
+
+The other side is transformers' own processors and models, open_clip's golden numbers, or numpy.
+"""
+
+from __future__ import annotations
+
+import colorsys
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from reward_twins import open_clip_state, siglip_folder, smooth_images, twin_arguments
+from safetensors import safe_open
+from torch import Tensor
+from transformers import (
+    AutoTokenizer,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    SiglipImageProcessorPil,
+    SiglipModel,
+    VideoMAEForVideoClassification,
+    VideoMAEImageProcessorPil,
+    VJEPA2Model,
+    YolosForObjectDetection,
+    YolosImageProcessorPil,
+)
+
+from Core.rewards import build_reward
+from Core.rewards.vjepa import hidden_tokens
+
+GOLDEN = Path(__file__).parent / "golden"
+PROMPTS = ["a red fox", "two dogs, running."]
+# Pixel sizes and the relative error allowed: images a model takes as they are, and two that it resizes.
+SIZES = [pytest.param((16, 16), 1e-3, id="exact"), pytest.param((40, 72), 1e-2, id="wide")]
+SIZES.append(pytest.param((72, 40), 1e-2, id="tall"))
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> dict[str, dict]:
+    return twin_arguments(tmp_path_factory.mktemp("twins"))
+
+
+def as_frames(images: Tensor) -> Tensor:
+    """8-bit [N, 3, H, W] → one-frame videos [N, 1, 3, H, W] in [-1, 1]."""
+    return images[:, None].float() / 127.5 - 1
+
+
+def pictures(images: Tensor) -> list[Image.Image]:
+    return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
+
+
+def unit(features: Tensor) -> Tensor:
+    return features / features.norm(dim=-1, keepdim=True)
+
+
+@torch.no_grad()
+def clip_features(folder: str, images: Tensor, prompts: list[str]) -> tuple[Tensor, Tensor, float]:
+    """Unit features by transformers' processor, tokenizer and model."""
+    model = CLIPModel.from_pretrained(folder)
+    pixels = CLIPImageProcessorPil.from_pretrained(folder)(pictures(images), return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(folder)(prompts, padding="max_length", return_tensors="pt")
+    output = model(**pixels, **tokens)
+    return output.image_embeds, output.text_embeds, model.logit_scale.exp().item()
+
+
+def read_head(path: str) -> list[tuple[np.ndarray, np.ndarray]]:
+    state = torch.load(path, weights_only=True)
+    indices = sorted({int(key.split(".")[1]) for key in state})
+    return [(state[f"layers.{i}.weight"].numpy(), state[f"layers.{i}.bias"].numpy()) for i in indices]
+
+
+def close(measured: Tensor, expected: Tensor | np.ndarray, tolerance: float, spread: float) -> bool:
+    """Whether errors stay below `tolerance` of the value, or of `spread` where a twin's scores cross zero."""
+    expected = torch.as_tensor(np.asarray(expected), dtype=torch.float32)
+    return bool(((measured - expected).abs() <= tolerance * expected.abs().clamp_min(spread)).all())
+
+
+@pytest.mark.parametrize(("size", "tolerance"), SIZES)
+def test_clip_scorers_follow_transformers(size, tolerance, arguments):
+    images = smooth_images(2, size)
+    image, text, scale = clip_features(arguments["pick_score"]["model"], images, PROMPTS)
+    cosine = (unit(image) * unit(text)).sum(-1)
+    for name, factor in (("pick_score", scale), ("clip_score", 100.0)):
+        output = build_reward(name, arguments[name])(as_frames(images), PROMPTS)
+        assert close(output.score, factor * cosine, tolerance, spread=factor * 0.25)
+        torch.testing.assert_close(output.loss, (1 - output.score / 100).abs())
+
+
+@pytest.mark.parametrize(("size", "tolerance"), SIZES)
+def test_heads_follow_their_formula(size, tolerance, arguments):
+    images = smooth_images(2, size)
+    image, _, _ = clip_features(arguments["aesthetic"]["model"], images, PROMPTS)
+    feature = unit(image).numpy()
+
+    linear = feature
+    for weight, bias in read_head(arguments["aesthetic"]["head"]):
+        linear = linear @ weight.T + bias
+    jpeg = feature
+    *hidden, last = read_head(arguments["compression"]["head"])
+    for weight, bias in hidden:
+        jpeg = np.maximum(jpeg @ weight.T + bias, 0)
+    jpeg = jpeg @ last[0].T + last[1]
+    expected = {
+        "aesthetic": linear,
+        "weather": 1 / (1 + np.exp(-linear)),
+        "compression": jpeg,
+        "incompressibility": jpeg,
+    }
+    for name, value in expected.items():
+        output = build_reward(name, arguments[name])(as_frames(images), PROMPTS)
+        assert close(output.score, value[:, 0], tolerance, spread=1.0), name
+
+
+def test_losses_are_those_of_the_reference(arguments):
+    frames = as_frames(smooth_images(2, (16, 16)))
+
+    def run(name, **extra):
+        output = build_reward(name, arguments[name] | extra)(frames, PROMPTS)
+        return output.score, output.loss, output.parts
+
+    same = torch.testing.assert_close
+    score, loss, _ = run("aesthetic")
+    same(loss, 0.1 * (score - 10).abs())
+    score, loss, _ = run("hps")
+    same(loss, 1 - score)
+    score, loss, parts = run("aesthetic_hps")
+    same(score, (parts["aesthetic"] + 15 * parts["hps"]) / 2)
+    same(loss, (1.5 * 0.1 * (parts["aesthetic"] - 10).abs() + (1 - parts["hps"]).abs()) / 2)
+    for name, sign in (("compression", 1), ("incompressibility", -1)):
+        score, loss, _ = run(name)
+        same(loss, sign * score)
+        score, loss, _ = run(name, target=3.0)
+        same(loss, (score - 3).abs())
+    for kind, target in (("rainy", 1), ("snowy", 0)):
+        score, loss, _ = run("weather", kind=kind)
+        same(loss, (score - target) ** 2)
+    score, loss, _ = run("object_detection")
+    same(loss, -score.log())
+    score, loss, _ = run("object_detection", goal="lower")
+    same(loss, -(1 - score).log())
+    score, loss, _ = run("sharpness", target=0.5)
+    same(loss, (score - 0.5).abs())
+
+
+@pytest.mark.parametrize(("name", "tolerance"), [("exact", 1e-3), ("wide", 1e-2), ("tall", 1e-2)])
+def test_hps_follows_open_clip(name, tolerance, arguments):
+    with safe_open(GOLDEN / "open_clip_tiny.safetensors", "pt") as file:
+        golden = {key: file.get_tensor(key) for key in file.keys()}
+        prompts = json.loads(file.metadata()["prompts"])
+    checksum = torch.stack([value.double().abs().sum() for value in open_clip_state().values()])
+    torch.testing.assert_close(
+        checksum, golden["checksum"], msg="this torch draws other weights for the twin"
+    )
+    frames = as_frames(golden[f"{name}.images"])
+    expected = (golden[f"{name}.longest"] * golden["text"]).sum(-1)
+    score = build_reward("hps", arguments["hps"])(frames, prompts).score
+    assert close(score, expected, tolerance, spread=0.25)
+
+
+def test_hps_squash_is_the_bilinear_stretch_of_the_reference(arguments):
+    images = smooth_images(2, (40, 72))
+    stretched = [picture.resize((16, 16), Image.Resampling.BILINEAR) for picture in pictures(images)]
+    small = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in stretched])
+    official = build_reward("hps", arguments["hps"])
+    squash = build_reward("hps", arguments["hps"] | {"hps_resize": "squash"})
+    score = squash(as_frames(images), PROMPTS).score
+    assert close(score, official(as_frames(small), PROMPTS).score, 1e-2, spread=0.25)
+    assert not close(score, official(as_frames(images), PROMPTS).score, 1e-1, spread=0.25)
+
+
+@pytest.mark.parametrize(("size", "tolerance"), SIZES)
+@torch.no_grad()
+def test_clip_score_follows_siglip(size, tolerance, tmp_path):
+    folder = siglip_folder(tmp_path / "siglip")
+    images = smooth_images(2, size)
+    model = SiglipModel.from_pretrained(folder)
+    pixels = SiglipImageProcessorPil.from_pretrained(folder)(pictures(images), return_tensors="pt")
+    tokens = AutoTokenizer.from_pretrained(folder)(
+        PROMPTS, padding="max_length", max_length=12, truncation=True, return_tensors="pt"
+    )
+    output = model(input_ids=tokens.input_ids, **pixels)
+    expected = 100 * (unit(output.image_embeds) * unit(output.text_embeds)).sum(-1)
+    score = build_reward("clip_score", {"model": str(folder)})(as_frames(images), PROMPTS).score
+    assert close(score, expected, tolerance, spread=25)
+
+
+@pytest.mark.parametrize(("size", "tolerance"), SIZES)
+@torch.no_grad()
+def test_actpred_follows_transformers(size, tolerance, arguments):
+    folder = arguments["actpred"]["model"]
+    clips = smooth_images(8, size).unflatten(0, (2, 4))
+    model = VideoMAEForVideoClassification.from_pretrained(folder)
+    processor = VideoMAEImageProcessorPil.from_pretrained(folder)
+    pixels = processor([pictures(clip) for clip in clips], return_tensors="pt")
+    logits = model(**pixels).logits
+    label = torch.tensor([1, 0])  # as `videomae_folder` numbers them
+    output = build_reward("actpred", arguments["actpred"])(
+        clips.float() / 127.5 - 1, ["Playing guitar!", "a boy riding a red bike"]
+    )
+    expected = logits.softmax(-1).gather(1, label[:, None])[:, 0]
+    assert close(output.score, expected, tolerance, spread=0.0)
+    entropy = torch.nn.functional.cross_entropy(logits, label, reduction="none")
+    assert close(output.loss, entropy, tolerance, spread=0.1)
+
+
+@pytest.mark.parametrize("size", [(32, 48), (48, 80), (80, 48), (50, 40), (40, 120)])
+@torch.no_grad()
+def test_object_detection_follows_transformers(size, arguments):
+    folder = arguments["object_detection"]["model"]
+    images = smooth_images(2, size)
+    processor = YolosImageProcessorPil.from_pretrained(folder)
+    pixels = processor(pictures(images), return_tensors="pt").pixel_values
+    logits = YolosForObjectDetection.from_pretrained(folder)(pixel_values=pixels).logits
+    expected = logits.softmax(-1)[..., 1].amax(-1)  # "dog"
+    score = build_reward("object_detection", arguments["object_detection"])(as_frames(images), PROMPTS).score
+    assert close(score, expected, 1e-3 if size == (32, 48) else 1e-2, spread=0.0)
+
+
+@pytest.mark.parametrize(("size", "tolerance"), SIZES)
+@torch.no_grad()
+def test_vjepa_predicts_the_future_as_transformers_does(size, tolerance, arguments):
+    """The past alone fills the context: then transformers' encoder on the cut clip is the masked encoder."""
+    folder = arguments["vjepa"]["model"]
+    clip = smooth_images(8, size)
+    processor = CLIPImageProcessorPil(
+        size={"shortest_edge": 18},
+        crop_size={"height": 16, "width": 16},
+        resample=2,
+        image_mean=[0.485, 0.456, 0.406],
+        image_std=[0.229, 0.224, 0.225],
+    )
+    pixels = processor(pictures(clip), return_tensors="pt").pixel_values[None]
+    model = VJEPA2Model.from_pretrained(folder)
+    features = model.encoder(pixels).last_hidden_state
+    past = model.encoder(pixels[:, :4]).last_hidden_state
+    order = torch.arange(64)[None]
+    predicted = model.predictor(torch.cat([past, 0 * past], 1), [order[:, :32]], [order[:, 32:]])
+    target = (features - features.mean(-1, keepdim=True)) / features.std(-1, keepdim=True, unbiased=False)
+    expected = (predicted.last_hidden_state - target[:, 32:]).abs().mean()
+
+    reward = build_reward("vjepa", arguments["vjepa"])
+    tokens = reward.tokens(clip[None].float() / 255)
+    hidden = hidden_tokens(4, 4)["future"]
+    ours = torch.nn.functional.layer_norm(reward.encode(tokens, order), (24,))
+    measured = reward.error(tokens, ours, order, hidden)
+    assert close(measured, expected[None], tolerance, spread=0.0)
+
+
+@torch.no_grad()
+def test_vjepa_context_sees_nothing_that_is_hidden(arguments):
+    reward = build_reward("vjepa", arguments["vjepa"])
+    tokens = reward.tokens(torch.rand(1, 8, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
+    target, order = torch.zeros(1, 64, 24), torch.arange(64)[None]
+    for hidden in hidden_tokens(4, 4).values():
+        disturbed = tokens + 10 * hidden[:, None]
+        same = [reward.error(t, target, order, hidden) for t in (tokens, disturbed)]
+        torch.testing.assert_close(same[0], same[1], rtol=0, atol=0)
+
+
+def test_guards_follow_numpy():
+    images = smooth_images(8, (20, 24)).unflatten(0, (2, 4))
+    frames, pixels = images.float() / 127.5 - 1, images.numpy() / 255.0
+    motion = np.abs(pixels[:, 1:] - pixels[:, :-1]).mean((1, 2, 3, 4))
+    luma = np.tensordot(pixels, [0.299, 0.587, 0.114], axes=(2, 0))
+    inner = luma[..., 1:-1, 1:-1]
+    laplacian = (
+        luma[..., 2:, 1:-1] + luma[..., :-2, 1:-1] + luma[..., 1:-1, 2:] + luma[..., 1:-1, :-2] - 4 * inner
+    )
+    saturation = [colorsys.rgb_to_hsv(*pixel)[1] for pixel in np.moveaxis(pixels, 2, -1).reshape(-1, 3)]
+    expected = {
+        "motion": motion,
+        "sharpness": laplacian.std((-1, -2)).mean(1),
+        "saturation": np.reshape(saturation, (2, -1)).mean(1),
+    }
+    for name, value in expected.items():
+        assert close(build_reward(name)(frames, PROMPTS).score, value, 1e-3, spread=0.0), name
+
+
+def test_every_image_is_paired_with_its_own_prompt(arguments):
+    reward = build_reward("pick_score", arguments["pick_score"])
+    frames = as_frames(smooth_images(2, (16, 16)))
+    swapped = reward(frames, PROMPTS[::-1]).score
+    mixed = reward(frames[[0, 1, 0, 1]], [PROMPTS[0], PROMPTS[1], PROMPTS[1], PROMPTS[0]]).score
+    torch.testing.assert_close(mixed[2:], swapped)
+    assert not torch.allclose(mixed[:2], swapped)
+
+
+def test_laion_head_gives_the_golden_scores_and_gradients(tmp_path, arguments):
+    """Golden numbers of the published head, which fix the one affine map that a head in its layout is."""
+    with safe_open(GOLDEN / "aesthetic_head.safetensors", "pt") as file:
+        golden = {key: file.get_tensor(key) for key in file.keys()}
+    direction, embedding = golden["grad_embedding"][0], golden["embedding"]
+    state, widths = {}, (768, 1024, 128, 64, 16, 1)
+    for i, width_in, width_out in zip((0, 2, 4, 6, 7), widths, widths[1:], strict=False):
+        state[f"layers.{i}.weight"] = torch.eye(width_out, width_in)
+        state[f"layers.{i}.bias"] = torch.zeros(width_out)
+    state["layers.0.weight"][0] = direction
+    state["layers.7.bias"][0] = golden["score"][0] - direction @ embedding[0]
+    torch.save(state, tmp_path / "head.pth")
+
+    from Core.rewards.aesthetic import linear_layers
+    from Core.rewards.loading import load_state
+
+    head = torch.nn.Sequential(*linear_layers(load_state(tmp_path / "head.pth"), "head.pth"))
+    features = embedding.clone().requires_grad_()
+    score = head(features).squeeze(-1)
+    torch.testing.assert_close(score, golden["score"], rtol=1e-5, atol=0)
+    gradient = torch.autograd.grad(score.sum(), features)[0]
+    torch.testing.assert_close(gradient, golden["grad_embedding"], rtol=1e-4, atol=1e-6)

@@ -1,0 +1,34 @@
+"""The demo: a small Open-Sora of the same classes, trained on a CPU in minutes; only sizes and paths change."""
+
+_base_ = ["./vader_train.py"]
+
+image_size = (64, 64)
+num_frames = 17
+aes = None
+
+model = dict(from_pretrained="{{fileDirname}}/../../../../assets/demo/stdit")
+vae = dict(from_pretrained="{{fileDirname}}/../../../../assets/demo/vae", micro_batch_size=64)
+text_encoder = dict(from_pretrained="{{fileDirname}}/../../../../assets/demo/t5", model_max_length=32)
+scheduler = dict(num_sampling_steps=12, cfg_scale=2.5, use_timestep_transform=False)
+dtype = "fp32"
+mixed_precision = "no"
+
+prompt_path = "{{fileDirname}}/../../../../assets/demo/prompts_train.txt"
+val_prompt_path = "{{fileDirname}}/../../../../assets/demo/prompts_heldout.txt"
+reward_fn = "pick_score"
+reward_args = dict(model="{{fileDirname}}/../../../../assets/demo/clip")
+
+lr = 1e-3
+lora_alpha = 16
+backprop_steps = 1
+train_batch_size = 8
+gradient_accumulation_steps = 1
+max_train_steps = 100
+grad_checkpoint = False
+
+project_dir = "runs/demo"
+validation_steps = 50
+checkpointing_steps = 50
+val_batch_size = 16
+num_val_runs = 1
+use_wandb = False

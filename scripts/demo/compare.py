@@ -1,0 +1,107 @@
+"""Base model against adapter on the demo: the same held-out captions and noise, scored by reward and oracle.
+
+Axes: P prompts, T frames, H, W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from Core.evaluate import PairedGain, motion, paired_gain, score_videos, without_adapter
+from Core.inference import Sample, batches, generate, plan_samples
+from Core.prompts import Prompt, parse_prompts
+from Core.rewards import Reward, build_reward
+from Core.run import adapt_for_inference, build_backbone
+from Core.runtime import Runtime
+from scripts.demo import oracle, world
+from scripts.demo.common import to_pixels, to_uint8
+from scripts.demo.measure import TRUTH_SEED, heldout
+
+BATCH = 32
+SEED = 1  # of the noise; training draws other noise, since the seed is named differently there
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Per video [P]: the trained reward, whether the oracle agrees with the caption, and motion."""
+
+    reward: np.ndarray
+    colour_and_shape: np.ndarray
+    direction: np.ndarray
+    motion: np.ndarray
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Scores of base model, adapter and true videos, and the videos ``uint8 [P, T, H, W, 3]``."""
+
+    captions: list[str]
+    before: Scores
+    after: Scores
+    true_reward: float
+    videos_before: np.ndarray
+    videos_after: np.ndarray
+
+    def gain(self, name: str) -> PairedGain:
+        before, after = getattr(self.before, name), getattr(self.after, name)
+        return paired_gain(before[:, None], after[:, None])
+
+    @property
+    def share_of_distance(self) -> float:
+        """Gain in reward as a share of the distance between base and true videos."""
+        gain = self.gain("reward")
+        return gain.gain / (self.true_reward - gain.before)
+
+
+def score(reward: Reward, videos: Tensor, prompts: Sequence[Prompt]) -> Scores:
+    """``videos`` [P, 3, T, H, W] in [-1, 1]."""
+    parts = [
+        score_videos(reward, videos[i : i + BATCH], prompts[i : i + BATCH]).score
+        for i in range(0, len(videos), BATCH)
+    ]
+    said = [world.parse_caption(prompt.reward_text) for prompt in prompts]
+    seen = [oracle.read(clip) or {} for clip in to_uint8(videos.transpose(1, 2))]
+    hits = {
+        name: np.array([s.get(name) == t[name] for s, t in zip(seen, said, strict=True)])
+        for name in ("colour", "shape", "direction")
+    }
+    both = (hits["colour"] & hits["shape"]).astype(float)
+    return Scores(torch.cat(parts).numpy(), both, hits["direction"].astype(float), motion(videos).numpy())
+
+
+def generate_pairs(config, backbone, text, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
+    """Videos [P, 3, T, H, W] without and with the adapter, from the same noise."""
+    before, after = [], []
+    bar = tqdm(total=2 * len(samples), desc="generating", unit="video", disable=config.verbose < 1)
+    for batch in batches(samples, BATCH):
+        with without_adapter(backbone.denoiser):
+            before.append(generate(backbone, text, config, batch))
+        after.append(generate(backbone, text, config, batch))
+        bar.update(2 * len(batch))
+    bar.close()
+    return torch.cat(before), torch.cat(after)
+
+
+def compare(config, adapter: str, count: int, scene_seed: int = TRUTH_SEED) -> Comparison:
+    """Compare base model and ``adapter`` on ``count`` held-out captions."""
+    scenes, captions = heldout(count, scene_seed)
+    prompts = parse_prompts(captions)
+    backbone, text = build_backbone(config, Runtime(), prompts)
+    adapt_for_inference(adapter, 1.0, backbone)
+    reward = build_reward(config.reward_fn, config.reward_arguments, device=backbone.device)
+    before, after = generate_pairs(config, backbone, text, plan_samples(prompts, 1, SEED))
+    truth = to_pixels(np.stack([world.render(scene) for scene in scenes])).transpose(1, 2)
+    return Comparison(
+        captions,
+        score(reward, before, prompts),
+        score(reward, after, prompts),
+        float(score(reward, truth, prompts).reward.mean()),
+        to_uint8(before.transpose(1, 2)),
+        to_uint8(after.transpose(1, 2)),
+    )

@@ -1,0 +1,47 @@
+"""Write the table of config keys into README.md, from the dataclass that holds them: write_options.py [--check]."""
+
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
+
+from Core.config import Config  # noqa: E402
+from Core.options import default_of, describe_type  # noqa: E402
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- options: written by scripts/write_options.py -->", "<!-- end of options -->"
+
+
+def table() -> str:
+    """A Markdown row per key: name, default, type, what it does."""
+    rows = ["| key | default | type | meaning |", "| --- | --- | --- | --- |"]
+    for entry in fields(Config):
+        cells = (
+            f"`{entry.name}`",
+            f"`{default_of(entry)!r}`",
+            describe_type(entry.type),
+            entry.metadata["doc"],
+        )
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(rows)
+
+
+def with_table(text: str) -> str:
+    """``text`` with the table between its two markers."""
+    head, _, rest = text.partition(BEGIN)
+    _, _, tail = rest.partition(END)
+    return f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+
+
+def main() -> int:
+    text = README.read_text(encoding="utf-8")
+    if "--check" in sys.argv:
+        return int(with_table(text) != text)
+    README.write_text(with_table(text), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

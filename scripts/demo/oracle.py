@@ -1,0 +1,106 @@
+"""Reads colour, shape and direction of motion off a demo video with plain image processing.
+
+It knows the palette and the outlines of `scripts.demo.world` and nothing of how a video was made, so it judges
+generated videos as it judges true ones. The background is grey, so colourfulness (chroma) is the shape.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import numpy as np
+
+from scripts.demo import world
+
+MIN_AREA = 40  # pixels; less is no shape
+MIN_TRAVEL = 5.0  # pixels between the first and the last quarter of the video
+GRID = 48  # side of the normalised picture in which outlines are compared
+
+
+def read(video: np.ndarray) -> dict[str, str | None] | None:
+    """Attributes of a video ``uint8 [T, H, W, 3]``, or None when no frame shows a coloured shape.
+
+    Returns ``{"colour", "shape", "direction"}``; ``direction`` is None for a shape that hardly moves.
+    """
+    pixels = video.astype(np.float32) / 255
+    seen = [found for frame in pixels if (found := _find(frame)) is not None]
+    if not seen:
+        return None
+    covers, centres = [cover for cover, _ in seen], np.array([centre for _, centre in seen])
+    visible = [frame for frame in pixels if _find(frame) is not None]
+    return {"colour": _colour(visible, covers), "shape": _shape(covers), "direction": _direction(centres)}
+
+
+def _find(frame: np.ndarray) -> tuple[np.ndarray, tuple[float, float]] | None:
+    """Soft coverage ``[H, W]`` of the shape and its centre (x, y), or None."""
+    chroma = frame.max(-1) - frame.min(-1)
+    strongest = np.sort(chroma, axis=None)[-MIN_AREA]
+    if strongest < 0.25:
+        return None
+    cover = np.clip(chroma / strongest, 0, 1)
+    cover[cover < 0.3] = 0
+    ys, xs = np.mgrid[0 : frame.shape[0], 0 : frame.shape[1]] + 0.5
+    total = cover.sum()
+    return cover, (float((cover * xs).sum() / total), float((cover * ys).sum() / total))
+
+
+def _colour(frames: list[np.ndarray], covers: list[np.ndarray]) -> str:
+    """The palette's colour of nearest hue to the well covered pixels' mean colour."""
+    inside = np.concatenate([frame[cover > 0.85] for frame, cover in zip(frames, covers, strict=True)])
+    hues = {name: _hue_vector(np.array(rgb) / 255) for name, rgb in world.COLOURS.items()}
+    seen = _hue_vector(np.median(inside, axis=0))
+    return max(hues, key=lambda name: float(hues[name] @ seen))
+
+
+def _hue_vector(rgb: np.ndarray) -> np.ndarray:
+    """Unit vector of a colour's hue in the plane orthogonal to grey."""
+    red, green, blue = rgb
+    plane = np.array([red - (green + blue) / 2, (green - blue) * np.sqrt(3) / 2])
+    return plane / (np.linalg.norm(plane) + 1e-6)
+
+
+@cache
+def _outlines() -> dict[str, np.ndarray]:
+    """Each shape's normalised picture, zero mean and unit norm."""
+    ys, xs = np.mgrid[0 : world.SIDE, 0 : world.SIDE] + 0.5 - world.SIDE / 2
+    covers = {s: np.clip(0.5 - world.distance(s, xs, ys, 12.5), 0, 1) for s in world.SHAPES}
+    return {name: _normalised(cover) for name, cover in covers.items()}
+
+
+def _normalised(cover: np.ndarray) -> np.ndarray:
+    """Coverage resampled (bilinear) to a GRID² picture around its bounding box, zero mean, unit norm."""
+    rows, columns = (np.flatnonzero((cover > 0.5).sum(axis) > 0) for axis in (1, 0))
+    centre_y, centre_x = (rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2
+    half = max(np.ptp(rows), np.ptp(columns)) / 2 + 1.5
+    steps = np.linspace(-half, half, GRID)
+    picture = _sample(cover, centre_y + steps, centre_x + steps)
+    picture -= picture.mean()
+    return picture / (np.linalg.norm(picture) + 1e-6)
+
+
+def _sample(image: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
+    """Bilinear samples on the grid ``ys × xs``; zero outside the image."""
+    padded = np.pad(image, 1)
+    ys, xs = (np.clip(v + 1, 0, n - 1.001) for v, n in zip((ys, xs), padded.shape, strict=True))
+    y0, x0 = ys.astype(int), xs.astype(int)
+    fy, fx = (ys - y0)[:, None], (xs - x0)[None]
+    top = padded[np.ix_(y0, x0)] * (1 - fx) + padded[np.ix_(y0, x0 + 1)] * fx
+    bottom = padded[np.ix_(y0 + 1, x0)] * (1 - fx) + padded[np.ix_(y0 + 1, x0 + 1)] * fx
+    return top * (1 - fy) + bottom * fy
+
+
+def _shape(covers: list[np.ndarray]) -> str:
+    """The outline that correlates best with the frames' mean normalised picture."""
+    mean = np.mean([_normalised(cover) for cover in covers], axis=0)
+    return max(_outlines(), key=lambda name: float((_outlines()[name] * mean).sum()))
+
+
+def _direction(centres: np.ndarray) -> str | None:
+    """The main axis of the way from the first to the last quarter of the frames."""
+    quarter = max(1, len(centres) // 4)
+    dx, dy = centres[-quarter:].mean(0) - centres[:quarter].mean(0)
+    if max(abs(dx), abs(dy)) < MIN_TRAVEL:
+        return None
+    if abs(dx) >= abs(dy):
+        return "right" if dx > 0 else "left"
+    return "down" if dy > 0 else "up"

@@ -1,0 +1,243 @@
+"""Stages ``clip`` and ``aesthetic``: the demo's reward models.
+
+The CLIP's cosine is regressed to explicit targets instead of being contrasted: all right ≈ 1, one of colour and
+shape wrong ≈ 0.26, both wrong ≈ -0.07. So a reward that follows it gives partial credit and has a known top, and the
+distance between the base model's videos and true ones stays large.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
+
+from scripts.demo import text, vae, video, world
+from scripts.demo.common import SEED, WORK, fit, log, save, to_pixels
+
+TEXT_TOKENS = 32
+FEATURES = 96
+TOWER = dict(
+    hidden_size=128,
+    intermediate_size=384,
+    num_hidden_layers=4,
+    num_attention_heads=4,
+    hidden_act="gelu",
+    projection_dim=FEATURES,
+)
+TEXT_TOWER = {**TOWER, "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2}
+LOGIT_SCALE = math.log(100)  # PickScore's own unit: a perfect cosine scores 100
+BASE, ONE_RIGHT, BOTH_RIGHT, BACKGROUND = -0.12, 0.33, 0.41, 0.05  # cosine = their sum over what matches
+
+POOL = 1280  # scenes whose decoded frames are kept
+PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
+
+
+def target_cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Wanted cosines ``[N, M]`` between attribute rows ``[N, 3]`` and ``[M, 3]`` (colour, shape, background)."""
+    same = (a[:, None] == b[None]).float()
+    colour, shape, background = same.unbind(-1)
+    return BASE + ONE_RIGHT * (colour + shape) + BOTH_RIGHT * colour * shape + BACKGROUND * background
+
+
+def attributes(scenes: list[world.Scene]) -> Tensor:
+    """Indices of colour, shape and background, ``[N, 3]``."""
+    rows = [
+        (
+            list(world.COLOURS).index(s.colour),
+            world.SHAPES.index(s.shape),
+            world.BACKGROUNDS.index(s.background),
+        )
+        for s in scenes
+    ]
+    return torch.tensor(rows)
+
+
+@torch.no_grad()
+def decoded_pool() -> Tensor:
+    """Frames as the VAE shows them, ``uint8 [POOL, 4, 3, 64, 64]``: two of a whole clip, two latents decoded alone.
+
+    The latents carry noise of up to 0.4 of their spread, as a denoiser leaves it. Row ``i`` is scene ``i``.
+    """
+    path = WORK / "decoded_pool.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    latents, shift, scale = video.normalised_latents()
+    pipeline = vae.assemble(vae.train_spatial(), shift, scale).eval()
+    pipeline.temporal_vae.load_state_dict(vae.train_temporal().temporal_vae.state_dict())
+    generator, parts = torch.Generator().manual_seed(SEED), []
+    for start in range(0, POOL, 16):
+        z = latents[start : start + 16]
+        z = z + 0.4 * torch.rand(16, 1, 1, 1, 1, generator=generator) * torch.randn(
+            z.shape, generator=generator
+        )
+        raw = z * pipeline.scale + pipeline.shift
+        whole = pipeline.temporal_vae.decode(raw, num_frames=world.FRAMES)
+        picks = torch.randint(world.FRAMES, (2,), generator=generator)
+        alone = torch.randint(z.shape[2], (2,), generator=generator)
+        frames = [whole[:, :, f] for f in picks]
+        frames += [pipeline.temporal_vae.decode(raw[:, :, k : k + 1], num_frames=1)[:, :, 0] for k in alone]
+        pixels = vae.decode_frames(pipeline.spatial_vae.module, torch.cat(frames)).unflatten(0, (4, 16))
+        parts.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().transpose(0, 1))
+        if (start + 16) % 256 == 0:
+            log("clip", f"decoded {start + 16}/{POOL} scenes")
+    save(torch.cat(parts), path)
+    return torch.cat(parts)
+
+
+def augment(images: Tensor) -> Tensor:
+    """Shift, blur, contrast, brightness and noise on images ``[B, 3, 64, 64]`` in [-1, 1], each per image."""
+    n = len(images)
+    shifts = torch.randint(-3, 4, (2,)).tolist()
+    images = nn.functional.pad(images, (3, 3, 3, 3), mode="replicate")
+    images = images[:, :, 3 + shifts[0] : 67 + shifts[0], 3 + shifts[1] : 67 + shifts[1]]
+    smooth = nn.functional.avg_pool2d(nn.functional.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    images = images.lerp(smooth, torch.rand(n, 1, 1, 1))
+    images = images * (0.8 + 0.3 * torch.rand(n, 1, 1, 1)) + 0.1 * torch.randn(n, 1, 1, 1)
+    return images + 0.15 * torch.rand(n, 1, 1, 1) * torch.randn_like(images)
+
+
+def tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer trained on the world's captions, kept in the work folder."""
+    folder = WORK / "clip_tokenizer"
+    if not folder.exists():
+        trained = CLIPTokenizer().train_new_from_iterator(
+            text.captions(np.random.default_rng(SEED), 4000), 512
+        )
+        trained.model_max_length = TEXT_TOKENS
+        trained.save_pretrained(folder)
+    return CLIPTokenizer.from_pretrained(folder)
+
+
+def build(tokens: CLIPTokenizer) -> CLIPModel:
+    ids = dict(
+        bos_token_id=tokens.bos_token_id, eos_token_id=tokens.eos_token_id, pad_token_id=tokens.pad_token_id
+    )
+    config = CLIPConfig(
+        text_config={**TEXT_TOWER, **ids, "vocab_size": len(tokens), "max_position_embeddings": TEXT_TOKENS},
+        vision_config={**TOWER, "image_size": world.SIDE, "patch_size": 8},
+        projection_dim=FEATURES,
+        logit_scale_init_value=LOGIT_SCALE,
+    )
+    torch.manual_seed(3)
+    model = CLIPModel(config)
+    model.logit_scale.requires_grad_(False)
+    return model
+
+
+def image_features(model: CLIPModel, images: Tensor) -> Tensor:
+    """Unit features ``[B, FEATURES]`` of images ``[B, 3, 64, 64]`` in [-1, 1] (mean and deviation 0.5)."""
+    pooled = model.vision_model(pixel_values=images).pooler_output
+    return nn.functional.normalize(model.visual_projection(pooled), dim=-1)
+
+
+def text_features(model: CLIPModel, tokens: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Unit features ``[B, FEATURES]`` of captions."""
+    batch = tokens(texts, padding=True, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
+    pooled = model.text_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).pooler_output
+    return nn.functional.normalize(model.text_projection(pooled), dim=-1)
+
+
+def wrong_variants(scene: world.Scene, rng: np.random.Generator) -> list[world.Scene]:
+    """The scene, and three hard negatives: wrong colour, wrong shape, both wrong."""
+    colour = world.wrong_attribute(scene, rng, "colour")
+    shape = world.wrong_attribute(scene, rng, "shape")
+    return [scene, colour, shape, replace(colour, shape=shape.shape)]
+
+
+def training_images(rng: np.random.Generator, pool: Tensor, n: int) -> tuple[Tensor, list[world.Scene]]:
+    """``n`` images in [-1, 1], a third clean and the others as the VAE decodes them, with their scenes."""
+    rows = rng.integers(POOL, size=n)
+    scenes = [world.scene(SEED, int(i)) for i in rows]
+    images = pool[torch.from_numpy(rows), torch.from_numpy(rng.integers(4, size=n))].float() / 127.5 - 1
+    for i in range(0, n, 3):
+        scenes[i] = world.scene(SEED, int(rng.integers(1 << 40)))
+        images[i] = to_pixels(world.render(scenes[i], [int(rng.integers(world.FRAMES))]))[0]
+    return augment(images), scenes
+
+
+def train() -> tuple[CLIPModel, CLIPTokenizer]:
+    """Regress the cosines of every image with every caption of a batch, all kinds of match weighing the same."""
+    tokens, pool = tokenizer(), decoded_pool()
+    model = build(tokens)
+
+    def loss_fn(rng):
+        images, scenes = training_images(rng, pool, 48)
+        told = [variant for scene in scenes for variant in wrong_variants(scene, rng)]
+        captions = [world.caption(s, int(rng.integers(1 << 31))) for s in told]
+        cosines = image_features(model, images) @ text_features(model, tokens, captions).T
+        wanted = target_cosine(attributes(scenes), attributes(told))
+        kinds = torch.bucketize(wanted, torch.tensor([0.1, 0.7]))
+        errors = (cosines - wanted).pow(2)
+        loss = sum(errors[kinds == kind].mean() for kind in range(3))
+        met = {name: cosines.detach()[kinds == i].mean() for i, name in enumerate(("none", "one", "both"))}
+        return loss, {name: float(value) for name, value in met.items()}
+
+    fit("clip", model, loss_fn, steps=1400, lr=1e-3, weight_decay=0.05)
+    return model.eval(), tokens
+
+
+def export(folder: Path) -> None:
+    """CLIP, tokenizer and preprocessing in the hub's layout, half precision."""
+    model, tokens = train()
+    model.half().save_pretrained(folder)
+    tokens.save_pretrained(folder)
+    preprocessing = dict(
+        image_processor_type="CLIPImageProcessor",
+        size={"shortest_edge": world.SIDE},
+        crop_size={"height": world.SIDE, "width": world.SIDE},
+        do_resize=True,
+        do_center_crop=True,
+        do_normalize=True,
+        resample=3,
+        image_mean=[PIXEL_MEAN] * 3,
+        image_std=[PIXEL_STD] * 3,
+    )
+    (folder / "preprocessor_config.json").write_text(
+        json.dumps(preprocessing, indent=2) + "\n", encoding="utf-8"
+    )
+
+
+def rating(images: Tensor) -> Tensor:
+    """Look of images ``[B, 3, H, W]`` in [-1, 1], 1 to 10: a vivid shape that stands out from its background."""
+    pixels = images / 2 + 0.5
+    chroma = pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)
+    relative = chroma / chroma.amax((2, 3), keepdim=True).clamp(min=1e-3)
+    shape, ground = (
+        (pixels * w).sum((2, 3)) / w.sum((2, 3)) for w in (relative**4, (1 - relative) ** 4 + 1e-3)
+    )
+    vivid = shape.amax(1) - shape.amin(1)
+    contrast = (shape - ground).norm(dim=1) / math.sqrt(3)
+    return 1 + 9 * (0.5 * vivid + contrast).clamp(0, 1)
+
+
+@torch.no_grad()
+def fit_head() -> dict[str, Tensor]:
+    """Linear read-out of the rating from CLIP image features, by least squares: LAION's layout, one layer."""
+    model, _ = train()
+    torch.manual_seed(4)
+    pool, rng = decoded_pool(), np.random.default_rng(SEED)
+    images = torch.cat([training_images(rng, pool, 48)[0] for _ in range(100)])
+    features = torch.cat([image_features(model, part) for part in images.split(96)])
+    inputs, wanted = torch.cat([features, torch.ones(len(features), 1)], dim=1), rating(images)
+    fitted, tested = slice(0, 4000), slice(4000, None)
+    ridge = 1e-3 * torch.eye(inputs.shape[1])
+    gram = inputs[fitted].T @ inputs[fitted] + ridge
+    weights = torch.linalg.solve(gram, inputs[fitted].T @ wanted[fitted])
+    told = inputs[tested] @ weights
+    log(
+        "aesthetic",
+        f"correlation with the rating {torch.corrcoef(torch.stack([told, wanted[tested]]))[0, 1]:.3f}",
+    )
+    return {"layers.0.weight": weights[None, :-1].contiguous(), "layers.0.bias": weights[-1:].contiguous()}
+
+
+def export_head(path: Path) -> None:
+    """The head as a file of plain tensors."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(fit_head(), path)

@@ -1,0 +1,136 @@
+"""Stages ``vae2d`` and ``vae3d``: the demo's video VAE, of Open-Sora 1.2's classes."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor
+
+from opensora.models.vae.vae import VideoAutoencoderPipeline, VideoAutoencoderPipelineConfig
+from scripts.demo import world
+from scripts.demo.common import SEED, WORK, draw_frames, fit, log, near_shape, psnr, save, to_pixels
+
+SPATIAL = dict(
+    in_channels=3,
+    out_channels=3,
+    down_block_types=["DownEncoderBlock2D"] * 4,
+    up_block_types=["UpDecoderBlock2D"] * 4,
+    block_out_channels=[16, 32, 64, 64],
+    layers_per_block=1,
+    latent_channels=4,
+    norm_num_groups=8,
+    sample_size=64,
+    scaling_factor=0.18215,
+)
+KL_WEIGHT = 1e-7
+TEMPORAL = dict(filters=16, num_res_blocks=1, channel_multipliers=(1, 2, 2, 4), num_groups=8)
+CLIPS = 3072  # videos whose frames' latents are kept for the stages that follow
+LATENT_NOISE = 0.1  # of the latent's own spread, so that slightly wrong latents decode well too
+
+
+def pixel_loss(decoded: Tensor, target: Tensor) -> Tensor:
+    """L1 + L2 of images ``[B, 3, H, W]``, four times as heavy on and around the shape as on the background."""
+    error = decoded - target
+    return ((1 + 3 * near_shape(target)) * (error.abs() + error.pow(2))).mean()
+
+
+def train_spatial() -> AutoencoderKL:
+    """Fit the 2-D autoencoder on single frames; returns it in eval mode."""
+    torch.manual_seed(0)
+    model = AutoencoderKL(**SPATIAL).to(memory_format=torch.channels_last)
+
+    def loss_fn(rng):
+        frames = draw_frames(rng, 16).contiguous(memory_format=torch.channels_last)
+        posterior = model.encode(frames).latent_dist
+        decoded = model.decode(posterior.sample()).sample
+        loss = pixel_loss(decoded, frames) + KL_WEIGHT * posterior.kl().mean()
+        return loss, {"psnr": psnr(decoded.detach(), frames), "std": float(posterior.mean.detach().std())}
+
+    fit("vae2d", model, loss_fn, steps=1500, lr=2e-3)
+    return model.eval()
+
+
+def assemble(spatial: AutoencoderKL, shift=0.0, scale=1.0) -> VideoAutoencoderPipeline:
+    """The whole video VAE around a trained spatial half; the temporal half is fresh."""
+    torch.manual_seed(1)
+    config = VideoAutoencoderPipelineConfig(
+        vae_2d=dict(type="VideoAutoencoderKL", config=SPATIAL, micro_batch_size=None),
+        vae_temporal=dict(type="VAE_Temporal", **TEMPORAL),
+        micro_frame_size=world.FRAMES,
+        shift=shift,
+        scale=scale,
+    )
+    vae = VideoAutoencoderPipeline(config)
+    vae.spatial_vae.module.load_state_dict(spatial.state_dict())
+    return vae
+
+
+@torch.no_grad()
+def spatial_latents(spatial: AutoencoderKL) -> Tensor:
+    """Scaled latents of the frames of ``CLIPS`` training scenes, ``[N, 4, T, 8, 8]``; kept on disk.
+
+    Scene ``i`` is ``world.scene(SEED, i)``.
+    """
+    path = WORK / "spatial_latents.pt"
+    if path.exists():
+        return torch.load(path, weights_only=True)
+    parts, begun = [], time.time()
+    for i in range(CLIPS):
+        frames = to_pixels(world.render(world.scene(SEED, i))).contiguous(memory_format=torch.channels_last)
+        parts.append(spatial.encode(frames).latent_dist.mode() * spatial.config.scaling_factor)
+        if (i + 1) % 512 == 0:
+            log("latents", f"{i + 1}/{CLIPS} videos  {time.time() - begun:.0f} s")
+    latents = torch.stack(parts).transpose(1, 2).contiguous()
+    save(latents, path)
+    return latents
+
+
+def train_temporal() -> VideoAutoencoderPipeline:
+    """Fit the temporal VAE on latents of whole clips and of single latent frames decoded alone."""
+    spatial = train_spatial().requires_grad_(False)
+    latents = spatial_latents(spatial)
+    vae = assemble(spatial)
+    temporal, spread = vae.temporal_vae, latents.std((0, 2, 3, 4), keepdim=True)
+
+    def latent_loss(decoded: Tensor, target: Tensor) -> Tensor:
+        error = (decoded - target) / spread
+        return (error.abs() + error.pow(2)).mean()
+
+    def loss_fn(rng):
+        clips = latents[torch.from_numpy(rng.integers(len(latents), size=8))]
+        posterior = temporal.encode(clips)
+        z = posterior.mode()
+        z = z + LATENT_NOISE * z.detach().std((0, 2, 3, 4), keepdim=True) * torch.randn_like(z)
+        whole = temporal.decode(z, num_frames=world.FRAMES)
+        k = int(rng.integers(z.shape[2]))
+        alone, single = temporal.decode(z[:, :, k : k + 1], num_frames=1), clips[:, :, 4 * k : 4 * k + 1]
+        f = int(rng.integers(world.FRAMES))
+        shown = torch.cat([alone[:4, :, 0], whole[:4, :, f]])
+        wanted = torch.cat([single[:4, :, 0], clips[:4, :, f]])
+        pixels, target = (decode_frames(spatial, x) for x in (shown, wanted))
+        loss = latent_loss(whole, clips) + 0.5 * latent_loss(alone, single) + pixel_loss(pixels, target)
+        figures = {
+            "alone": psnr(pixels[:4].detach(), target[:4]),
+            "whole": psnr(pixels[4:].detach(), target[4:]),
+        }
+        return loss + KL_WEIGHT * posterior.kl().mean(), figures
+
+    fit("vae3d", temporal, loss_fn, steps=1000, lr=2e-3)
+    return vae.eval()
+
+
+def decode_frames(spatial: AutoencoderKL, latents: Tensor) -> Tensor:
+    """Scaled latents ``[B, 4, 8, 8]`` → pixels ``[B, 3, 64, 64]``."""
+    raw = latents / spatial.config.scaling_factor
+    return spatial.decode(raw.contiguous(memory_format=torch.channels_last)).sample
+
+
+def export(folder: Path, shift: list[float], scale: list[float]) -> None:
+    """The whole VAE in the hub's layout, half precision; ``shift`` and ``scale`` are those of `video`."""
+    trained = train_temporal()
+    vae = assemble(trained.spatial_vae.module, shift, scale)
+    vae.temporal_vae.load_state_dict(trained.temporal_vae.state_dict())
+    vae.half().save_pretrained(folder)

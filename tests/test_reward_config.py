@@ -1,0 +1,238 @@
+"""Choosing scorers: names, arguments, mixtures, own files, and weights that are missing or not to be trusted."""
+
+from __future__ import annotations
+
+import math
+import os
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from reward_twins import clip_folder, head_file, twin_arguments
+
+from Core.rewards import (
+    REGISTRY,
+    RewardInfo,
+    Weight,
+    build_reward,
+    check_reward_config,
+    register,
+    required_weights,
+    resolve_reward,
+)
+from Core.rewards import weights as weights_module
+from Core.rewards.actpred import find_action
+from Core.rewards.base import ImageReward
+from Core.rewards.loading import load_state
+
+FRAMES = torch.rand(2, 2, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
+PROMPTS = ["a red fox", "two dogs"]
+OWN_REWARD = """
+from Core.rewards import ImageReward, RewardInfo
+
+class Red(ImageReward):
+    info = RewardInfo(name="red", summary="mean red", range="0 to 1")
+
+    def __init__(self, *, gain: float = 1.0):
+        super().__init__()
+        self.gain = gain
+
+    def score_images(self, images, prompts):
+        return self.gain * images[:, 0].mean(dim=(1, 2))
+"""
+
+
+@pytest.fixture(scope="module")
+def arguments(tmp_path_factory) -> dict[str, dict]:
+    return twin_arguments(tmp_path_factory.mktemp("twins"))
+
+
+def test_every_registered_name_is_a_documented_scorer(arguments):
+    assert set(arguments) == set(REGISTRY)
+    for name in REGISTRY:
+        cls = resolve_reward(name)
+        assert cls.info.name == name and cls.info.summary and cls.info.range and cls.__doc__
+        assert check_reward_config(name, arguments[name]) == []
+
+
+@pytest.mark.parametrize(
+    ("reward_fn", "reward_args", "sentence"),
+    [
+        ("asthetic", {}, "unknown reward 'asthetic': did you mean 'aesthetic'?"),
+        (7, {}, "a reward is named by a string, got 7"),
+        ("missing.py:Mine", {}, "there is no file 'missing.py'"),
+        ("motion", {"taget": 1.0}, "reward_args of 'motion' have no 'taget': did you mean 'target'?"),
+        ("motion", {"target": "much"}, "target must be a number or None, got 'much'"),
+        ("motion", {"target": True}, "target must be a number or None, got True"),
+        ("motion", {"slice_size": 0.5}, "slice_size must be a whole number, got 0.5"),
+        ("hps", {"version": "v3"}, "version must be one of 'v2.0', 'v2.1', got 'v3'"),
+        ("object_detection", {}, "'label' must be given (a string)"),
+        ("pick_score", {"model": "./nowhere"}, "model: there is no './nowhere'; give a model folder"),
+        ("pick_score", {"model": os.path.dirname(__file__)}, "it has no config.json"),
+        ("aesthetic_hps", {"aesthetic": {"head": "no.pth"}}, "reward_args of 'aesthetic': head: there is no"),
+        ("aesthetic_hps", {"slice_size": 3}, "reward_args of 'aesthetic_hps' have no 'slice_size'"),
+        ({}, {}, "a reward mixture needs at least one part, got an empty dict"),
+        ({"motion": 0}, {}, "weight of reward 'motion' must be a number above 0, got 0"),
+        ({"motion": math.inf}, {}, "must be a number above 0, got inf"),
+        ({"motion": 1.0, "wether": 1.0}, {}, "unknown reward 'wether': did you mean 'weather'?"),
+        ({"motion": 1.0}, {"sharpness": {}}, "settings for 'sharpness', no part of the mixture (motion)"),
+        ({"motion": 1.0}, {"motion": 0.1}, "reward_args of 'motion' in a mixture must be a dict"),
+        (
+            {"hps": 1.0, "aesthetic_hps": 1.0},
+            {},
+            "rewards 'hps' and 'aesthetic_hps' of the mixture both hold 'hps'",
+        ),
+    ],
+)
+def test_mistakes_are_named_before_anything_loads(reward_fn, reward_args, sentence):
+    errors = check_reward_config(reward_fn, reward_args)
+    assert any(sentence in error for error in errors), errors
+    with pytest.raises(ValueError):
+        build_reward(reward_fn, reward_args)
+
+
+def test_all_mistakes_are_reported_at_once():
+    errors = check_reward_config(
+        {"motion": -1, "pick_scor": 1.0, "aesthetic": 1.0}, {"aesthetic": {"model": "./a", "head": "b.pth"}}
+    )
+    assert len(errors) == 4
+
+
+def test_mixture_weights_the_sum_and_logs_its_parts_unweighted(arguments):
+    weights = {"pick_score": 2.0, "compression": 0.5}
+    mixture = build_reward(weights, {name: arguments[name] for name in weights})(FRAMES, PROMPTS)
+    pick, size = (build_reward(name, arguments[name])(FRAMES, PROMPTS) for name in weights)
+    torch.testing.assert_close(mixture.loss, 2.0 * pick.loss + 0.5 * size.loss)
+    torch.testing.assert_close(mixture.score, 2.0 * pick.score - 0.5 * size.score)  # a smaller file is better
+    torch.testing.assert_close(
+        mixture.parts, {"pick_score": pick.score.detach(), "compression": size.score.detach()}
+    )
+
+
+def test_own_scorer_from_a_file(tmp_path):
+    file = tmp_path / "my rewards.py"
+    file.write_text(OWN_REWARD)
+    reward = build_reward(f"{file}:Red", {"gain": 2.0})
+    torch.testing.assert_close(reward(FRAMES, PROMPTS).score, (FRAMES[:, :, 0] + 1).mean((1, 2, 3)))
+    assert list(build_reward({f"{file}:Red": 1.0, "motion": 1.0})(FRAMES, PROMPTS).parts) == ["red", "motion"]
+    assert "have no 'gian': did you mean 'gain'?" in check_reward_config(f"{file}:Red", {"gian": 1})[0]
+    assert "has no class 'Blue' derived from" in check_reward_config(f"{file}:Blue")[0]
+
+
+def test_registering_a_name_twice_is_refused(monkeypatch):
+    class Flat(ImageReward):
+        info = RewardInfo(name="flat", summary="constant", range="0")
+
+    monkeypatch.delitem(REGISTRY, "flat", raising=False)
+    register("flat", Flat)
+    assert resolve_reward("flat") is Flat
+    with pytest.raises(ValueError, match="a reward named 'flat' exists already"):
+        register("flat", Flat)
+    del REGISTRY["flat"]
+
+
+ACTIONS = ["riding a bike", "playing guitar", "bike", "playing", "riding or walking with horse"]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "action"),
+    [
+        ("Playing guitar", "playing guitar"),
+        ("bike", "bike"),
+        ("A man on a bike, riding through a city.", "riding a bike"),
+        ("children playing", "playing"),
+    ],
+)
+def test_action_is_found_in_the_prompt(prompt, action):
+    assert find_action(prompt, ACTIONS) == action
+
+
+def test_prompts_without_an_action_are_listed_before_training(arguments):
+    reward = build_reward("actpred", arguments["actpred"])
+    (error,) = reward.prompt_errors(["riding a bike", "a guitar on a wall"])
+    assert "no action class occurs in the prompt 'a guitar on a wall'; near: playing guitar" in error
+    chosen = build_reward("actpred", arguments["actpred"] | {"action": "swimming"})
+    assert chosen.prompt_errors(["a guitar on a wall"]) == []
+
+
+def test_unknown_object_names_the_nearest_class(arguments):
+    with pytest.raises(ValueError, match="no 'dogs': did you mean 'dog'"):
+        build_reward("object_detection", arguments["object_detection"] | {"label": "dogs"})
+
+
+def test_head_for_another_clip_is_refused(tmp_path):
+    clip = clip_folder(tmp_path / "clip")
+    head = head_file(tmp_path / "head.pth", (7, 4, 1), (0, 2))
+    with pytest.raises(ValueError, match="head.pth takes 7 features but the CLIP model gives 12"):
+        build_reward("aesthetic", {"model": str(clip), "head": str(head)})
+    torch.save({"decoder": torch.zeros(3)}, head)
+    with pytest.raises(ValueError, match=r"head.pth is no head: .* got decoder \[3\]"):
+        build_reward("aesthetic", {"model": str(clip), "head": str(head)})
+
+
+def test_heads_load_from_safetensors_too(tmp_path, arguments):
+    from safetensors.torch import save_file
+
+    save_file(torch.load(arguments["aesthetic"]["head"], weights_only=True), tmp_path / "head.safetensors")
+    same = build_reward("aesthetic", arguments["aesthetic"] | {"head": str(tmp_path / "head.safetensors")})
+    expected = build_reward("aesthetic", arguments["aesthetic"])(FRAMES, PROMPTS).score
+    torch.testing.assert_close(same(FRAMES, PROMPTS).score, expected, rtol=0, atol=0)
+
+
+class Malicious:
+    """Unpickling an instance would create a file."""
+
+    def __init__(self, target: Path):
+        self.target = target
+
+    def __reduce__(self):
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+def test_malicious_pickle_is_refused_and_not_run(tmp_path, save, arguments):
+    trace = tmp_path / "trace"
+    save({"layers.0.weight": Malicious(trace)}, tmp_path / "head.pth")
+    with pytest.raises(ValueError, match="refused to load head.pth"):
+        build_reward("aesthetic", arguments["aesthetic"] | {"head": str(tmp_path / "head.pth")})
+    with pytest.raises(ValueError, match="refused to load head.pth"):
+        load_state(tmp_path / "head.pth")
+    assert not trace.exists()
+
+
+def test_missing_weights_are_reported_together_with_size_and_command(monkeypatch, tmp_path):
+    def unreachable(*args, **kwargs):
+        raise FileNotFoundError("no route to the hub")
+
+    monkeypatch.setattr(weights_module, "_hub_folder", unreachable)
+    monkeypatch.setattr(weights_module, "_from_address", unreachable)
+    with pytest.raises(FileNotFoundError) as raised:
+        build_reward({"pick_score": 1.0, "aesthetic": 0.1})
+    message = str(raised.value)
+    for part in (
+        "yuvalkirstain/PickScore_v1, about 3.9 GB",
+        "openai/clip-vit-large-patch14, about 1.7 GB",
+        "linearMSE.pth",
+        "no route to the hub",
+        "scripts/download_weights.py",
+    ):
+        assert part in message
+
+
+def test_required_weights_follow_the_arguments(arguments):
+    sources = [weight.source for weight in required_weights("aesthetic_hps", {"hps": {"version": "v2.1"}})]
+    assert "openai/clip-vit-large-patch14" in sources and "xswu/HPSv2" in sources
+    (hps, _) = required_weights("hps", {"version": "v2.1"})
+    assert hps.file == "HPS_v2.1_compressed.pt"
+    assert required_weights("clip_score", {"model": "open_clip:ViT-B-32/openai"}) == []
+    assert required_weights({"motion": 1.0, "sharpness": 1.0}) == []
+
+
+def test_paths_and_hub_ids_are_told_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "owner" / "model").mkdir(parents=True)
+    for source in ("owner/model", "./x", "/x", "~/x", "a/b/c", "head.pth", "x.safetensors"):
+        assert Weight(source=source).is_local, source
+    for source in ("owner/other", "gpt2", "https://example.org/head.pth"):
+        assert not Weight(source=source).is_local, source

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "runs" / "demo_pretrain"
 ASSETS = ROOT / "assets" / "demo"
 SEED = 7
-HELDOUT_SEED = 11
+TRUTH_SEED = 11
 HELDOUT_WORDING = 100_000
 
 LossFn = Callable[[np.random.Generator], tuple[Tensor, dict[str, float]]]
@@ -151,5 +151,5 @@ def psnr(a: Tensor, b: Tensor) -> float:
 
 def heldout(n: int) -> tuple[list[world.Scene], list[str]]:
     """The first ``n`` held-out scenes and their captions, the lines of ``prompts_heldout.txt``."""
-    scenes = [world.scene(HELDOUT_SEED, i, "test") for i in range(n)]
+    scenes = [world.scene(TRUTH_SEED, i, "test") for i in range(n)]
     return scenes, [world.caption(scene, HELDOUT_WORDING + i) for i, scene in enumerate(scenes)]

@@ -12,10 +12,11 @@ from mmengine.config import Config as FileConfig
 from Core.backbones import BACKBONES, VideoSpec
 from Core.decode import check_decode_frame
 from Core.options import ConfigError, FlagParser, add_flags, check_values, option, parse_literal
-from Core.prompts import check_prompt_file
+from Core.prompts import check_prompt_file, read_prompts
 from Core.rewards import check_reward_config
 from Core.schedulers.rf.window import first_gradient_step
 
+BASE = "base"  # stands for the model without an adapter wherever adapters are listed
 BackpropMode = Literal["last", "rand", "specific"]
 REQUIRED_ENTRIES = ("model", "vae", "text_encoder", "scheduler")
 # Flags of upstream's scripts that name a key inside an entry.
@@ -64,7 +65,8 @@ class Config:
 
     # Inference
     is_vader_training: bool = option(True, "train; False generates videos")
-    num_sample: int = option(1, "videos per prompt", minimum=1)
+    num_sample: int = option(1, "videos per prompt, with seeds from `seed` upwards", minimum=1)
+    save_gif: bool = option(False, "write an animated GIF beside each video")
     lora_scale: float = option(1.0, "strength of the adapter in inference, 0 turns it off", minimum=0)
     reference_path: list[str] | None = option(None, "per prompt: files to condition on, separated by `;`")
     mask_strategy: list[str] | None = option(None, "per prompt: which reference frames to keep, and where")
@@ -92,7 +94,10 @@ class Config:
     lora_alpha: int = option(8, "the adapter's output is scaled by alpha / rank", minimum=1)
     lora_dropout: float = option(0.0, "dropout in front of the adapter while training", minimum=0)
     lora_targets: list[str] | None = option(None, "suffixes of the layers adapted; None for the family's own")
-    lora_ckpt_path: str | None = option(None, "adapter to start from, or to sample with")
+    lora_ckpt_path: str | list[str] | None = option(
+        None,
+        "adapter to start from or to sample with; in inference also several, `base` being the plain model",
+    )
     backprop_mode: BackpropMode = option(
         "last",
         "steps that keep gradients: `last`, `rand` (cut-off drawn uniformly), `specific` (from step 15)",
@@ -179,6 +184,8 @@ def cross_field_errors(config: Config) -> list[str]:
     errors += _video_errors(config)
     errors += _prompt_errors(config)
     errors += _training_errors(config) if config.is_vader_training else _inference_errors(config)
+    if not errors and not config.is_vader_training:
+        errors += _condition_errors(config)
     return errors + _path_errors(config)
 
 
@@ -219,6 +226,8 @@ def _training_errors(config: Config) -> list[str]:
         )
     if config.lora_dropout >= 1:
         errors.append(f"lora_dropout must be below 1, got {config.lora_dropout}")
+    if isinstance(config.lora_ckpt_path, list):
+        errors.append(f"lora_ckpt_path must be one adapter in training, got {config.lora_ckpt_path!r}")
     single = {"loop": 1, "reference_path": None, "mask_strategy": None}
     errors += [
         f"{key} is for inference; remove it or set is_vader_training=False"
@@ -250,19 +259,38 @@ def _inference_errors(config: Config) -> list[str]:
     errors = []
     if config.condition_frame_edit > 1:
         errors.append(f"condition_frame_edit must be between 0 and 1, got {config.condition_frame_edit}")
-    for key in ("reference_path", "mask_strategy"):
-        value = getattr(config, key)
-        if value is not None and config.prompt is not None and len(value) != len(config.prompt):
-            errors.append(
-                f"{key} needs one entry per prompt: {len(config.prompt)} prompts, {len(value)} entries"
-            )
-    return errors
+    return errors + (_loop_errors(config) if config.loop > 1 else [])
+
+
+def _condition_errors(config: Config) -> list[str]:
+    """What is wrong with segments, references and mask strategies of the prompts, files included."""
+    try:
+        return BACKBONES[config.backbone].prompt_errors(config, read_prompts(config))
+    except ValueError as error:
+        return [str(error)]
+
+
+def _loop_errors(config: Config) -> list[str]:
+    """Whether a clip can take over ``condition_frame_length`` latent frames and still make some of its own."""
+    try:
+        count = BACKBONES[config.backbone].count_latent_frames(config.video.num_frames, config.vae)
+    except ValueError as error:
+        return [str(error)]
+    if config.condition_frame_length < count:
+        return []
+    return [
+        f"loop={config.loop} needs clips longer than what they take over: condition_frame_length is "
+        f"{config.condition_frame_length} and a clip has {count} latent frames; lower condition_frame_length "
+        "or raise num_frames"
+    ]
 
 
 def _path_errors(config: Config) -> list[str]:
     errors = []
-    if config.lora_ckpt_path and not Path(config.lora_ckpt_path).expanduser().exists():
-        errors.append(f"lora_ckpt_path: there is no file or folder {config.lora_ckpt_path!r}")
+    listed = isinstance(config.lora_ckpt_path, list)
+    for path in config.lora_ckpt_path if listed else filter(None, [config.lora_ckpt_path]):
+        if path != BASE and not Path(path).expanduser().exists():
+            errors.append(f"lora_ckpt_path: there is no file or folder {path!r}")
     for key in ("project_dir", "text_cache"):
         folder = Path(getattr(config, key)).expanduser().absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())

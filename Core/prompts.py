@@ -4,7 +4,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from opensora.utils.inference_utils import extract_json_from_prompts, load_prompts, split_prompt
+from opensora.utils.inference_utils import extract_json_from_prompts, load_prompts, merge_prompt, split_prompt
 
 # What `append_score_to_prompts` adds for the denoiser; a reward must not read it.
 SCORE_SUFFIX = re.compile(r"\s*(aesthetic score|motion score|camera motion):[^.]*(\.\d+)?\.", re.IGNORECASE)
@@ -27,6 +27,12 @@ class Prompt:
         """The text that holds in a loop."""
         held = [text for start, text in self.segments if start <= loop]
         return held[-1] if held else self.segments[0][1]
+
+    @property
+    def merged(self) -> str:
+        """All segments in the notation they were written in."""
+        starts, texts = zip(*self.segments, strict=True)
+        return merge_prompt(texts, starts if len(texts) > 1 else None)
 
     @property
     def reward_text(self) -> str:
@@ -68,16 +74,15 @@ def check_prompt_file(key: str, path: str) -> list[str]:
 
 def read_prompts(config) -> list[Prompt]:
     """The run's prompts, from ``prompt`` or ``prompt_path``, within ``start_index`` and ``end_index``."""
-    if config.prompt is not None:
-        texts = list(config.prompt)[config.start_index : config.end_index]
-    else:
-        texts = load_prompts(config.prompt_path, config.start_index, config.end_index)
-    if not texts:
+    texts = load_prompts(config.prompt_path) if config.prompt is None else config.prompt
+    prompts = parse_prompts(texts, config.reference_path, config.mask_strategy)
+    chosen = prompts[config.start_index : config.end_index]
+    if not chosen:
         raise ValueError(
-            f"no prompts between start_index ({config.start_index}) and end_index ({config.end_index}); "
-            "change them"
+            f"no prompts between start_index ({config.start_index}) and end_index ({config.end_index}) of "
+            f"{len(prompts)}; change them"
         )
-    return parse_prompts(texts, config.reference_path, config.mask_strategy)
+    return chosen
 
 
 def read_validation_prompts(config, training: Sequence[Prompt]) -> list[Prompt]:

@@ -6,21 +6,19 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
 from Core import lora
-from Core.backbones import BACKBONES, Backbone
+from Core.backbones import Backbone
+from Core.build import build_backbone
 from Core.checkpoint import Checkpoint, Checkpoints
-from Core.conditioning import embed_captions
 from Core.config import Config, load_config
-from Core.inference import captions_of, plan_samples, write_videos
 from Core.options import ConfigError
 from Core.prompts import Prompt, read_prompts, read_validation_prompts
-from Core.rewards import build_reward, required_weights
-from Core.rewards.weights import locate
+from Core.rewards import build_reward
 from Core.runtime import Runtime
+from Core.sampling import IncompleteError, sample
 from Core.tracking import Trackers, build_trackers
 from Core.trainer import Trainer
 
@@ -29,12 +27,12 @@ logger = logging.getLogger("vader")
 FREE_TO_CHANGE = frozenset(
     "max_train_steps num_train_epochs validation_steps checkpointing_steps keep_checkpoints resume val_batch_size "
     "project_dir text_cache logger_type use_wandb wandb_entity verbose debug max_bad_steps is_sample_preview "
-    "save_fps frame_interval val_prompt_path num_val_runs lora_scale num_sample".split()
+    "save_fps frame_interval val_prompt_path num_val_runs lora_scale num_sample save_gif".split()
 )
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run ``CONFIG [flags]``; the exit code is 2 when the user has something to change."""
+    """Run ``CONFIG [flags]``; the exit code is 2 when the user has something to change, 1 when videos are missing."""
     try:
         run(load_config(argv))
     except (ValueError, FileNotFoundError, PermissionError) as error:
@@ -42,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         for sentence in error.errors if isinstance(error, ConfigError) else [str(error)]:
             print(f"error: {sentence}", file=sys.stderr)
         return 2
+    except IncompleteError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 
@@ -79,21 +80,6 @@ def train(config: Config, runtime: Runtime, folder: Path) -> None:
     logger.info("the adapter is in %s", folder / "adapter")
 
 
-def sample(config: Config, runtime: Runtime, folder: Path) -> None:
-    prompts = read_prompts(config)
-    backbone, text = build_backbone(config, runtime, prompts)
-    adapter = config.lora_ckpt_path if config.lora_scale > 0 else None
-    if adapter:
-        adapt_for_inference(adapter, config.lora_scale, backbone)
-    plan = plan_samples(prompts, config.num_sample, config.seed, config.start_index or 0)
-    own = plan[runtime.rank :: runtime.num_processes]
-    settings = {"adapter": adapter, "lora_scale": config.lora_scale, "video": vars(config.video)}
-    settings |= {"scheduler": config.scheduler, "loop": config.loop}
-    made = sum(1 for _ in write_videos(backbone, text, config, own, folder, settings))
-    runtime.barrier()
-    logger.info("%d videos are in %s", sum(runtime.gather_objects([made])), folder)
-
-
 def refuse_references(prompts: Sequence[Prompt]) -> None:
     """Training generates every frame; a prompt that conditions on a file has no place in it."""
     conditioned = [prompt.text() for prompt in prompts if prompt.reference or prompt.mask_strategy]
@@ -101,40 +87,6 @@ def refuse_references(prompts: Sequence[Prompt]) -> None:
         raise ValueError(
             f"training prompts cannot have references: {conditioned[0]!r}; remove their JSON suffix"
         )
-
-
-def build_backbone(
-    config: Config, runtime: Runtime, prompts: Sequence[Prompt]
-) -> tuple[Backbone, dict[str, Tensor]]:
-    """The loaded model family, and the features of every caption of ``prompts``."""
-    backbone = BACKBONES[config.backbone].from_config(config, runtime.device)
-    fetch_weights(config, backbone, runtime)
-    captions = captions_of(backbone, prompts)
-    # The main process fills the cache, so that the encoder is loaded once on a machine, not once per process.
-    for turn in (True, False):
-        if runtime.is_main == turn:
-            text = embed_captions(backbone, captions, config.text_cache)
-        runtime.barrier()
-    backbone.load()
-    return backbone, text
-
-
-def fetch_weights(config: Config, backbone: Backbone, runtime: Runtime) -> None:
-    """Bring all weights to this machine before any is loaded; what cannot be had is reported together."""
-    errors = []
-    if runtime.is_main:
-        errors = backbone.fetch()
-        rewards = (
-            required_weights(config.reward_fn, config.reward_arguments) if config.is_vader_training else []
-        )
-        for weight in rewards:
-            try:
-                locate(weight)
-            except FileNotFoundError as error:
-                errors.append(str(error))
-    errors = runtime.from_main(errors)
-    if errors:
-        raise ConfigError(errors)
 
 
 def adapt_for_training(config: Config, backbone: Backbone) -> None:
@@ -151,16 +103,6 @@ def adapt_for_training(config: Config, backbone: Backbone) -> None:
         lora.load(backbone.denoiser, lora.read(config.lora_ckpt_path), config.lora_ckpt_path)
     if config.grad_checkpoint:
         backbone.enable_checkpointing()
-
-
-def adapt_for_inference(path: str, scale: float, backbone: Backbone) -> None:
-    """Attach a finished adapter; its own file says rank, alpha and targets."""
-    adapter = lora.read(path)
-    backbone.denoiser = lora.attach(
-        backbone.denoiser, adapter.targets, rank=adapter.rank, alpha=adapter.alpha
-    )
-    lora.load(backbone.denoiser, adapter, path)
-    lora.set_scale(backbone.denoiser, scale)
 
 
 def prepare_folder(config: Config, folder: Path) -> Checkpoint | None:

@@ -208,11 +208,8 @@ class Trainer:
         own = samples[self.runtime.rank :: self.runtime.num_processes]
         folder = self.folder / "samples" / f"step_{self.step:06d}"
         scores, parts, made = [], [], []
-        settings = {"step": self.step}
         # A run that went back to an earlier checkpoint makes the videos of a step anew.
-        for video in write_videos(
-            self.backbone, self.text, self.config, own, folder, settings, "validating", reuse=False
-        ):
+        for video in write_videos(self.backbone, self.text, self.config, own, folder, {"step": self.step}):
             output = score_videos(self.reward, video.pixels[None], [video.sample.prompt])
             scores.append(output.score.item())
             parts.append({name: value.item() for name, value in output.parts.items()})

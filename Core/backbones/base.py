@@ -14,6 +14,9 @@ from torch import Tensor, nn
 
 from opensora.utils.ckpt_utils import is_hub_id
 
+# (latent [B, C, T, h, w], timesteps [B], velocity of the captions without guidance [B, C, T, h, w])
+VelocityObserver = Callable[[Tensor, Tensor, Tensor], None]
+
 
 @dataclass(frozen=True)
 class VideoSpec:
@@ -72,6 +75,12 @@ class Backbone(ABC):
         """What is wrong with the family's entries of a configuration; loads nothing."""
 
     @classmethod
+    def prompt_errors(cls, config, prompts: Sequence) -> list[str]:
+        """What is wrong with the prompts' segments, references and mask strategies; loads no network."""
+        conditioned = [p.text() for p in prompts if p.reference or p.mask_strategy]
+        return [f"{cls.__name__} takes no references; remove those of {text!r}" for text in conditioned]
+
+    @classmethod
     @abstractmethod
     def from_config(cls, config, device: torch.device) -> "Backbone":
         """Build from a validated configuration."""
@@ -106,8 +115,21 @@ class Backbone(ABC):
         """[N, batch], falling from pure noise."""
 
     @abstractmethod
-    def velocity(self, text: Sequence[Tensor]) -> Callable[..., Tensor]:
-        """Guided velocity for a batch of caption features: (z, t, generated) → dz/dt, see ``Velocity``."""
+    def velocity(
+        self,
+        text: Sequence[Tensor],
+        *,
+        guided: bool = True,
+        null_grad: bool = True,
+        observe: VelocityObserver | None = None,
+    ) -> Callable[..., Tensor]:
+        """Velocity for a batch of caption features: (z, t, generated) → dz/dt, see ``Velocity``.
+
+        Args:
+            guided: with classifier-free guidance; False gives the velocity of the captions alone.
+            null_grad: whether guidance's null branch keeps a graph where the caption's does.
+            observe: sees the captions' own velocity at every step that keeps its graph.
+        """
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
@@ -145,11 +167,17 @@ class Backbone(ABC):
         length: int,
         edit: float,
     ) -> tuple[list[list[Tensor]], list[str]]:
-        """References and strategies that make ``loop`` begin with the last ``length`` latent frames."""
+        """References and strategies that make ``loop`` begin with the end of ``video``.
+
+        Args:
+            video: the clip before, [B, 3, frames, H, W] in [-1, 1].
+            length: latent frames taken over; ``overlap(length)`` pixel frames.
+            edit: how far they may change, 0 to 1.
+        """
         raise ValueError(f"{type(self).__name__} cannot continue a clip; set loop=1")
 
     def overlap(self, latent_frames: int) -> int:
-        """Pixel frames that ``latent_frames`` taken-over latent frames make."""
+        """Pixel frames that the first ``latent_frames`` latent frames of a clip make."""
         raise ValueError(f"{type(self).__name__} cannot continue a clip; set loop=1")
 
 

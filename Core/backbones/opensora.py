@@ -3,6 +3,7 @@
 Axes: B batch, C channels, T latent frames, h, w latent rows and columns, L text tokens, D text width.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,19 +24,20 @@ from opensora.utils.inference_utils import (
     append_score_to_prompts,
     apply_mask_strategy,
     collect_references_batch,
-    dframe_to_frame,
     prepare_multi_resolution_info,
 )
 
 from .base import (
     Backbone,
     TextEncoder,
+    VelocityObserver,
     VideoSpec,
     check_weights,
     file_identity,
     gather_frames,
     pad_text,
 )
+from .opensora_conditions import conditioning_errors
 
 ENCODE_BATCH = 8
 CHUNK_FRAMES, TIME_FACTOR = 17, 4
@@ -65,6 +67,45 @@ def rflow_timesteps(
     return torch.stack([timestep_transform(row, info, num_timesteps=num_timesteps) for row in t])
 
 
+class Branch:
+    """Velocity of a model for one batch of text features, whose keys and values are computed once.
+
+    Args:
+        y: text features [B, 1, L, D]; mask [B or fewer, L].
+        info: multi-resolution info, each entry [B]. Height and width stay on the CPU, where reading them
+            costs no synchronisation.
+        checkpoint_steps: recompute a whole gradient step in the backward pass.
+    """
+
+    def __init__(
+        self, model: nn.Module, y: Tensor, mask: Tensor, info: dict[str, Tensor], checkpoint_steps: bool
+    ):
+        self.model, self.y, self.mask = model, y, mask
+        self.info = info | {key: info[key].cpu() for key in ("height", "width") if key in info}
+        self.checkpoint_steps = checkpoint_steps
+        self.contexts: dict[bool, dict[str, Any]] = {}
+
+    def text_arguments(self) -> dict[str, Any]:
+        """Text keys and values, computed once without and once with a graph, where the model offers it."""
+        text = {"y": self.y, "mask": self.mask}
+        if not hasattr(self.model, "encode_text"):
+            return text
+        graph = torch.is_grad_enabled()
+        if graph not in self.contexts:
+            self.contexts[graph] = {"y": self.model.encode_text(**text)}
+        return self.contexts[graph]
+
+    def __call__(self, z: Tensor, t: Tensor, generated: Tensor | None = None) -> Tensor:
+        kwargs = {**self.text_arguments(), **self.info}
+        if generated is not None:
+            kwargs["x_mask"] = generated
+        if self.checkpoint_steps and torch.is_grad_enabled():
+            out = checkpoint(self.model, z, t, use_reentrant=False, **kwargs)
+        else:
+            out = self.model(z, t, **kwargs)
+        return out[:, : z.shape[1]]
+
+
 def guided_velocity(
     model: nn.Module,
     y: Tensor,
@@ -74,44 +115,38 @@ def guided_velocity(
     *,
     guidance_scale: float,
     checkpoint_steps: bool = False,
+    null_grad: bool = True,
+    observe: VelocityObserver | None = None,
 ) -> Callable[..., Tensor]:
-    """v_null + scale · (v_text − v_null), both branches in one batch; one branch alone at scale 1.
+    """v_null + scale · (v_text − v_null), both branches in one batch; the text branch alone at scale 1.
 
     Args:
         y, y_null: text features [B, 1, L, D]; mask [B, L].
-        info: multi-resolution info, each entry [B]. Height and width stay on the CPU, where reading them
-            costs no synchronisation.
-        checkpoint_steps: recompute a whole gradient step in the backward pass.
+        info, checkpoint_steps: see ``Branch``.
+        null_grad: False leaves the null branch out of the graph: it runs by itself, without one.
+        observe: called with the text branch's velocity at every step that keeps its graph.
     """
-    branches = 1 if guidance_scale == 1 else 2
-    text = {"y": y if branches == 1 else torch.cat([y, y_null]), "mask": mask}
-    args = {key: value.repeat(branches) for key, value in info.items()}
-    args |= {key: args[key].cpu() for key in ("height", "width") if key in args}
-    contexts: dict[bool, dict[str, Any]] = {}
+    text = Branch(model, y, mask, info, checkpoint_steps)
+    null = Branch(model, y_null, mask, info, checkpoint_steps)
+    doubled = {key: value.repeat(2) for key, value in info.items()}
+    both = Branch(model, torch.cat([y, y_null]), mask, doubled, checkpoint_steps)
 
-    def text_arguments() -> dict[str, Any]:
-        """Text keys and values, computed once without and once with a graph, where the model offers it."""
-        if not hasattr(model, "encode_text"):
-            return text
-        graph = torch.is_grad_enabled()
-        if graph not in contexts:
-            contexts[graph] = {"y": model.encode_text(**text)}
-        return contexts[graph]
+    def branches(z: Tensor, t: Tensor, generated: Tensor | None) -> tuple[Tensor, Tensor]:
+        if guidance_scale == 1:
+            v_text = text(z, t, generated)
+            return v_text, v_text
+        if torch.is_grad_enabled() and not null_grad:
+            v_text = text(z, t, generated)
+            with torch.no_grad():
+                return v_text, null(z, t, generated)
+        frames = None if generated is None else generated.repeat(2, 1)
+        return both(z.repeat(2, 1, 1, 1, 1), t.repeat(2), frames).chunk(2)
 
     def velocity(z: Tensor, t: Tensor, generated: Tensor | None = None) -> Tensor:
-        kwargs = {**text_arguments(), **args}
-        if generated is not None:
-            kwargs["x_mask"] = generated.repeat(branches, 1)
-        inputs = z.repeat(branches, 1, 1, 1, 1), t.repeat(branches)
-        if checkpoint_steps and torch.is_grad_enabled():
-            out = checkpoint(model, *inputs, use_reentrant=False, **kwargs)
-        else:
-            out = model(*inputs, **kwargs)
-        v = out[:, : z.shape[1]]
-        if branches == 1:
-            return v
-        v_text, v_null = v.chunk(2)
-        return v_null + guidance_scale * (v_text - v_null)
+        v_text, v_null = branches(z, t, generated)
+        if observe and torch.is_grad_enabled():
+            observe(z, t, v_text)
+        return v_text if guidance_scale == 1 else v_null + guidance_scale * (v_text - v_null)
 
     return velocity
 
@@ -196,6 +231,17 @@ class OpenSora(Backbone):
         return errors + _scheduler_errors(config.scheduler)
 
     @classmethod
+    def prompt_errors(cls, config, prompts: Sequence) -> list[str]:
+        count = functools.partial(cls.count_latent_frames, vae=config.vae)
+        return conditioning_errors(
+            prompts,
+            loops=config.loop,
+            align=config.align,
+            clip_latents=count(config.video.num_frames),
+            count_latents=count,
+        )
+
+    @classmethod
     def from_config(cls, config, device: torch.device) -> "OpenSora":
         keys = ("model", "vae", "text_encoder", "scheduler", "video", "multi_resolution", "scores", "dtype")
         return cls(**{key: getattr(config, key) for key in keys}, device=device)
@@ -257,7 +303,14 @@ class OpenSora(Backbone):
             self.multi_resolution, batch, size, self.video.num_frames, self.video.fps, "cpu", torch.float32
         )
 
-    def velocity(self, text: Sequence[Tensor]) -> Callable[..., Tensor]:
+    def velocity(
+        self,
+        text: Sequence[Tensor],
+        *,
+        guided: bool = True,
+        null_grad: bool = True,
+        observe: VelocityObserver | None = None,
+    ) -> Callable[..., Tensor]:
         features, mask = pad_text(text, self.device)
         null = self.denoiser.y_embedder.y_embedding[: features.shape[1]].to(features)
         info = self._info(len(text))
@@ -268,7 +321,9 @@ class OpenSora(Backbone):
             null.expand(len(text), 1, -1, -1),
             mask,
             info,
-            guidance_scale=self.guidance_scale,
+            guidance_scale=self.guidance_scale if guided else 1,
+            null_grad=null_grad,
+            observe=observe,
         )
 
     def decode(self, z: Tensor) -> Tensor:
@@ -304,11 +359,16 @@ class OpenSora(Backbone):
         length: int,
         edit: float,
     ) -> tuple[list[list[Tensor]], list[str]]:
-        pixels = video.to(self.dtype)
-        return append_generated(self.vae, pixels, references, strategies, loop, length, edit)
+        # The VAE codes whole clips and chunks on their own, so the tail is coded as the start of a clip is.
+        tail = video[:, :, -self.overlap(length) :].to(self.dtype)
+        return append_generated(self.vae, tail, references, strategies, loop, length, edit)
 
     def overlap(self, latent_frames: int) -> int:
-        return dframe_to_frame(latent_frames)
+        frames = self.video.num_frames
+        chunk = min(self.entries["vae"].get("micro_frame_size", CHUNK_FRAMES) or frames, frames)
+        whole, rest = divmod(latent_frames, -(-chunk // TIME_FACTOR))
+        # A chunk is padded in front to whole latent frames; its first one holds so many pixel frames fewer.
+        return whole * chunk + max(0, rest * TIME_FACTOR - -chunk % TIME_FACTOR)
 
 
 def _scheduler_errors(entry: dict) -> list[str]:

@@ -149,7 +149,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return float(10 * torch.log10(4 / (a - b).clamp(-2, 2).pow(2).mean()))
 
 
-def heldout(n: int) -> tuple[list[world.Scene], list[str]]:
-    """The first ``n`` held-out scenes and their captions, the lines of ``prompts_heldout.txt``."""
-    scenes = [world.scene(TRUTH_SEED, i, "test") for i in range(n)]
+def heldout(n: int, seed: int = TRUTH_SEED) -> tuple[list[world.Scene], list[str]]:
+    """``n`` held-out scenes and their captions; with the default seed, the lines of ``prompts_heldout.txt``."""
+    scenes = [world.scene(seed, i, "test") for i in range(n)]
     return scenes, [world.caption(scene, HELDOUT_WORDING + i) for i, scene in enumerate(scenes)]

@@ -20,8 +20,7 @@ from Core.rewards import Reward, build_reward
 from Core.run import adapt_for_inference, build_backbone
 from Core.runtime import Runtime
 from scripts.demo import oracle, world
-from scripts.demo.common import to_pixels, to_uint8
-from scripts.demo.measure import TRUTH_SEED, heldout
+from scripts.demo.common import TRUTH_SEED, heldout, to_pixels, to_uint8
 
 BATCH = 32
 SEED = 1  # of the noise; training draws other noise, since the seed is named differently there

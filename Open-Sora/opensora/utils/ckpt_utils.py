@@ -4,9 +4,12 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from pickle import UnpicklingError
 
+import httpx
 import torch
 from huggingface_hub import snapshot_download
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,7 +36,7 @@ def find_checkpoint(source: str | Path) -> Path:
     for local_only in (True, False):
         try:
             return Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=local_only))
-        except (OSError, ValueError) as error:  # hub errors derive from these
+        except (OSError, ValueError, httpx.HTTPError) as error:  # hub errors derive from these
             cause = error
     raise FileNotFoundError(
         f"weights not found: {source!s} is neither a folder here nor reachable on the Hugging Face hub "
@@ -82,12 +85,22 @@ def _read_file(path: Path) -> dict[str, Tensor]:
         raise FileNotFoundError(
             f"weights not found: {path} is named by its index but missing; fetch it again"
         )
-    if path.suffix == ".safetensors":
-        return load_file(path)
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except UnpicklingError as error:
+        raise ValueError(
+            f"{path} holds more than tensors, which is not read since it could run code; give a .safetensors "
+            "file or a plain state dict"
+        ) from error
+    except (SafetensorError, RuntimeError, EOFError) as error:
+        raise ValueError(f"{path} is no weight file or is damaged; fetch it again") from error
     for wrapper in ("state_dict", "model"):
-        if isinstance(state.get(wrapper), dict):
+        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             return state[wrapper]
+    if not isinstance(state, dict):
+        raise ValueError(f"{path} holds a {type(state).__name__}; give a file with a state dict")
     return state
 
 

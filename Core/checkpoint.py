@@ -1,9 +1,11 @@
 """Training state on disk: complete, written atomically, verified when read."""
 
 import hashlib
+import io
 import json
 import logging
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +20,7 @@ logger = logging.getLogger("vader")
 MANIFEST = "manifest.json"
 STATE = "state.pt"
 ADAPTER = "adapter"
+STEP_FOLDER = re.compile(r"step_(\d+)")
 
 
 @dataclass(frozen=True)
@@ -28,7 +31,8 @@ class Checkpoint:
 
     @property
     def step(self) -> int:
-        return int(self.folder.name.removeprefix("step_"))
+        match = STEP_FOLDER.fullmatch(self.folder.name)
+        return int(match[1]) if match else int(self.manifest()["step"])
 
     @property
     def adapter(self) -> Path:
@@ -36,6 +40,13 @@ class Checkpoint:
 
     def manifest(self) -> dict[str, Any]:
         return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+
+    def score(self) -> float | None:
+        """Validation reward when it was made, higher being better; None where there was none to be read."""
+        try:
+            return self.manifest()["score"]
+        except (OSError, ValueError, KeyError):
+            return None
 
     def damage(self) -> str:
         """What is wrong with the files, in words; empty when all are as they were written."""
@@ -68,11 +79,12 @@ class Checkpoints:
 
     def all(self) -> list[Checkpoint]:
         """Oldest first."""
-        found = [Checkpoint(path) for path in self.folder.glob("step_*") if path.is_dir()]
+        found = [Checkpoint(path) for path in self.folder.glob("step_*") if STEP_FOLDER.fullmatch(path.name)]
         return sorted(found, key=lambda checkpoint: checkpoint.step)
 
     def newest(self) -> Checkpoint | None:
         """The newest undamaged one; damaged ones are named in the log."""
+        self._recover()
         for checkpoint in reversed(self.all()):
             damage = checkpoint.damage()
             if not damage:
@@ -88,42 +100,80 @@ class Checkpoints:
         Args:
             state: what ``torch.load(weights_only=True)`` can read back.
             settings: the resolved configuration.
-            score: validation reward at this step, if there was one.
+            score: validation reward at this step, higher being better, if there was one.
 
         Raises:
             OSError: the disk is full or not writable; earlier checkpoints are untouched.
         """
         self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self.folder / f".step_{step:06d}.partial"
+        partial = self._hidden(step, "partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
             partial.mkdir()
             lora.save(model, partial / ADAPTER)
-            torch.save(state, partial / STATE)
+            # Through bytes, since torch's own writer reports a full disk as an error of its own kind.
+            (partial / STATE).write_bytes(_serialize(state))
             files = sorted(file for file in partial.rglob("*") if file.is_file())
             hashes = {str(file.relative_to(partial)): _sha256(file) for file in files}
             manifest = {"step": step, "score": score, "config": settings, "sha256": hashes}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            for file in (*files, partial / MANIFEST):
-                _sync(file)
-            target = self.folder / f"step_{step:06d}"
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-            _sync(self.folder)
+            for path in (*files, partial / MANIFEST, partial / ADAPTER, partial):
+                _sync(path)
+            self._publish(step, partial)
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
         self._prune()
 
+    def _hidden(self, step: int, state: str) -> Path:
+        return self.folder / f".step_{step:06d}.{state}"
+
+    def _publish(self, step: int, partial: Path) -> None:
+        """Give a whole checkpoint its name; one of that name gives way, but is back if this is interrupted."""
+        target, replaced = self.folder / f"step_{step:06d}", self._hidden(step, "replaced")
+        if target.exists():
+            shutil.rmtree(replaced, ignore_errors=True)
+            target.rename(replaced)
+        partial.rename(target)
+        _sync(self.folder)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+    def _recover(self) -> None:
+        """Undo a replacement that a crash interrupted, and clear what else it left half done."""
+        for replaced in self.folder.glob(".step_*.replaced"):
+            target = self.folder / replaced.name.removeprefix(".").removesuffix(".replaced")
+            if not target.exists():
+                replaced.rename(target)
+        for leftover in self.folder.glob(".step_*.*"):
+            shutil.rmtree(leftover, ignore_errors=True)
+
     def _prune(self) -> None:
         checkpoints = self.all()
-        scored = [(c.manifest()["score"], c) for c in checkpoints if c.manifest()["score"] is not None]
+        scored = [(score, c.step) for c in checkpoints if (score := c.score()) is not None]
         kept = {c.step for c in checkpoints[-self.keep :]}
         if scored:
-            kept.add(max(scored, key=lambda pair: pair[0])[1].step)
+            kept.add(max(scored)[1])
         for checkpoint in checkpoints:
             if checkpoint.step not in kept:
-                shutil.rmtree(checkpoint.folder)
+                # Renamed first: a crash in the middle must not leave half a checkpoint under a whole one's name.
+                doomed = self._hidden(checkpoint.step, "removed")
+                checkpoint.folder.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
+
+    def set_aside_after(self, step: int, folder: Path) -> list[Checkpoint]:
+        """Move checkpoints later than ``step`` into ``folder``: they belong to a course that is not continued."""
+        later = [checkpoint for checkpoint in self.all() if checkpoint.step > step]
+        if later:
+            folder.mkdir(parents=True, exist_ok=True)
+        for checkpoint in later:
+            checkpoint.folder.rename(folder / checkpoint.folder.name)
+        return later
+
+
+def _serialize(state: dict[str, Any]) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(state, buffer)
+    return buffer.getvalue()
 
 
 def _sha256(file: Path) -> str:

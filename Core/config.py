@@ -11,6 +11,7 @@ from mmengine.config import Config as FileConfig
 
 from Core.backbones import BACKBONES, VideoSpec
 from Core.decode import check_decode_frame
+from Core.monitors import early_stop_errors
 from Core.options import ConfigError, FlagParser, add_flags, check_values, option, parse_literal
 from Core.prompts import check_prompt_file, read_prompts
 from Core.rewards import check_reward_config
@@ -82,6 +83,9 @@ class Config:
     lr: float = option(2e-4, "learning rate of AdamW", above=0)
     lr_schedule: Literal["constant", "cosine", "linear"] = option("constant", "course of lr after warm-up")
     lr_warmup_steps: int = option(0, "optimiser steps over which lr rises to its full value", minimum=0)
+    ema_decay: float = option(
+        0.0, "moving average of the adapter, which is what is validated and exported; 0 off", minimum=0
+    )
     adam_betas: tuple[float, float] = option((0.9, 0.999), "decay of AdamW's two moments")
     weight_decay: float = option(0.01, "AdamW's weight decay", minimum=0)
     use_AdamW8bit: bool = option(False, "keep the optimiser's state in 8 bits (bitsandbytes)")
@@ -103,6 +107,14 @@ class Config:
         "steps that keep gradients: `last`, `rand` (cut-off drawn uniformly), `specific` (from step 15)",
     )
     backprop_steps: int = option(1, "number of steps of backprop_mode `last`", minimum=1)
+    guidance_grad: Literal["both", "cond"] = option(
+        "both", "branches of guidance that keep gradients; `cond` saves the null branch's memory"
+    )
+    noise_repeats: int = option(
+        1, "gradients per video: the last step is taken so often, from new noise (DRaFT-LV)", minimum=1
+    )
+    detach_input: bool = option(False, "stop the gradient at each step's latent input (DRTune)")
+    kl_weight: float = option(0.0, "weight of the squared velocity distance to the base model", minimum=0)
     decode_frame: str | int = option(
         -1, "latent frames scored: -1 one at random, `fml` first, middle, last, `all`, `alt`, or a number"
     )
@@ -121,8 +133,16 @@ class Config:
         "auto", "`auto` continues the run in project_dir, `never` starts anew, or a checkpoint"
     )
     max_bad_steps: int = option(10, "steps in a row without a finite gradient that stop the run", minimum=1)
+    monitors: list[str] = option([], "scorers that watch the validation videos, beside motion and diversity")
+    monitor_args: dict = option({}, "arguments of the monitors, {name: arguments}")
+    early_stop: dict | None = option(
+        None, "stop when a monitor falls: dict(monitor=name, fall=share of its best, patience=validations)"
+    )
     val_prompt_path: str | None = option(None, "prompts of validation; None takes the first training prompts")
     val_batch_size: int = option(1, "videos generated at once", minimum=1)
+    num_val_seeds: int = option(
+        1, "videos per validation prompt; from 2 on their diversity is measured", minimum=1
+    )
     num_val_runs: int = option(2, "batches per validation", minimum=1)
     is_sample_preview: bool = option(
         False, "at each validation, save the frames the last step was trained on"
@@ -224,8 +244,10 @@ def _training_errors(config: Config) -> list[str]:
             "mixed_precision='fp8' is not supported: the adapter needs bf16 arithmetic; use 'bf16', and "
             "dtype='fp8' to store the frozen weights in 8 bits"
         )
-    if config.lora_dropout >= 1:
-        errors.append(f"lora_dropout must be below 1, got {config.lora_dropout}")
+    for key in ("lora_dropout", "ema_decay"):
+        if getattr(config, key) >= 1:
+            errors.append(f"{key} must be below 1, got {getattr(config, key)}")
+    errors += _monitor_errors(config)
     if isinstance(config.lora_ckpt_path, list):
         errors.append(f"lora_ckpt_path must be one adapter in training, got {config.lora_ckpt_path!r}")
     single = {"loop": 1, "reference_path": None, "mask_strategy": None}
@@ -239,6 +261,20 @@ def _training_errors(config: Config) -> list[str]:
     return errors
 
 
+def _monitor_errors(config: Config) -> list[str]:
+    errors = [
+        f"monitors: {error}"
+        for name in config.monitors
+        for error in check_reward_config(name, config.monitor_args.get(name))
+    ]
+    errors += [
+        f"monitor_args names {name!r}, which is not among the monitors"
+        for name in config.monitor_args
+        if name not in config.monitors
+    ]
+    return errors + early_stop_errors(config.early_stop, config.monitors)
+
+
 def _window_errors(config: Config) -> list[str]:
     """Whether backprop_mode and decode_frame suit the number of steps and of latent frames."""
     errors = []
@@ -247,6 +283,10 @@ def _window_errors(config: Config) -> list[str]:
         first_gradient_step(config.backprop_mode, steps, lambda n: 0, config.backprop_steps)
     except ValueError as error:
         errors.append(str(error))
+    if config.noise_repeats > 1 and (config.backprop_mode, config.backprop_steps) != ("last", 1):
+        errors.append(
+            "noise_repeats repeats the last step alone; set backprop_mode='last' and backprop_steps=1"
+        )
     try:
         frames = BACKBONES[config.backbone].count_latent_frames(config.video.num_frames, config.vae)
         check_decode_frame(config.decode_frame, frames)

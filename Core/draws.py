@@ -4,8 +4,10 @@ Draws are made on the CPU, where they are the same on every machine.
 """
 
 import hashlib
+import random
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Generator, Tensor
 
@@ -28,3 +30,11 @@ def training_indices(seed: int, samples: Sequence[int], count: int) -> list[int]
     for epoch in {sample // count for sample in samples}:
         orders[epoch] = torch.randperm(count, generator=generator(seed, "epoch", epoch)).tolist()
     return [orders[sample // count][sample % count] for sample in samples]
+
+
+def seed_globals(seed: int, name: str, *index: int | str) -> None:
+    """Set the process-wide generators, which only foreign code (a user's reward, say) may draw from."""
+    value = generator(seed, name, *index).initial_seed()
+    torch.manual_seed(value)
+    random.seed(value)
+    np.random.seed(value % 2**32)

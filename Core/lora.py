@@ -1,19 +1,25 @@
 """LoRA adapters through PEFT: attach, save, load. A target or key that matches nothing is an error."""
 
+import copy
+import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from Core import draws
 from opensora.utils.ckpt_utils import describe_mismatch, read_state
 
 ADAPTER = "default"
+WEIGHTS = "adapter_model.safetensors"
 REFERENCE_ALPHA = 8  # PEFT's default, which the reference implementation left as it was
 
 
@@ -54,7 +60,40 @@ def attach(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, settings)
+    if dropout:
+        for layer in _layers(wrapped).values():
+            layer.lora_dropout[ADAPTER] = StepDropout(dropout)
     return wrapped.eval()
+
+
+class StepDropout(nn.Module):
+    """Dropout of input features whose mask is held for a whole optimiser step.
+
+    One mask for every sampling step, sample and recomputation makes a step the gradient of one thinned
+    adapter, and its draw independent of how the step's samples are split over processes and batches.
+    """
+
+    def __init__(self, p: float):
+        super().__init__()
+        self.p = p
+        self.generator: torch.Generator | None = None
+        self.mask: Tensor | None = None
+
+    def draw(self, generator: torch.Generator) -> None:
+        """Take the mask of a new step, whose width is known at the first input, from ``generator``."""
+        self.generator, self.mask = generator, None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return x
+        if self.mask is None:
+            kept = torch.rand(x.shape[-1], generator=self.generator) >= self.p
+            self.mask = (kept / (1 - self.p)).to(x.device, x.dtype)
+        return x * self.mask
+
+
+def _layers(model: nn.Module) -> dict[str, LoraLayer]:
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
 def parameters(model: PeftModel) -> dict[str, nn.Parameter]:
@@ -63,28 +102,64 @@ def parameters(model: PeftModel) -> dict[str, nn.Parameter]:
     return {name.replace(marker, ""): p for name, p in model.named_parameters() if "lora_" in name}
 
 
-def set_dropout(model: PeftModel, active: bool) -> None:
-    """Switch the adapter's dropout on for training, off for anything else."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.lora_dropout.train(active)
+def set_dropout(model: PeftModel, active: bool, *step: int) -> None:
+    """Switch the adapter's dropout on for training, with the masks of ``step`` (seed, number), or off."""
+    for name, layer in _layers(model).items():
+        layer.lora_dropout.train(active)
+        if active and isinstance(layer.lora_dropout[ADAPTER], StepDropout):
+            layer.lora_dropout[ADAPTER].draw(draws.generator(step[0], "dropout", name, *step[1:]))
 
 
 def set_scale(model: PeftModel, scale: float) -> None:
     """Strength of the adapter relative to alpha / rank."""
-    for module in model.modules():
-        if isinstance(module, LoraLayer):
-            module.set_scale(ADAPTER, scale)
+    for layer in _layers(model).values():
+        layer.set_scale(ADAPTER, scale)
+
+
+@contextmanager
+def base_only(model: PeftModel) -> Iterator[None]:
+    """Within this context the adapter adds zero. Unlike PEFT's switch it leaves ``requires_grad`` alone, so that
+    it may be used while a graph is kept."""
+    scaling = {name: layer.scaling[ADAPTER] for name, layer in _layers(model).items()}
+    set_scale(model, 0)
+    try:
+        yield
+    finally:
+        for name, layer in _layers(model).items():
+            layer.scaling[ADAPTER] = scaling[name]
+
+
+def digest(tensors: Iterable[Tensor]) -> str:
+    """A hash of the exact bytes, to compare adapters between processes."""
+    sha = hashlib.sha256()
+    for tensor in tensors:
+        sha.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return sha.hexdigest()
 
 
 def save(model: PeftModel, folder: Path) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json``; the folder appears whole or not at all."""
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT reads them.
+
+    An adapter that lies there is replaced only when the new one is whole.
+
+    Raises:
+        OSError: the disk is full or not writable.
+    """
     partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    (partial / "README.md").unlink(missing_ok=True)
-    shutil.rmtree(folder, ignore_errors=True)
+    replaced = folder.with_name(f".{folder.name}.replaced")
+    for leftover in (partial, replaced):
+        shutil.rmtree(leftover, ignore_errors=True)
+    partial.mkdir(parents=True)
+    # Through bytes, since safetensors' own writer reports a full disk as an error of its own kind.
+    state = {key: p.detach().cpu().contiguous() for key, p in parameters(model).items()}
+    (partial / WEIGHTS).write_bytes(serialize(state, metadata={"format": "pt"}))
+    settings = copy.copy(model.peft_config[ADAPTER])
+    settings.inference_mode = True
+    settings.save_pretrained(str(partial))
+    if folder.exists():
+        folder.rename(replaced)
     partial.rename(folder)
+    shutil.rmtree(replaced, ignore_errors=True)
 
 
 def read(path: str | Path) -> Adapter:

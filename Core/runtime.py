@@ -1,5 +1,6 @@
 """accelerate lives here and nowhere else: devices, processes, autocast, gradient averaging, gathering."""
 
+import math
 import os
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -22,8 +23,8 @@ class Runtime:
 
     def __init__(self, mixed_precision: str = "no"):
         self.accelerator = Accelerator(mixed_precision=mixed_precision)
-        asked = int(os.environ.get(PROCESSES_ASKED_FOR, self.accelerator.num_processes))
-        if asked != self.accelerator.num_processes:
+        asked = int(os.environ.get(PROCESSES_ASKED_FOR) or os.environ.get("WORLD_SIZE") or 0)
+        if asked and asked != self.accelerator.num_processes:
             raise ValueError(
                 f"{asked} processes were asked for but {self.accelerator.num_processes} started; on a machine "
                 "without GPUs set ACCELERATE_USE_CPU=true, and launch with run_text2video_train.sh or torchrun"
@@ -55,22 +56,49 @@ class Runtime:
     def backward(self, loss: Tensor) -> None:
         self.accelerator.backward(loss)
 
-    def average_gradients(self, parameters: Iterable[nn.Parameter]) -> None:
-        """Replace each gradient by its mean over the processes, in one all-reduce."""
+    def average_gradients(self, parameters: Iterable[nn.Parameter], flags: Sequence[bool]) -> list[bool]:
+        """Replace each gradient by its mean over the processes; whether each flag is raised on any of them.
+
+        One all-reduce carries both. A parameter that no gradient reached counts as zero.
+        """
+        parameters = list(parameters)
+        for p in parameters:
+            if p.grad is None:
+                p.grad = torch.zeros_like(p)
         if self.num_processes == 1:
-            return
+            return list(flags)
+        raised = parameters[0].grad.new_tensor([float(flag) for flag in flags])
         grads = [p.grad for p in parameters]
-        flat = self.accelerator.reduce(torch.cat([g.flatten() for g in grads]), reduction="mean")
-        for grad, mean in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+        flat = self.accelerator.reduce(torch.cat([*(g.flatten() for g in grads), raised]), reduction="mean")
+        *means, raised = flat.split([*(g.numel() for g in grads), len(flags)])
+        for grad, mean in zip(grads, means, strict=True):
             grad.copy_(mean.view_as(grad))
+        return (raised > 0).tolist()
+
+    def any(self, flag: bool) -> bool:
+        """Whether ``flag`` is raised on any process."""
+        return any(self.gather_objects([flag]))
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
         """Unscale fp16 gradients, clip them, and return the norm they had."""
         return float(self.accelerator.clip_grad_norm_(parameters, max_norm))
 
+    def apply(self, optimizer: Optimizer, healthy: bool, grad_norm: float) -> None:
+        """Take the optimiser's step if it is ``healthy``, and forget the gradients.
+
+        fp16's scaler is told of gradients that overflowed, so that it lowers its scale; of a step refused for
+        another reason it forgets that the gradients were unscaled.
+        """
+        scaler = self.accelerator.scaler
+        if healthy or (scaler is not None and not math.isfinite(grad_norm)):
+            optimizer.step()
+        elif scaler is not None:
+            scaler.update(scaler.get_scale())
+        optimizer.zero_grad()
+
     @property
     def scales_gradients(self) -> bool:
-        """Whether fp16's scaler is at work; it skips a step whose gradient overflowed by itself."""
+        """Whether fp16's scaler is at work."""
         return self.accelerator.scaler is not None
 
     def scaler_state(self) -> dict | None:

@@ -5,8 +5,8 @@ Axes: B batch, C channels, T latent frames, h, w latent rows and columns, F chos
 
 import logging
 import math
-import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,32 +17,46 @@ from tqdm import tqdm
 from Core import draws, lora
 from Core.backbones import Backbone
 from Core.checkpoint import Checkpoint, Checkpoints
-from Core.decode import choose_frames
-from Core.evaluate import score_videos
-from Core.inference import plan_samples, write_videos
+from Core.clock import Stopwatch
+from Core.ema import Ema
+from Core.guards import find_fault
+from Core.monitors import Course
 from Core.prompts import Prompt
 from Core.rewards import Reward, RewardOutput
+from Core.rollout import Rollout
 from Core.runtime import Runtime
-from Core.schedulers.rf import euler_sample, first_gradient_step
+from Core.stopping import StopRequest
 from Core.tracking import Trackers
+from Core.validation import Validation
+from opensora.datasets import save_sample
 
 logger = logging.getLogger("vader")
 
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimiser step, averaged over its global batch."""
+    """One optimiser step, averaged over its global batch.
+
+    skipped: the step was not applied. stopping: some process was asked to stop. timings: seconds of this
+    process by part of the step.
+    """
 
     reward: float
     loss: float
     grad_norm: float
-    seconds: float
     parts: dict[str, float]
     skipped: bool
+    stopping: bool
+    timings: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.timings.values())
 
     def scalars(self, lr: float) -> dict[str, float]:
         named = {"reward": self.reward, "loss": self.loss, "grad_norm": self.grad_norm, "lr": lr}
-        named |= {"seconds": self.seconds, "skipped": float(self.skipped), **self.parts}
+        named |= {"skipped": float(self.skipped), **self.parts, "seconds": self.seconds}
+        named["all_reduce_share"] = self.timings["all_reduce"] / self.seconds
         return {f"train/{name}": value for name, value in named.items()}
 
 
@@ -50,73 +64,103 @@ class Trainer:
     """Everything a run needs, built and on its device.
 
     Args:
-        text: features [L, D] of every caption of ``prompts`` and ``val_prompts``.
+        identity: settings recorded with each checkpoint, see ``Core.resume``.
+        text: features [L, D] of every caption of ``prompts``.
         folder: the run folder.
     """
 
     def __init__(
         self,
         config,
+        identity: Mapping[str, object],
         runtime: Runtime,
         backbone: Backbone,
         reward: Reward,
         prompts: Sequence[Prompt],
-        val_prompts: Sequence[Prompt],
         text: Mapping[str, Tensor],
+        validation: Validation,
         folder: Path,
         trackers: Trackers,
     ):
-        self.config, self.runtime, self.backbone, self.reward = config, runtime, backbone, reward
-        self.prompts, self.val_prompts, self.text = prompts, val_prompts, text
-        self.folder, self.trackers = folder, trackers
-        self.parameters = list(lora.parameters(backbone.denoiser).values())
+        self.config, self.identity, self.runtime = config, identity, runtime
+        self.backbone, self.reward, self.prompts = backbone, reward, prompts
+        self.validation, self.folder, self.trackers = validation, folder, trackers
+        self.rollout = Rollout(config, backbone, text)
+        self.named_parameters = lora.parameters(backbone.denoiser)
+        self.parameters = list(self.named_parameters.values())
         self.optimizer = runtime.prepare(build_optimizer(config, self.parameters))
+        self.ema = Ema(self.named_parameters, config.ema_decay) if config.ema_decay else None
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
-        self.step = 0
-        self.bad_steps = 0
+        scorers = {"reward": reward, **validation.monitors}
+        lower = [name for name, scorer in scorers.items() if not scorer.higher_is_better]
+        self.course = Course(config.early_stop, lower)
+        self.stop = StopRequest()
+        self.step = self.bad_steps = self.skipped_steps = 0
+        self.recent_rewards: list[float] = []
         self.preview: Tensor | None = None
-
-    @property
-    def global_batch(self) -> int:
-        per_process = self.config.train_batch_size * self.config.gradient_accumulation_steps
-        return per_process * self.runtime.num_processes
 
     @property
     def total_steps(self) -> int:
         """Optimiser steps until ``max_train_steps`` or ``num_train_epochs``, whichever comes first."""
-        epochs = math.ceil(self.config.num_train_epochs * len(self.prompts) / self.global_batch)
-        return min(self.config.max_train_steps, epochs)
+        batch = global_batch(self.config, self.runtime)
+        return min(
+            self.config.max_train_steps, math.ceil(self.config.num_train_epochs * len(self.prompts) / batch)
+        )
 
     def train_step(self) -> StepMetrics:
-        started = time.perf_counter()
-        lora.set_dropout(self.backbone.denoiser, True)
-        first = self.gradient_window()
-        rewards = [self.micro_step(samples, first) for samples in self.micro_batches()]
-        self.runtime.average_gradients(self.parameters)
+        clock = Stopwatch(self.runtime.device)
+        lora.set_dropout(self.backbone.denoiser, True, self.config.seed, self.step)
+        first = self.rollout.gradient_window(self.step)
+        values = torch.cat([self.micro_step(samples, first, clock) for samples in self.micro_batches()])
+        fault = find_fault(self.own_samples(), values, self.named_parameters)
+        flags = [fault is not None, self.stop.requested]
+        faulty, stopping = self.runtime.average_gradients(self.parameters, flags)
+        clock.lap("all_reduce")
         grad_norm = self.runtime.clip(self.parameters, self.config.max_grad_norm)
-        finite = math.isfinite(grad_norm)
-        if finite or self.runtime.scales_gradients:
-            self.optimizer.step()
-        self.optimizer.zero_grad()
-        return self.measure(rewards, grad_norm, finite, time.perf_counter() - started)
+        healthy = not faulty and math.isfinite(grad_norm)
+        self.runtime.apply(self.optimizer, healthy, grad_norm)
+        if healthy and self.ema:
+            self.ema.update()
+        clock.lap("optimizer")
+        if not healthy:
+            self.report_fault(fault)
+        score, loss, *parts = self.runtime.gather(values).mean(0).tolist()
+        named = dict(zip(self.part_names, parts, strict=True))
+        clock.lap("gather")
+        return StepMetrics(score, loss, grad_norm, named, not healthy, stopping, clock.seconds())
 
-    def micro_step(self, samples: Sequence[int], first: int) -> RewardOutput:
-        """Forward and backward of the videos with these global sample numbers."""
-        chosen = draws.training_indices(self.config.seed, samples, len(self.prompts))
-        prompts = [self.prompts[index] for index in chosen]
-        with self.runtime.autocast():
-            z = euler_sample(
-                self.backbone.velocity([self.text[self.backbone.caption(p.text())] for p in prompts]),
-                self.noise(samples),
-                self.backbone.timesteps(len(samples)),
-                first_gradient_step=first,
-                num_timesteps=self.backbone.num_timesteps,
-            )
-            frames = self.backbone.decode_frames(z, self.frame_numbers(samples))
-            reward = self.reward(frames, [p.reward_text for p in prompts])
-        self.runtime.backward(reward.loss.mean() / self.config.gradient_accumulation_steps)
+    def micro_step(self, samples: Sequence[int], first: int, clock: Stopwatch) -> Tensor:
+        """Forward and backward of the videos with these global sample numbers.
+
+        Returns:
+            [B, 2 + parts]: score, loss and the reward's parts, averaged over ``noise_repeats``.
+        """
+        draws.seed_globals(self.config.seed, "global", samples[0])
+        prompts = self.prompts_of(samples)
+        texts = [prompt.reward_text for prompt in prompts]
+        share = self.config.gradient_accumulation_steps * self.config.noise_repeats
+        values, finished = [], None
+        for repeat in range(self.config.noise_repeats):
+            with self.runtime.autocast():
+                z, distance = self.rollout.sample(prompts, samples, first, repeat, finished)
+                clock.lap("sample")
+                frames = self.backbone.decode_frames(z, self.rollout.frame_numbers(samples, repeat))
+                clock.lap("decode")
+                reward = self.reward(frames, texts)
+                loss = reward.loss + self.config.kl_weight * distance
+                clock.lap("reward")
+            self.runtime.backward(loss.mean() / share)
+            clock.lap("backward")
+            finished = z.detach() if finished is None else finished
+            values.append(self.log_values(reward, loss, distance))
         self.preview = frames.detach() if self.config.is_sample_preview else None
-        return RewardOutput(reward.score.detach(), reward.loss.detach(), reward.parts)
+        return torch.stack(values).mean(0)
+
+    def log_values(self, reward: RewardOutput, loss: Tensor, distance: Tensor) -> Tensor:
+        """[B, 2 + parts], detached."""
+        parts = dict(reward.parts) | ({"base_distance": distance} if self.config.kl_weight else {})
+        self.part_names = list(parts)
+        return torch.stack([reward.score, loss, *parts.values()], dim=1).detach().float()
 
     def micro_batches(self) -> Iterator[range]:
         """Global sample numbers of this process's backward passes in the current step.
@@ -126,60 +170,80 @@ class Trainer:
         size = self.config.train_batch_size
         for number in range(self.config.gradient_accumulation_steps):
             slot = number * self.runtime.num_processes + self.runtime.rank
-            start = self.step * self.global_batch + slot * size
+            start = self.step * global_batch(self.config, self.runtime) + slot * size
             yield range(start, start + size)
 
-    def gradient_window(self) -> int:
-        """First sampling step with a gradient; one draw per optimiser step, the same on every process."""
-        generator = draws.generator(self.config.seed, "window", self.step)
-        return first_gradient_step(
-            self.config.backprop_mode,
-            self.backbone.num_sampling_steps,
-            lambda n: int(torch.randint(n, (), generator=generator)),
-            self.config.backprop_steps,
-        )
+    def prompts_of(self, samples: Sequence[int]) -> list[Prompt]:
+        chosen = draws.training_indices(self.config.seed, samples, len(self.prompts))
+        return [self.prompts[index] for index in chosen]
 
-    def noise(self, samples: Sequence[int]) -> Tensor:
-        """[B, C, T, h, w], each video's own."""
-        generators = [draws.generator(self.config.seed, "noise", sample) for sample in samples]
-        return draws.noise(generators, self.backbone.latent_shape()).to(self.runtime.device)
+    def own_samples(self) -> list[tuple[int, str]]:
+        """(number, prompt) of this process's samples in the current step."""
+        samples = [sample for batch in self.micro_batches() for sample in batch]
+        return [(n, p.reward_text) for n, p in zip(samples, self.prompts_of(samples), strict=True)]
 
-    def frame_numbers(self, samples: Sequence[int]) -> Tensor:
-        """Latent frames [B, F] to decode."""
-        generators = [draws.generator(self.config.seed, "frame", sample) for sample in samples]
-        frames = self.backbone.latent_shape()[1]
-        return choose_frames(self.config.decode_frame, frames, generators).to(self.runtime.device)
-
-    def measure(
-        self, rewards: Sequence[RewardOutput], grad_norm: float, finite: bool, seconds: float
-    ) -> StepMetrics:
-        names = list(rewards[0].parts)
-        rows = [torch.stack([r.score, r.loss, *r.parts.values()], dim=1).float() for r in rewards]
-        score, loss, *parts = self.runtime.gather(torch.cat(rows)).mean(0).tolist()
-        return StepMetrics(score, loss, grad_norm, seconds, dict(zip(names, parts, strict=True)), not finite)
+    def report_fault(self, fault: object) -> None:
+        """Name what was not finite, on whichever process; called by all of them."""
+        faults = self.runtime.gather_objects([str(fault) if fault else ""])
+        named = [f"process {rank}: {text}" for rank, text in enumerate(faults) if text]
+        if self.runtime.is_main:
+            logger.warning(
+                "step %d was skipped on all processes, seed %d: not finite: %s",
+                self.step + 1, self.config.seed, "; ".join(named) or "the norm of the averaged gradient",
+            )  # fmt: skip
 
     def fit(self) -> None:
         """Train until the last step; validate, log and save on the way."""
         bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step")
         bar.disable = bar.disable or not self.runtime.is_main or self.config.verbose < 1
-        if self.step == 0:
+        with self.stop, bar:
+            if self.validation_is_due():
+                self.validate()
+                if self.step:
+                    self.save()
+            while not self.finished():
+                metrics = self.advance()
+                bar.update()
+                bar.set_postfix_str(
+                    f"reward {metrics.reward:.3f}, loss {metrics.loss:.4f}, grad {metrics.grad_norm:.3g}, "
+                    f"{metrics.seconds:.2f} s/step"
+                )
+                if self.after_step(metrics.stopping):
+                    logger.info("stopped after step %d; the same command continues from there", self.step)
+                    break
+
+    def advance(self) -> StepMetrics:
+        """One optimiser step, counted and logged."""
+        lr = self.set_learning_rate()
+        metrics = self.train_step()
+        self.step += 1
+        self.bad_steps = self.bad_steps + 1 if metrics.skipped else 0
+        self.skipped_steps += metrics.skipped
+        self.recent_rewards.append(metrics.reward)
+        self.trackers.log(metrics.scalars(lr) | {"train/skipped_steps": self.skipped_steps}, self.step)
+        return metrics
+
+    def after_step(self, stopping: bool) -> bool:
+        """Validate and save where it is time to; whether the run was asked to stop.
+
+        Raises:
+            ValueError: too many steps in a row had no finite gradient; everything is saved.
+        """
+        exhausted = self.bad_steps >= self.config.max_bad_steps
+        if self.validation_is_due() and not stopping:
             self.validate()
-        while self.step < self.total_steps:
-            lr = self.set_learning_rate()
-            metrics = self.train_step()
-            self.step += 1
-            self.guard(metrics)
-            self.trackers.log(metrics.scalars(lr), self.step)
-            bar.update()
-            bar.set_postfix_str(
-                f"reward {metrics.reward:.3f}, loss {metrics.loss:.4f}, grad {metrics.grad_norm:.3g}, "
-                f"{metrics.seconds:.2f} s/step"
+            stopping = self.runtime.any(self.stop.requested)
+        if stopping or exhausted or self.finished() or self.step % self.config.checkpointing_steps == 0:
+            self.save()
+        if exhausted:
+            raise ValueError(
+                f"{self.bad_steps} steps in a row had no finite reward and gradient; the run is saved at step "
+                f"{self.step}; lower lr, or set mixed_precision='bf16'"
             )
-            last = self.step == self.total_steps
-            score = self.validate() if last or self.step % self.config.validation_steps == 0 else None
-            if last or self.step % self.config.checkpointing_steps == 0:
-                self.save(score)
-        bar.close()
+        return stopping
+
+    def finished(self) -> bool:
+        return self.step >= self.total_steps or bool(self.course.stop_reason())
 
     def set_learning_rate(self) -> float:
         lr = self.config.lr * lr_factor(self.config, self.step, self.total_steps)
@@ -187,68 +251,95 @@ class Trainer:
             group["lr"] = lr
         return lr
 
-    def guard(self, metrics: StepMetrics) -> None:
-        """Count steps in a row whose gradient was not finite; every process sees the same."""
-        self.bad_steps = self.bad_steps + 1 if metrics.skipped else 0
-        if metrics.skipped:
-            samples = [sample for batch in self.micro_batches() for sample in batch]
-            logger.warning(
-                "step %d was skipped: its gradient is not finite (seed %d, samples %s)",
-                self.step, self.config.seed, samples,
-            )  # fmt: skip
-        if self.bad_steps >= self.config.max_bad_steps:
-            raise ValueError(
-                f"{self.bad_steps} steps in a row had no finite gradient; lower lr, or set mixed_precision='bf16'"
-            )
+    def validation_is_due(self) -> bool:
+        """Whether the current step is one to validate at, and has not been."""
+        regular = self.step % self.config.validation_steps == 0 or self.step == self.total_steps
+        return regular and self.course.last_step < self.step
 
-    def validate(self) -> float:
-        """Generate the validation videos with fixed seeds, score them, and return the mean reward."""
+    def averaged(self):
+        """Context in which the adapter is the one to use: its moving average, where there is one."""
+        return self.ema.applied() if self.ema else nullcontext()
+
+    def validate(self) -> None:
+        """Generate the validation videos, score them, and add the outcome to the run's course."""
         lora.set_dropout(self.backbone.denoiser, False)
-        samples = plan_samples(self.val_prompts, 1, self.config.seed)
-        own = samples[self.runtime.rank :: self.runtime.num_processes]
         folder = self.folder / "samples" / f"step_{self.step:06d}"
-        scores, parts, made = [], [], []
-        # A run that went back to an earlier checkpoint makes the videos of a step anew.
-        for video in write_videos(self.backbone, self.text, self.config, own, folder, {"step": self.step}):
-            output = score_videos(self.reward, video.pixels[None], [video.sample.prompt])
-            scores.append(output.score.item())
-            parts.append({name: value.item() for name, value in output.parts.items()})
-            made.append((str(video.path), video.sample.prompt.reward_text))
-        scores, parts, made = map(self.runtime.gather_objects, (scores, parts, made))
-        mean = sum(scores) / len(scores)
-        averages = {name: sum(part[name] for part in parts) / len(parts) for name in parts[0]}
-        named = {"reward": mean, **averages}
-        self.trackers.log({f"validation/{name}": value for name, value in named.items()}, self.step)
-        paths, captions = zip(*made, strict=True)
-        self.trackers.log_videos([Path(path) for path in paths], captions, self.step)
-        if self.runtime.is_main:
-            logger.info("step %d: validation reward %.4f over %d videos", self.step, mean, len(scores))
-            self.save_preview(folder)
-        return mean
+        with self.averaged():
+            result = self.validation.run(self.step, folder)
+        recent, self.recent_rewards = self.recent_rewards, []
+        trained = {"train_reward": sum(recent) / len(recent)} if recent else {}
+        self.course.add({"step": self.step, **result.means, **trained})
+        if not self.runtime.is_main:
+            return
+        values = result.means | trained
+        self.trackers.log({f"validation/{name}": value for name, value in values.items()}, self.step)
+        if result.videos:
+            self.trackers.log_videos(*zip(*result.videos, strict=True), self.step)
+        self.save_preview(folder)
+        listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+        logger.info("step %d: validation on %d videos: %s", self.step, len(result.videos), listed)
+        for warning in self.course.warnings([*self.validation.monitors, "motion", "diversity"]):
+            logger.warning("step %d: %s", self.step, warning)
+        if reason := self.course.stop_reason():
+            logger.warning("step %d: early_stop: %s", self.step, reason)
 
     def save_preview(self, folder: Path) -> None:
         if self.preview is not None:
-            from opensora.datasets import save_sample
-
             for number, frames in enumerate(self.preview.float().cpu()):
                 save_sample(frames.transpose(0, 1), str(folder / f"trained_on_{number}"), verbose=False)
 
-    def save(self, score: float | None) -> None:
-        """Write a checkpoint and, beside it, the run's current adapter."""
+    def save(self) -> None:
+        """Write the run's adapter and a checkpoint, after checking that all processes hold the same."""
+        self.refuse_divergence()
         if self.runtime.is_main:
-            state = {
-                "step": self.step,
-                "bad_steps": self.bad_steps,
-                "optimizer": self.optimizer.state_dict(),
-                "scaler": self.runtime.scaler_state(),
-            }
             try:
+                with self.averaged():
+                    lora.save(self.backbone.denoiser, self.folder / "adapter")
+                score = self.validation_score()
                 model = self.backbone.denoiser
-                self.checkpoints.save(self.step, model, state, self.config.to_dict(), score)
-                lora.save(model, self.folder / "adapter")
+                self.checkpoints.save(self.step, model, self.state(), dict(self.identity), score)
             except OSError as error:
-                logger.error("checkpoint of step %d was not saved: %s; training goes on", self.step, error)
+                logger.error(
+                    "checkpoint of step %d was not saved: %s; earlier ones are untouched, and training goes on",
+                    self.step, error,
+                )  # fmt: skip
         self.runtime.barrier()
+
+    def validation_score(self) -> float | None:
+        """The current step's validation reward, higher being better; None without a validation."""
+        good = self.course.goodness("reward")
+        return good[-1] if good and self.course.last_step == self.step else None
+
+    def refuse_divergence(self) -> None:
+        """Raise ValueError where the processes hold different adapters."""
+        own = [*self.parameters, *(self.ema.average.values() if self.ema else ())]
+        hashes = self.runtime.gather_objects([lora.digest(own)])
+        if len(set(hashes)) > 1:
+            listed = ", ".join(f"process {rank} {digest[:8]}" for rank, digest in enumerate(hashes))
+            raise ValueError(
+                f"the adapter differs between processes at step {self.step} ({listed}); nothing was saved: check "
+                "that all machines run the same versions and their memory is sound, then start again to resume "
+                "from the last checkpoint"
+            )
+
+    def state(self) -> dict:
+        """All that continuing needs beside the adapter and the configuration.
+
+        Random draws are functions of seed, step and sample number, so these are the whole random state; the
+        learning rate is a function of step and configuration.
+        """
+        return {
+            "step": self.step,
+            "rng": {"seed": self.config.seed, "next_sample": next(self.micro_batches()).start},
+            # A run that continues after too many bad steps may try as many again.
+            "bad_steps": self.bad_steps % self.config.max_bad_steps,
+            "skipped_steps": self.skipped_steps,
+            "recent_rewards": self.recent_rewards,
+            "course": self.course.results,
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.runtime.scaler_state(),
+            "ema": self.ema.state() if self.ema else None,
+        }
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Continue from a checkpoint, on every process."""
@@ -256,7 +347,16 @@ class Trainer:
         state = checkpoint.state()
         self.optimizer.load_state_dict(state["optimizer"])
         self.runtime.load_scaler(state["scaler"])
+        if self.ema:
+            self.ema.load(state["ema"])
+        self.course.results = state["course"]
         self.step, self.bad_steps = state["step"], state["bad_steps"]
+        self.skipped_steps, self.recent_rewards = state["skipped_steps"], state["recent_rewards"]
+
+
+def global_batch(config, runtime: Runtime) -> int:
+    """Samples of one optimiser step, over all processes."""
+    return config.train_batch_size * config.gradient_accumulation_steps * runtime.num_processes
 
 
 def build_optimizer(config, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:

@@ -1,0 +1,98 @@
+"""The course of validation: whether the trained reward is bought with something else, and when to stop."""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+# A monitor counts as fallen when it lost this share of what it was at first. Below that, a handful of validation
+# videos says nothing.
+NOTABLE = 0.05
+EARLY_STOP_DEFAULTS: dict[str, Any] = {"fall": 0.0, "patience": 3}
+
+
+def early_stop_errors(early_stop: Mapping[str, Any] | None, monitors: Sequence[str]) -> list[str]:
+    """What is wrong with the key ``early_stop``, as sentences."""
+    if early_stop is None:
+        return []
+    allowed = {"monitor", *EARLY_STOP_DEFAULTS}
+    if "monitor" not in early_stop or not early_stop.keys() <= allowed:
+        return [
+            f"early_stop must have the key monitor, and may have fall and patience; got {dict(early_stop)!r}"
+        ]
+    rule = EARLY_STOP_DEFAULTS | dict(early_stop)
+    known = ("reward", "motion", "diversity", *monitors)
+    errors = []
+    if rule["monitor"] not in known:
+        errors.append(f"early_stop: monitor must be one of {', '.join(known)}, got {rule['monitor']!r}")
+    if not isinstance(rule["patience"], int) or rule["patience"] < 1:
+        errors.append(f"early_stop: patience must be a whole number from 1, got {rule['patience']!r}")
+    if not isinstance(rule["fall"], (int, float)) or not 0 <= rule["fall"] < 1:
+        errors.append(f"early_stop: fall must be at least 0 and below 1, got {rule['fall']!r}")
+    return errors
+
+
+class Course:
+    """Validation results so far, each a dict of means with its ``step``.
+
+    Args:
+        early_stop: ``monitor``, ``fall``, ``patience``: stop once the monitor has been more than ``fall`` (a
+            share of its best value) below its best for ``patience`` validations in a row; with ``fall`` 0, once
+            it has not improved for so long.
+        lower_is_better: names of values that are better when lower.
+    """
+
+    def __init__(self, early_stop: Mapping[str, Any] | None, lower_is_better: Sequence[str] = ()):
+        self.early_stop = early_stop and EARLY_STOP_DEFAULTS | dict(early_stop)
+        self.lower_is_better = frozenset(lower_is_better)
+        self.results: list[dict[str, float]] = []
+
+    def add(self, result: dict[str, float]) -> None:
+        self.results.append(result)
+
+    @property
+    def last_step(self) -> int:
+        """Step of the last validation, -1 before the first."""
+        return int(self.results[-1]["step"]) if self.results else -1
+
+    def goodness(self, name: str) -> list[float]:
+        """A value at each validation that has it, higher being better."""
+        sign = -1 if name in self.lower_is_better else 1
+        values = [sign * result.get(name, math.nan) for result in self.results]
+        return [value for value in values if not math.isnan(value)]
+
+    def warnings(self, monitors: Sequence[str]) -> list[str]:
+        """Sentences on monitors that fell since the first validation while the trained reward rose."""
+        reward = self.goodness("reward")
+        if len(reward) < 2 or not reward[-1] > reward[0]:
+            return []
+        values = {name: self.goodness(name) for name in monitors}
+        return [self._warning(name) for name, course in values.items() if _fallen(course)]
+
+    def _warning(self, name: str) -> str:
+        first, last = self.results[0], self.results[-1]
+        return (
+            f"the trained reward went from {first['reward']:.4g} to {last['reward']:.4g} since step "
+            f"{first['step']} while {name} went from {first[name]:.4g} to {last[name]:.4g}: the adapter may be "
+            "exploiting the reward; watch the validation videos, and consider kl_weight, fewer steps or early_stop"
+        )
+
+    def stop_reason(self) -> str:
+        """Why the run should stop, in words; empty to go on."""
+        rule = self.early_stop
+        values = self.goodness(rule["monitor"]) if rule else []
+        if not values or len(values) <= rule["patience"]:
+            return ""
+        best = max(values[: -rule["patience"]])
+        threshold = best - rule["fall"] * abs(best)
+        if any(
+            value > threshold or (value == threshold and rule["fall"])
+            for value in values[-rule["patience"] :]
+        ):
+            return ""
+        name = rule["monitor"]
+        below = f"more than {rule['fall']:.0%} below" if rule["fall"] else "no better than"
+        return f"{name} has been {below} its best, {abs(best):.4g}, for {rule['patience']} validations"
+
+
+def _fallen(values: Sequence[float]) -> bool:
+    return len(values) > 1 and values[0] - values[-1] > NOTABLE * abs(values[0])

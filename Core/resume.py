@@ -1,0 +1,91 @@
+"""What a run folder holds already, and whether the run that starts now may continue it."""
+
+import hashlib
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from Core.checkpoint import Checkpoint, Checkpoints
+from Core.config import Config
+from Core.prompts import Prompt
+
+logger = logging.getLogger("vader")
+# Keys that may differ between a checkpoint and the run that continues it: none of them changes a step. That
+# batch size times accumulation times processes stays the same is checked on its own.
+FREE_TO_CHANGE = frozenset(
+    "max_train_steps num_train_epochs train_batch_size gradient_accumulation_steps validation_steps "
+    "checkpointing_steps keep_checkpoints resume val_batch_size num_val_runs num_val_seeds val_prompt_path "
+    "monitors monitor_args early_stop project_dir text_cache logger_type use_wandb wandb_entity verbose debug "
+    "max_bad_steps is_sample_preview save_fps frame_interval save_gif lora_scale num_sample".split()
+)
+RUN_FILES = ("checkpoints", "samples", "adapter", "metrics.csv", "validation.csv", "config.py", "tensorboard")
+
+
+def prepare_folder(
+    config: Config, folder: Path, prompts: Sequence[Prompt], global_batch: int
+) -> Checkpoint | None:
+    """Write the resolved config and choose the checkpoint to continue from; on the main process.
+
+    Raises:
+        ValueError: the chosen checkpoint is damaged, or was made with other settings.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+    chosen = None
+    if config.resume == "never":
+        set_aside(folder)
+    elif config.resume == "auto":
+        chosen = checkpoints.newest()
+    else:
+        chosen = Checkpoint(Path(config.resume).expanduser())
+        if damage := chosen.damage():
+            raise ValueError(f"resume: checkpoint {config.resume!r} cannot be used: {damage}")
+    if chosen:
+        refuse_contradiction(config, chosen, prompts, global_batch)
+    # What came after the chosen one, damaged or abandoned, must not be taken for this run's own later.
+    later = checkpoints.set_aside_after(chosen.step if chosen else -1, _previous(folder) / "checkpoints")
+    if later:
+        names = ", ".join(checkpoint.folder.name for checkpoint in later)
+        logger.warning("not continued, and moved to %s: %s", later[0].folder.parent, names)
+    config.save(folder / "config.py")
+    return chosen
+
+
+def set_aside(folder: Path) -> None:
+    """Move what an earlier run left in ``folder`` into its ``previous_<n>``, so that nothing is lost."""
+    left = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    target = _previous(folder)
+    for path in left:
+        target.mkdir(exist_ok=True)
+        path.rename(target / path.name)
+
+
+def _previous(folder: Path) -> Path:
+    """The next free ``previous_<n>``."""
+    return folder / f"previous_{1 + sum(1 for _ in folder.glob('previous_*'))}"
+
+
+def identity(config: Config, prompts: Sequence[Prompt], global_batch: int) -> dict:
+    """What a checkpoint's later steps depend on, to be recorded with it."""
+    texts = "\n".join(prompt.text() for prompt in prompts)
+    digest = hashlib.sha256(texts.encode()).hexdigest()
+    settings = json.loads(json.dumps(config.to_dict()))
+    return settings | {"global batch": global_batch, "text of the prompts (sha256)": digest[:16]}
+
+
+def refuse_contradiction(
+    config: Config, checkpoint: Checkpoint, prompts: Sequence[Prompt], global_batch: int
+) -> None:
+    """Raise ValueError, naming the keys, where the run would not continue what the checkpoint began."""
+    before = checkpoint.manifest()["config"]
+    now = identity(config, prompts, global_batch)
+    free = FREE_TO_CHANGE
+    if config.lr_schedule != "constant":
+        free = free - {"max_train_steps", "num_train_epochs"}  # they stretch the course of lr
+    changed = [key for key in now if key not in free and before.get(key) != now[key]]
+    if changed:
+        listed = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
+        raise ValueError(
+            f"the run in {config.project_dir!r} was made with other settings: {listed}; restore them, choose "
+            "another project_dir, or set resume='never'"
+        )

@@ -1,0 +1,80 @@
+"""Training, from a configuration to a finished run: build everything, continue or begin, fit."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from Core import lora
+from Core.backbones import Backbone
+from Core.build import build_backbone
+from Core.config import Config
+from Core.prompts import Prompt, read_prompts, read_validation_prompts
+from Core.resume import identity, prepare_folder
+from Core.rewards import Reward, build_reward
+from Core.runtime import Runtime
+from Core.tracking import Trackers, build_trackers
+from Core.trainer import Trainer, global_batch
+from Core.validation import Validation
+
+logger = logging.getLogger("vader")
+
+
+def train(config: Config, runtime: Runtime, folder: Path) -> None:
+    """Train an adapter in the run folder ``folder``, from its newest checkpoint if ``resume`` says so."""
+    prompts = read_prompts(config)
+    val_prompts = read_validation_prompts(config, prompts)
+    refuse_references([*prompts, *val_prompts])
+    batch = global_batch(config, runtime)
+    chosen = prepare_folder(config, folder, prompts, batch) if runtime.is_main else None
+    checkpoint = runtime.from_main(chosen)
+    backbone, text = build_backbone(config, runtime, [*prompts, *val_prompts])
+    reward, monitors = build_scorers(config, runtime, backbone)
+    adapt_for_training(config, backbone)
+    last_row = checkpoint.step if checkpoint else -1
+    trackers = build_trackers(config, folder, last_row) if runtime.is_main else Trackers({})
+    validation = Validation(config, runtime, backbone, reward, monitors, val_prompts, text)
+    settings = identity(config, prompts, batch)
+    trainer = Trainer(
+        config, settings, runtime, backbone, reward, prompts, text, validation, folder, trackers
+    )
+    if checkpoint:
+        trainer.resume(checkpoint)
+        logger.info("continuing from %s", checkpoint.folder)
+    try:
+        trainer.fit()
+    finally:
+        trackers.close()
+    logger.info("the adapter is in %s", folder / "adapter")
+
+
+def refuse_references(prompts: Sequence[Prompt]) -> None:
+    """Training generates every frame; a prompt that conditions on a file has no place in it."""
+    conditioned = [prompt.text() for prompt in prompts if prompt.reference or prompt.mask_strategy]
+    if conditioned:
+        raise ValueError(
+            f"training prompts cannot have references: {conditioned[0]!r}; remove their JSON suffix"
+        )
+
+
+def build_scorers(config: Config, runtime: Runtime, backbone: Backbone) -> tuple[Reward, dict[str, Reward]]:
+    """The trained reward and the monitors by name."""
+    placed = {"device": runtime.device, "dtype": backbone.dtype}
+    reward = build_reward(config.reward_fn, config.reward_arguments, **placed)
+    monitors = {name: build_reward(name, config.monitor_args.get(name), **placed) for name in config.monitors}
+    return reward, monitors
+
+
+def adapt_for_training(config: Config, backbone: Backbone) -> None:
+    """Attach the trainable adapter, new or read from ``lora_ckpt_path``, and switch checkpointing."""
+    backbone.denoiser = lora.attach(
+        backbone.denoiser,
+        config.lora_targets or backbone.lora_targets,
+        rank=config.lora_rank,
+        alpha=config.lora_alpha,
+        dropout=config.lora_dropout,
+        seed=config.seed,
+    )
+    if config.lora_ckpt_path:
+        lora.load(backbone.denoiser, lora.read(config.lora_ckpt_path), config.lora_ckpt_path)
+    if config.grad_checkpoint:
+        backbone.enable_checkpointing()

@@ -1,0 +1,100 @@
+"""Validation: videos of fixed prompts and seeds, and what the trained reward and the monitors say of them."""
+
+import itertools
+import logging
+import math
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from Core.backbones import Backbone
+from Core.evaluate import diversity, motion, score_videos
+from Core.inference import Video, plan_samples, write_videos
+from Core.prompts import Prompt
+from Core.rewards import Reward
+from Core.runtime import Runtime
+
+logger = logging.getLogger("vader")
+
+
+@dataclass(frozen=True)
+class ValidationResult:
+    """Means over all videos, and the videos' (path, prompt)."""
+
+    means: dict[str, float]
+    videos: tuple[tuple[Path, str], ...]
+
+
+class Validation:
+    """Generates the same videos at every call, spread over the processes by prompt.
+
+    Args:
+        reward: the trained one; ``monitors``: others, scored beside it.
+        text: features [L, D] of every caption of ``prompts``.
+    """
+
+    def __init__(
+        self,
+        config,
+        runtime: Runtime,
+        backbone: Backbone,
+        reward: Reward,
+        monitors: Mapping[str, Reward],
+        prompts: Sequence[Prompt],
+        text: Mapping[str, Tensor],
+    ):
+        self.config, self.runtime, self.backbone, self.text = config, runtime, backbone, text
+        self.reward, self.monitors = reward, monitors
+        self.samples = plan_samples(prompts, config.num_val_seeds, config.seed)
+
+    def run(self, step: int, folder: Path) -> ValidationResult:
+        """Write the videos into ``folder``, emptied before, and score them.
+
+        A full or read-only disk costs this validation, with a message; not the run.
+        """
+        if self.runtime.is_main:
+            shutil.rmtree(folder, ignore_errors=True)
+        self.runtime.barrier()
+        rows, videos = [], []
+        try:
+            for video_rows, made in self._by_prompt(step, folder):
+                rows += video_rows
+                videos += made
+        except OSError as error:
+            logger.error("validation of step %d is incomplete: %s; training goes on", step, error)
+        rows, videos = self.runtime.gather_objects(rows), self.runtime.gather_objects(videos)
+        return ValidationResult(_means(rows), tuple((Path(path), prompt) for path, prompt in sorted(videos)))
+
+    def _by_prompt(self, step: int, folder: Path):
+        """For each of this process's prompts: the values of its videos, and their files."""
+        count, rank = self.runtime.num_processes, self.runtime.rank
+        own = [sample for sample in self.samples if sample.index % count == rank]
+        folder.mkdir(parents=True, exist_ok=True)
+        made = write_videos(self.backbone, self.text, self.config, own, folder, {"step": step})
+        for _, group in itertools.groupby(made, key=lambda video: video.sample.index):
+            videos = list(group)
+            rows = [self._score(video) for video in videos]
+            if len(videos) > 1:
+                rows.append({"diversity": diversity(torch.stack([video.pixels for video in videos]))})
+            yield rows, [(str(video.path), video.sample.prompt.reward_text) for video in videos]
+
+    def _score(self, video: Video) -> dict[str, float]:
+        pixels, prompt = video.pixels[None].to(self.runtime.device), [video.sample.prompt]
+        output = score_videos(self.reward, pixels, prompt)
+        values = {"reward": output.score.item()} | {name: part.item() for name, part in output.parts.items()}
+        for name, monitor in self.monitors.items():
+            values[name] = score_videos(monitor, pixels, prompt).score.item()
+        if pixels.shape[2] > 1:
+            values["motion"] = motion(pixels).item()
+        return values
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each name over the rows that have it; the reward is NaN where no video could be made."""
+    names = dict.fromkeys(["reward", *(name for row in rows for name in row)])
+    columns = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(values) / len(values) if values else math.nan for name, values in columns.items()}

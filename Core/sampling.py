@@ -16,6 +16,7 @@ from Core.build import build_backbone
 from Core.config import BASE
 from Core.inference import Sample, clear_partial, plan_samples, tidy_manifest, unfinished, write_videos
 from Core.prompts import Prompt, read_prompts
+from Core.provenance import record_environment
 from Core.runtime import Runtime
 
 logger = logging.getLogger("vader")
@@ -138,7 +139,14 @@ def sample(config, runtime: Runtime, folder: Path) -> None:
     """
     variants = chosen_variants(config)
     folders = [folder / variant.name if len(variants) > 1 else folder for variant in variants]
+    if runtime.is_main:
+        record_environment(folder)
     make_videos(config, runtime, read_prompts(config), variants, folders)
+
+
+def plan_of(config, prompts: Sequence[Prompt]) -> list[Sample]:
+    """All videos of a run; a prompt's number is its line, whatever ``start_index`` leaves out."""
+    return plan_samples(prompts, config.num_sample, config.seed, config.start_index or 0)
 
 
 def make_videos(
@@ -150,7 +158,7 @@ def make_videos(
         ValueError: an adapter does not fit the model; found before the first video.
         IncompleteError: some videos could not be made.
     """
-    plan = plan_samples(prompts, config.num_sample, config.seed, config.start_index or 0)
+    plan = plan_of(config, prompts)
     if runtime.is_main:
         for folder in folders:
             clear_partial(folder)

@@ -1,0 +1,100 @@
+"""Score a folder of finished videos, from this or any other tool.
+
+    scripts/score_videos.py FOLDER --rewards hps,aesthetic [--prompts FILE] [--out FOLDER]
+
+Writes scores.csv (one row per video) and scores.json (means). Prompts come from --prompts (.txt with one line
+per file in the order of names; .jsonl or .csv with file and prompt), the folder's prompts.jsonl, or the names.
+"""
+
+import argparse
+import json
+import logging
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+# The packages of this checkout, wherever the script is started and whether or not they are installed.
+sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
+
+import torch  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from Core.run import exit_code  # noqa: E402
+from Core.sampling import IncompleteError  # noqa: E402
+from Core.scoring import (  # noqa: E402
+    Scorers,
+    by_prompt,
+    check_scorers,
+    find_clips,
+    refuse,
+    write_csv,
+    write_json,
+)
+
+logger = logging.getLogger("vader")
+
+
+def score_folder(
+    folder: Path,
+    rewards: Sequence[str],
+    arguments: Mapping[str, Mapping[str, Any]],
+    prompts: Path | None,
+    out: Path,
+) -> dict[str, float]:
+    """Score every video of ``folder``; returns the means.
+
+    Raises:
+        IncompleteError: some videos could not be scored; the others are in the table.
+    """
+    clips = find_clips(folder, prompts)
+    refuse(check_scorers(rewards, arguments))
+    scorers = Scorers(rewards, arguments, "cuda" if torch.cuda.is_available() else "cpu")
+    rows, failed = [], 0
+    for group in tqdm(list(by_prompt(clips)), desc="scoring", unit="prompt", leave=False):
+        try:
+            scores = scorers(group)
+        except ValueError as error:
+            failed += len(group)
+            logger.error("no score for %s: %s", [clip.path.name for clip in group], error)
+            continue
+        for clip, values in zip(group, scores, strict=True):
+            rows.append({"file": clip.path.name, "prompt": clip.prompt.reward_text, **values})
+    means = {}
+    if rows:
+        out.mkdir(parents=True, exist_ok=True)
+        write_csv(out / "scores.csv", rows)
+        means = {name: sum(row[name] for row in rows) / len(rows) for name in list(rows[0])[2:]}
+        write_json(out / "scores.json", {"videos": len(rows), "failed": failed, "means": means})
+    if failed:
+        raise IncompleteError(f"{failed} of {len(clips)} videos could not be scored; the reasons are above")
+    return means
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("folder", type=Path)
+    parser.add_argument(
+        "--rewards", default="", help="names, separated by commas; none measures motion and so on"
+    )
+    parser.add_argument("--reward-arguments", default="{}", help="JSON: {reward: {argument: value}}")
+    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--out", type=Path, help="folder of the tables (default: the folder itself)")
+    flags = parser.parse_args()
+    logger.addHandler(logging.StreamHandler())
+    try:
+        arguments = json.loads(flags.reward_arguments)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--reward-arguments is no JSON ({error}): {flags.reward_arguments!r}") from error
+    rewards = [name for name in flags.rewards.split(",") if name]
+    out = flags.out or flags.folder
+    for name, mean in score_folder(flags.folder, rewards, arguments, flags.prompts, out).items():
+        print(f"{name:<20} {mean:.5g}")
+    print(f"written to {out / 'scores.csv'}")
+
+
+if __name__ == "__main__":
+    sys.exit(exit_code(main))

@@ -164,7 +164,8 @@ def write_sample(pixels: Tensor, folder: Path, name: str, fps: float, gif: bool)
 
     An older video of that path goes, so that a record of the new one never points to it.
     """
-    hidden = Path(save_sample(pixels, str(folder / f"{PARTIAL}{name}"), fps=fps, verbose=False))
+    # Upstream's save_sample rescales in place what it is given.
+    hidden = Path(save_sample(pixels.clone(), str(folder / f"{PARTIAL}{name}"), fps=fps, verbose=False))
     if gif and hidden.suffix == ".mp4":
         hidden.with_suffix(".gif").write_bytes(animated_gif(hidden))
     path = folder / hidden.name.removeprefix(PARTIAL)

@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +16,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from Core import draws
-from opensora.utils.ckpt_utils import describe_mismatch, read_state
+from Core.rewards.loading import load_state
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
@@ -169,8 +169,8 @@ def read(path: str | Path) -> Adapter:
         FileNotFoundError, ValueError: nothing there, or not an adapter.
     """
     path = Path(path).expanduser()
-    folder = path if path.is_dir() else path.parent
-    state = {key.replace(f".{ADAPTER}.", "."): value.float() for key, value in read_state(path).items()}
+    file = _weights_file(path)
+    state = {key.replace(f".{ADAPTER}.", "."): value.float() for key, value in load_state(file).items()}
     downs = [key for key in state if key.endswith("lora_A.weight")]
     if not downs or len(state) != 2 * len(downs):
         raise ValueError(
@@ -178,11 +178,41 @@ def read(path: str | Path) -> Adapter:
         )
     rank = state[downs[0]].shape[0]
     targets = tuple(sorted({key.split(".")[-3] for key in downs}))
-    config = folder / "adapter_config.json"
+    config = file.with_name("adapter_config.json")
     alpha = REFERENCE_ALPHA
-    if config.is_file() and path.suffix != ".pt":
+    if config.is_file() and file.suffix != ".pt":
         alpha = json.loads(config.read_text(encoding="utf-8"))["lora_alpha"]
     return Adapter(state, rank, alpha, targets)
+
+
+def _weights_file(path: Path) -> Path:
+    if path.is_file():
+        return path
+    found = sorted(file for file in path.glob("*") if file.suffix in (".safetensors", ".pt"))
+    if len(found) != 1:
+        raise FileNotFoundError(
+            f"no adapter at {path}: expected a folder with {WEIGHTS}, or a file; found {len(found)} weight files"
+        )
+    return found[0]
+
+
+def _mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What keeps ``state`` from filling ``own``, in words; empty when it fits."""
+    faults = {
+        "missing": own.keys() - state.keys(),
+        "unexpected": state.keys() - own.keys(),
+        "of another shape": {
+            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
+            for key in own.keys() & state.keys()
+            if state[key].shape != own[key].shape
+        },
+    }
+    return "; ".join(f"{len(keys)} {fault}: {_some(keys)}" for fault, keys in faults.items() if keys)
+
+
+def _some(keys: Collection[str], limit: int = 5) -> str:
+    more = f", … ({len(keys) - limit} more)" if len(keys) > limit else ""
+    return ", ".join(sorted(keys)[:limit]) + more
 
 
 def load(model: PeftModel, adapter: Adapter, source: str) -> None:
@@ -192,8 +222,7 @@ def load(model: PeftModel, adapter: Adapter, source: str) -> None:
         ValueError: the adapter was made for another model; the message lists what differs.
     """
     own = parameters(model)
-    mismatch = describe_mismatch(own, adapter.state)
-    if mismatch:
+    if mismatch := _mismatch(own, adapter.state):
         raise ValueError(f"the adapter {source} does not fit the model: {mismatch}")
     with torch.no_grad():
         for key, parameter in own.items():

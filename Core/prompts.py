@@ -64,17 +64,22 @@ def parse_prompts(
     return parsed
 
 
+def read_lines(path: str) -> list[str]:
+    """Prompts of a file, without the blank lines that upstream's reader keeps."""
+    return [text for text in load_prompts(path) if text]
+
+
 def check_prompt_file(key: str, path: str) -> list[str]:
     """What is wrong with a prompt file, as sentences that name the config key."""
     try:
-        return [] if load_prompts(path) else [f"{key}: {path!r} holds no prompts; write one a line"]
+        return [] if read_lines(path) else [f"{key}: {path!r} holds no prompts; write one a line"]
     except (OSError, ValueError) as error:
         return [f"{key}: {error}"]
 
 
 def read_prompts(config) -> list[Prompt]:
     """The run's prompts, from ``prompt`` or ``prompt_path``, within ``start_index`` and ``end_index``."""
-    texts = load_prompts(config.prompt_path) if config.prompt is None else config.prompt
+    texts = read_lines(config.prompt_path) if config.prompt is None else config.prompt
     prompts = parse_prompts(texts, config.reference_path, config.mask_strategy)
     chosen = prompts[config.start_index : config.end_index]
     if not chosen:
@@ -90,4 +95,4 @@ def read_validation_prompts(config, training: Sequence[Prompt]) -> list[Prompt]:
     count = config.val_batch_size * (1 if config.debug else config.num_val_runs)
     if config.val_prompt_path is None:
         return list(training[:count])
-    return parse_prompts(load_prompts(config.val_prompt_path, 0, count))
+    return parse_prompts(read_lines(config.val_prompt_path)[:count])

@@ -4,6 +4,7 @@ Axes: B batch, C channels, T latent frames, h, w latent rows and columns, F chos
 L text tokens, D text width, N sampling steps.
 """
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from opensora.utils.ckpt_utils import is_hub_id
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # organisation/name
 
 # (latent [B, C, T, h, w], timesteps [B], velocity of the captions without guidance [B, C, T, h, w])
 VelocityObserver = Callable[[Tensor, Tensor, Tensor], None]
@@ -185,7 +186,7 @@ def check_weights(key: str, source: str | None) -> list[str]:
     """A sentence where ``source`` is a path that does not exist; hub ids are looked up when they load."""
     if source is None:
         return [f"{key} is missing; set it to a hub id (organisation/name) or the path of a local copy"]
-    if is_hub_id(str(source)) or Path(source).expanduser().exists():
+    if HUB_ID.fullmatch(str(source)) or Path(source).expanduser().exists():
         return []
     return [f"{key}: there is no file or folder {str(source)!r}; give an existing path or a hub id"]
 

@@ -5,6 +5,7 @@ Axes: B batch, C channels, T latent frames, h, w latent rows and columns, L text
 
 import functools
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,13 +13,13 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from Core.quantize import store_linears_in_fp8
+from Core.rewards.weights import Weight, locate
 from opensora import models as _models  # noqa: F401 (registers the networks)
 from opensora.acceleration.checkpoint import set_grad_checkpoint
 from opensora.datasets.aspect import get_image_size, get_num_frames
 from opensora.models.text_encoder.t5 import text_preprocessing
 from opensora.registry import MODELS, build_module
 from opensora.schedulers.rf.rectified_flow import timestep_transform
-from opensora.utils.ckpt_utils import find_checkpoint
 from opensora.utils.inference_utils import (
     append_generated,
     append_score_to_prompts,
@@ -64,6 +65,7 @@ def rflow_timesteps(
     t = (t.round() if discrete else t)[:, None].expand(steps, batch)
     if info is None:
         return t
+    info = {key: value.cpu() for key, value in info.items()}
     return torch.stack([timestep_transform(row, info, num_timesteps=num_timesteps) for row in t])
 
 
@@ -88,7 +90,7 @@ class Branch:
     def text_arguments(self) -> dict[str, Any]:
         """Text keys and values, computed once without and once with a graph, where the model offers it."""
         text = {"y": self.y, "mask": self.mask}
-        if not hasattr(self.model, "encode_text"):
+        if not getattr(self.model, "accepts_text_context", False):
             return text
         graph = torch.is_grad_enabled()
         if graph not in self.contexts:
@@ -205,7 +207,12 @@ class OpenSora(Backbone):
 
     @classmethod
     def frame_size(cls, resolution: str, aspect_ratio: str) -> tuple[int, int]:
-        return get_image_size(resolution, aspect_ratio)
+        try:
+            return get_image_size(resolution, aspect_ratio)
+        except (AssertionError, KeyError) as error:  # upstream's
+            raise ValueError(
+                f"resolution {resolution!r} with aspect_ratio {aspect_ratio!r}: {error}"
+            ) from error
 
     @classmethod
     def frame_count(cls, num_frames: str | int) -> int:
@@ -260,8 +267,11 @@ class OpenSora(Backbone):
     def fetch(self) -> list[str]:
         errors = []
         for key, entry in self.entries.items():
+            source = str(entry["from_pretrained"])
+            if Path(source).expanduser().exists():
+                continue
             try:
-                find_checkpoint(entry["from_pretrained"])
+                locate(Weight(source=source))
             except FileNotFoundError as error:
                 errors.append(f"{key}: {error}")
         return errors
@@ -336,6 +346,8 @@ class OpenSora(Backbone):
     def enable_checkpointing(self) -> None:
         set_grad_checkpoint(self.denoiser)
         set_grad_checkpoint(self.vae)
+        # Upstream checkpoints reentrantly, which loses the adapter's gradient in blocks whose input has none.
+        self.denoiser.x_embedder.register_forward_hook(_require_grad)
 
     def encode_references(self, paths: Sequence[str]) -> list[list[Tensor]]:
         return collect_references_batch(list(paths), self.vae, (self.video.height, self.video.width))
@@ -369,6 +381,12 @@ class OpenSora(Backbone):
         whole, rest = divmod(latent_frames, -(-chunk // TIME_FACTOR))
         # A chunk is padded in front to whole latent frames; its first one holds so many pixel frames fewer.
         return whole * chunk + max(0, rest * TIME_FACTOR - -chunk % TIME_FACTOR)
+
+
+def _require_grad(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+    """Forward hook: where a graph is kept, the output is part of it."""
+    if torch.is_grad_enabled() and not output.requires_grad:
+        output.requires_grad_()
 
 
 def _scheduler_errors(entry: dict) -> list[str]:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor
 
-from opensora.datasets import read_from_path
+from opensora.datasets.utils import read_from_path
 from opensora.utils.inference_utils import apply_mask_strategy, parse_mask_strategy
 
 PROBE_SIZE = (8, 8)  # references are decoded to count their frames; their content does not matter here
@@ -74,7 +74,7 @@ def _try_strategy(
             f"the prompt {prompt.merged!r} has a reference_path but no mask_strategy, so the reference would "
             "not be used; set mask_strategy, such as '0' for its first frame"
         )
-    late = [group.loop_id for group in parse_mask_strategy(strategy) if group.loop_id >= loops]
+    late = [group[0] for group in parse_mask_strategy(strategy) if group[0] >= loops]
     if late:
         raise ValueError(
             f"mask_strategy={strategy!r} names loop {late[0]}, but loop={loops} makes loops 0 to {loops - 1}; "

@@ -1,9 +1,15 @@
-"""Rectified-flow sampling with a gradient window, under the names upstream Open-Sora uses."""
+"""Rectified-flow sampling with a gradient window, under the names upstream Open-Sora uses.
+
+A patched upstream checkout imports this module from its own ``opensora.schedulers``, and so in the middle of
+importing ``Core.backbones.opensora``; what is needed of that is therefore imported when it is called.
+"""
+
+import inspect
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from Core.backbones.opensora import guided_velocity, rflow_timesteps
 from opensora.registry import SCHEDULERS
 
 from .euler import Velocity, euler_sample
@@ -22,6 +28,7 @@ class RFLOW:
         cfg_scale: classifier-free guidance scale.
         use_discrete_timesteps: round timesteps to whole numbers.
         use_timestep_transform: shift timesteps by resolution and length, as the model was trained.
+        **kwargs: arguments of ``RFlowScheduler``, which matter to ``training_losses`` alone.
     """
 
     def __init__(
@@ -33,16 +40,28 @@ class RFLOW:
         use_timestep_transform: bool = False,
         **kwargs,
     ):
-        if kwargs:
-            raise ValueError(f"unknown keys in `scheduler`: {', '.join(sorted(kwargs))}")
+        from opensora.schedulers.rf.rectified_flow import RFlowScheduler
+
+        unknown = sorted(kwargs.keys() - inspect.signature(RFlowScheduler).parameters.keys())
+        if unknown:
+            raise ValueError(f"unknown keys in `scheduler`: {', '.join(unknown)}")
         self.num_sampling_steps = num_sampling_steps
         self.num_timesteps = num_timesteps
         self.cfg_scale = cfg_scale
         self.use_discrete_timesteps = use_discrete_timesteps
         self.use_timestep_transform = use_timestep_transform
+        self.scheduler = RFlowScheduler(
+            num_timesteps=num_timesteps,
+            num_sampling_steps=num_sampling_steps,
+            use_discrete_timesteps=use_discrete_timesteps,
+            use_timestep_transform=use_timestep_transform,
+            **kwargs,
+        )
 
     def timesteps(self, batch: int, info: dict[str, Tensor]) -> Tensor:
         """[N, batch], from 1000 down; ``info`` holds height, width and num_frames, each [batch]."""
+        from Core.backbones.opensora import rflow_timesteps
+
         return rflow_timesteps(
             self.num_sampling_steps,
             batch,
@@ -74,6 +93,8 @@ class RFLOW:
             backprop_mode: None keeps no gradient; else see ``first_gradient_step``.
             use_grad_checkpoint: recompute each gradient step's activations in the backward pass.
         """
+        from Core.backbones.opensora import guided_velocity
+
         info = additional_args or {}
         text = {key: value.to(device) for key, value in text_encoder.encode(prompts).items()}
         velocity = guided_velocity(
@@ -97,3 +118,7 @@ class RFLOW:
             mask=mask,
             progress=progress,
         )
+
+    def training_losses(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """The rectified-flow loss of pretraining, see ``RFlowScheduler.training_losses``."""
+        return self.scheduler.training_losses(*args, **kwargs)

@@ -144,7 +144,13 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 class STDiT3(nn.Module):
-    """Velocity network of Open-Sora 1.2; ``STDiT3Config`` gives its sizes."""
+    """Velocity network of Open-Sora 1.2; ``STDiT3Config`` gives its sizes.
+
+    ``accepts_text_context`` tells callers that ``forward`` takes what ``encode_text`` made of the captions; the
+    release has an ``encode_text`` too, whose result its ``forward`` does not take.
+    """
+
+    accepts_text_context = True
 
     def __init__(self, config: STDiT3Config):
         super().__init__()

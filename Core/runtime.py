@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 from accelerate.utils import broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -22,6 +23,8 @@ class Runtime:
     """
 
     def __init__(self, mixed_precision: str = "no"):
+        # accelerate keeps the precision of an earlier run in the same Python process, and refuses another.
+        AcceleratorState._reset_state()
         self.accelerator = Accelerator(mixed_precision=mixed_precision)
         asked = int(os.environ.get(PROCESSES_ASKED_FOR) or os.environ.get("WORLD_SIZE") or 0)
         if asked and asked != self.accelerator.num_processes:

@@ -7,12 +7,13 @@ import csv
 import io
 import logging
 import os
-import sys
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 logger = logging.getLogger("vader")
+INIT_TIMEOUT = 30  # seconds after which wandb counts as out of reach
 
 
 class Tracker(Protocol):
@@ -26,36 +27,60 @@ class Tracker(Protocol):
 
 
 class CsvTable:
-    """A CSV file with one row per step, flushed row by row; the first row fixes the columns.
+    """A CSV file with one row per step, flushed row by row; a row with a new column rewrites the file.
+
+    A row that a full disk refuses is kept and written with the next one.
 
     Args:
         resume_step: rows after it belong to steps that will be done again, and are dropped.
     """
 
-    def __init__(self, path: Path, resume_step: int = 0):
+    def __init__(self, path: Path, resume_step: int = -1):
         self.path = path
-        self.columns: list[str] | None = None
+        self.columns: list[str] = []
+        self.waiting: list[Mapping[str, Any]] = []
         if path.is_file():
-            self._keep_until(resume_step)
-
-    def _keep_until(self, step: int) -> None:
-        rows = [row for row in _complete_rows(self.path) if int(row["step"]) <= step]
-        self.path.unlink()
-        for row in rows:
-            self.append(row)
+            rows = [row for row in _complete_rows(path) if int(row["step"]) <= resume_step]
+            self.columns = list(rows[0]) if rows else []
+            self._rewrite(rows)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        new = self.columns is None
+        self.waiting.append(row)
+        try:
+            self._write_waiting()
+        except OSError as error:
+            logger.warning("%s: %s; its rows are kept until they can be written", self.path, error)
+            return
+        self.waiting.clear()
+
+    def _write_waiting(self) -> None:
+        new = [
+            name for name in dict.fromkeys(n for row in self.waiting for n in row) if name not in self.columns
+        ]
         if new:
-            self.columns = list(row)
-        line = io.StringIO()
-        writer = csv.DictWriter(line, self.columns, extrasaction="ignore", lineterminator="\n")
-        if new:
-            writer.writeheader()
-        writer.writerow(row)
-        # One write per row, so that a killed run leaves whole lines.
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(line.getvalue())
+            before = _complete_rows(self.path) if self.columns else []
+            self.columns = [*self.columns, *new]
+            self._rewrite([*before, *self.waiting])
+            return
+        # One write for all, so that a killed run leaves whole lines; what a full disk cut short is taken back.
+        size = self.path.stat().st_size
+        try:
+            with open(self.path, "ab", buffering=0) as file:
+                file.write(self._lines(self.waiting))
+        except OSError:
+            os.truncate(self.path, size)
+            raise
+
+    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        partial = self.path.with_name(f".{self.path.name}.partial")
+        header = dict(zip(self.columns, self.columns, strict=True))
+        partial.write_bytes(self._lines([header, *rows]) if self.columns else b"")
+        os.replace(partial, self.path)
+
+    def _lines(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
+        text = io.StringIO()
+        csv.DictWriter(text, self.columns, lineterminator="\n").writerows(rows)
+        return text.getvalue().encode()
 
 
 def read_table(path: Path) -> list[dict[str, float]]:
@@ -66,13 +91,16 @@ def read_table(path: Path) -> list[dict[str, float]]:
 def _complete_rows(path: Path) -> list[dict[str, str]]:
     """Rows as text, without a last line that a crash cut short."""
     with open(path, encoding="utf-8", newline="") as file:
-        return [row for row in csv.DictReader(file) if None not in row.values() and None not in row]
+        text = file.read()
+    # Without its newline a last line may lack digits.
+    whole = text[: text.rfind("\n") + 1]
+    return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values() and None not in row]
 
 
 class CsvTracker:
     """``metrics.csv`` for the training steps, ``validation.csv`` for validations."""
 
-    def __init__(self, folder: Path, resume_step: int = 0):
+    def __init__(self, folder: Path, resume_step: int = -1):
         self.tables = {
             "train": CsvTable(folder / "metrics.csv", resume_step),
             "validation": CsvTable(folder / "validation.csv", resume_step),
@@ -94,17 +122,32 @@ class CsvTracker:
 
 
 class WandbTracker:
-    """Weights & Biases; offline when there is neither a key nor anyone to ask for it."""
+    """Weights & Biases; offline when nobody is logged in, so that it never waits for an answer.
+
+    A run that continues keeps its id, and with it its curves.
+    """
 
     def __init__(self, folder: Path, config: Mapping[str, Any], entity: str | None):
         import wandb
 
-        if not os.environ.get("WANDB_MODE") and not wandb.api.api_key and not sys.stdin.isatty():
-            logger.warning("wandb: no login, so this run is logged offline; `wandb sync` uploads it later")
-            os.environ["WANDB_MODE"] = "offline"
+        mode = os.environ.get("WANDB_MODE")
+        if not mode and not wandb.api.api_key:
+            logger.warning(
+                "wandb: no login, so this run is logged offline; log in with `wandb login`, or upload it later "
+                "with `wandb sync`"
+            )
+            mode = "offline"
         self.wandb = wandb
         self.run = wandb.init(
-            project="vader", entity=entity, dir=str(folder), config=dict(config), name=folder.name
+            project="vader",
+            entity=entity,
+            dir=str(folder),
+            config=dict(config),
+            name=folder.name,
+            id=_run_id(folder),
+            resume=None if mode == "offline" else "allow",
+            mode=mode,
+            settings=wandb.Settings(init_timeout=INIT_TIMEOUT),
         )
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
@@ -118,6 +161,14 @@ class WandbTracker:
         self.run.finish()
 
 
+def _run_id(folder: Path) -> str:
+    """An id of this run folder, drawn once and kept in it."""
+    file = folder / "wandb_id.txt"
+    if not file.is_file():
+        file.write_text(uuid.uuid4().hex[:12], encoding="utf-8")
+    return file.read_text(encoding="utf-8")
+
+
 def _wandb_media(wandb, path: Path, caption: str):
     kind = wandb.Video if path.suffix == ".mp4" else wandb.Image
     return kind(str(path), caption=caption)
@@ -126,10 +177,10 @@ def _wandb_media(wandb, path: Path, caption: str):
 class TensorboardTracker:
     """tensorboard; videos become animated GIFs, which its image tab plays."""
 
-    def __init__(self, folder: Path, config: Mapping[str, Any]):
+    def __init__(self, folder: Path, config: Mapping[str, Any], resume_step: int = -1):
         from torch.utils.tensorboard import SummaryWriter
 
-        self.writer = SummaryWriter(str(folder / "tensorboard"))
+        self.writer = SummaryWriter(str(folder / "tensorboard"), purge_step=resume_step + 1)
         self.writer.add_text("config", "\n".join(f"    {key} = {value!r}" for key, value in config.items()))
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
@@ -197,12 +248,12 @@ class Trackers:
         self._each(lambda tracker: tracker.close())
 
 
-def build_trackers(config, folder: Path, resume_step: int = 0) -> Trackers:
+def build_trackers(config, folder: Path, resume_step: int = -1) -> Trackers:
     """Trackers that the configuration asks for; ``debug`` keeps to the CSV files."""
     choices: dict[str, Callable[[], Tracker]] = {"csv": lambda: CsvTracker(folder, resume_step)}
     settings = config.to_dict()
     if config.logger_type == "tensorboard" and not config.debug:
-        choices["tensorboard"] = lambda: TensorboardTracker(folder, settings)
+        choices["tensorboard"] = lambda: TensorboardTracker(folder, settings, resume_step)
     if config.logger_type == "wandb" and config.use_wandb and not config.debug:
         choices["wandb"] = lambda: WandbTracker(folder, settings, config.wandb_entity)
     return Trackers(choices)

@@ -114,6 +114,7 @@ class Trainer:
         values = torch.cat([self.micro_step(samples, first, clock) for samples in self.micro_batches()])
         fault = find_fault(self.own_samples(), values, self.named_parameters)
         flags = [fault is not None, self.stop.requested]
+        clock.lap("guards")
         faulty, stopping = self.runtime.average_gradients(self.parameters, flags)
         clock.lap("all_reduce")
         grad_norm = self.runtime.clip(self.parameters, self.config.max_grad_norm)
@@ -194,8 +195,8 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until the last step; validate, log and save on the way."""
-        bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step")
-        bar.disable = bar.disable or not self.runtime.is_main or self.config.verbose < 1
+        hidden = not self.runtime.is_main or self.config.verbose < 1
+        bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=hidden)
         with self.stop, bar:
             if self.validation_is_due():
                 self.validate()

@@ -205,7 +205,7 @@ def test_missing_weights_are_reported_together_with_size_and_command(monkeypatch
     def unreachable(*args, **kwargs):
         raise FileNotFoundError("no route to the hub")
 
-    monkeypatch.setattr(weights_module, "_hub_folder", unreachable)
+    monkeypatch.setattr(weights_module, "_from_hub", unreachable)
     monkeypatch.setattr(weights_module, "_from_address", unreachable)
     with pytest.raises(FileNotFoundError) as raised:
         build_reward({"pick_score": 1.0, "aesthetic": 0.1})

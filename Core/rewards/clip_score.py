@@ -98,13 +98,13 @@ class ClipScore(ImageReward):
     """100 · cos(image, own prompt); loss 1 − score / 100.
 
     model: hub id or folder of a CLIP or SigLIP in the transformers layout, or, with the `open_clip` extra,
-    "open_clip:architecture/pretrained". resize: as in `PickScore`; by default the model's own way.
+    "open_clip:architecture/pretrained". resize: as in `pick_score`.
     """
 
     info = RewardInfo(
         name="clip_score",
         summary="agreement of frame and prompt in any CLIP or SigLIP",
-        range="-100 to 100; CLIP 20 to 35, SigLIP 0 to 20",
+        range="-100 to 100; CLIP usually 20 to 35",
         paper="Hessel et al. 2021, arXiv:2104.08718",
         weights={"model": CLIP_L14},
     )

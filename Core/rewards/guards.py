@@ -24,12 +24,12 @@ class Guard(Reward):
 
 
 class Motion(Guard, VideoReward):
-    """Mean absolute change of a pixel from one frame to the next."""
+    """Mean absolute change of a pixel from one frame to the next; loss −score, or |score − target|."""
 
     info = RewardInfo(
         name="motion",
         summary="how much moves; guards against freezing",
-        range="0 to 1, usually 0.01 to 0.1",
+        range="0 to 1",
     )
     min_frames = 2
 
@@ -38,12 +38,12 @@ class Motion(Guard, VideoReward):
 
 
 class Sharpness(Guard, ImageReward):
-    """Standard deviation of the Laplacian of the luma, interior pixels."""
+    """Standard deviation of the Laplacian of the luma, interior pixels; loss −score, or |score − target|."""
 
     info = RewardInfo(
         name="sharpness",
         summary="strength of fine detail; guards against blur",
-        range="0 to about 2, usually 0.02 to 0.2",
+        range="0 to about 3",
         paper="Pech-Pacheco et al. 2000 (variance of Laplacian)",
     )
 
@@ -55,7 +55,7 @@ class Sharpness(Guard, ImageReward):
 
 
 class Saturation(Guard, ImageReward):
-    """Mean HSV saturation, (max − min) / max over the channels."""
+    """Mean HSV saturation, (max − min) / max over channels; loss −score, or |score − target|."""
 
     info = RewardInfo(
         name="saturation",

@@ -20,7 +20,7 @@ class Weather(ImageReward):
     """Probability of rain rather than snow; loss (score − target)², target 1 for `rainy` and 0 for `snowy`.
 
     kind: which weather to train towards. model: CLIP folder or hub id. head: file in the LAION layout, read
-    out of the unit CLIP feature through a sigmoid. resize: as in `Aesthetic`.
+    out of the unit CLIP feature through a sigmoid. resize: as in `aesthetic`.
     """
 
     info = RewardInfo(

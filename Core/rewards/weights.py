@@ -1,13 +1,13 @@
 """Where the published weights of the scorers are, and how they get here.
 
 A weight is named by a local file or folder, a hub id ("owner/name") or a pinned https address. Files are
-looked for on this machine first; the network is used only for what is missing, and nothing is ever
-unpickled.
+looked for on this machine first; the network is used only for what is missing.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -19,11 +19,9 @@ import torch
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 WEIGHT_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt"}
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
-PATTERNS = {
-    "model": (*TOKENIZER_FILES, "model*.safetensors"),
-    "pickled model": (*TOKENIZER_FILES, "pytorch_model*.bin"),
-    "tokenizer": TOKENIZER_FILES,
-}
+MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
+PICKLED_MODEL_FILES = (*TOKENIZER_FILES, "pytorch_model*.bin")
+KINDS = {"model": "a model folder", "tokenizer": "a tokenizer folder", "file": "a weights file"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +56,34 @@ class Weight:
         path = Path(self.source).expanduser()
         return path.exists() or path.suffix in WEIGHT_SUFFIXES or not HUB_ID.fullmatch(self.source)
 
+    @property
+    def name(self) -> str:
+        """Name of the file or folder it is downloaded to."""
+        return self.file if self.source.startswith("https://") else self.source.rsplit("/", 1)[-1]
+
+    @property
+    def patterns(self) -> tuple[tuple[str, ...], ...]:
+        """Files to fetch from a repository, alternatives in order: pickled ones only if there are no others."""
+        if self.kind == "file":
+            return ((self.file,),)
+        return (TOKENIZER_FILES,) if self.kind == "tokenizer" else (MODEL_FILES, PICKLED_MODEL_FILES)
+
+    def lacks(self, folder: Path) -> str:
+        """What `folder` still lacks to hold the artefact, in words; '' if it is complete."""
+        if self.kind == "file":
+            return "" if (folder / self.file).is_file() else f"it has no file {self.file!r}"
+        if self.kind == "tokenizer":
+            names = ("tokenizer.json", "vocab.json", "spiece.model")
+            return (
+                "" if any((folder / name).is_file() for name in names) else f"it has no {' or '.join(names)}"
+            )
+        if not (folder / "config.json").is_file():
+            return "it has no config.json"
+        if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
+            return ""
+        complete = any(_has_shards(folder, index) for index in folder.glob("*.index.json"))
+        return "" if complete else "it has no model.safetensors and no complete set of shards"
+
     def __str__(self) -> str:
         name = f"{self.source} ({self.file})" if self.file and not self.is_local else self.source
         return f"{name}, about {human_size(self.size)}" if self.size else name
@@ -71,127 +97,103 @@ def human_size(size: int) -> str:
     return f"{size / 1e3:.0f} kB"
 
 
+def _has_shards(folder: Path, index: Path) -> bool:
+    """Whether every shard an index file names is there."""
+    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    return all((folder / shard).is_file() for shard in named)
+
+
 def missing_local(weight: Weight) -> str:
     """One sentence if `weight` names a local path that lacks what is needed there; else ''."""
     if not weight.is_local:
         return ""
-    path = Path(weight.source).expanduser()
-    wanted = {"model": "a model folder", "tokenizer": "a tokenizer folder", "file": "a weights file"}[
-        weight.kind
-    ]
+    path, wanted = Path(weight.source).expanduser(), KINDS[weight.kind]
     if not path.exists():
         return f"there is no {weight.source!r}; give {wanted} that exists, or a hub id (owner/name)"
-    if weight.kind == "file":
-        file = path / weight.file if path.is_dir() and weight.file else path
-        return "" if file.is_file() else f"{weight.source!r} holds no file {weight.file!r}"
-    if not path.is_dir():
-        return f"{weight.source!r} is a file; give {wanted} in the transformers layout"
-    return (
-        ""
-        if is_complete(path, weight.kind)
-        else f"{weight.source!r} is not {wanted}: {lacking(path, weight.kind)}"
-    )
+    if path.is_file():
+        return "" if weight.kind == "file" else f"{weight.source!r} is a file; give {wanted}"
+    lack = weight.lacks(path)
+    return f"{weight.source!r} is not {wanted}: {lack}" if lack else ""
 
 
-def lacking(folder: Path, kind: str) -> str:
-    """What a folder in the transformers layout still lacks, in words."""
-    if kind == "tokenizer":
-        return "it has no tokenizer.json, vocab.json or tokenizer model"
-    if not (folder / "config.json").is_file():
-        return "it has no config.json"
-    return "it has no model.safetensors (or its shards are incomplete)"
-
-
-def is_complete(folder: Path, kind: str) -> bool:
-    """Whether a folder in the transformers layout has all that `kind` needs."""
-    if kind == "tokenizer":
-        return any((folder / name).is_file() for name in ("tokenizer.json", "vocab.json", "spiece.model"))
-    if not (folder / "config.json").is_file():
-        return False
-    for index in folder.glob("*.index.json"):
-        shards = set(re.findall(r'"([^"]+\.(?:safetensors|bin))"', index.read_text(encoding="utf-8")))
-        return all((folder / shard).is_file() for shard in shards)
-    return any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
-
-
-def locate(weight: Weight) -> Path:
+def locate(weight: Weight, into: Path | None = None) -> Path:
     """Path of the artefact on this machine, downloaded if need be.
 
+    into: folder to download to, one subfolder per repository; by default the caches of the hub and of torch.
     Raises FileNotFoundError (one sentence) if it is neither here nor reachable.
     """
     if problem := missing_local(weight):
         raise FileNotFoundError(problem)
-    if weight.is_local:
-        path = Path(weight.source).expanduser()
-        return path / weight.file if weight.kind == "file" and path.is_dir() else path
     if weight.source.startswith("https://"):
-        return _from_address(weight)
-    return _hub_file(weight) if weight.kind == "file" else _hub_folder(weight)
+        return _from_address(weight, into)
+    folder = Path(weight.source).expanduser() if weight.is_local else _from_hub(weight, into)
+    return folder / weight.file if weight.kind == "file" and folder.is_dir() else folder
 
 
-def prefetch(weights: Iterable[Weight]) -> None:
-    """Bring all `weights` to this machine; FileNotFoundError names every one that cannot be had, at once."""
-    missing = []
+def prefetch(weights: Iterable[Weight], into: Path | None = None) -> dict[Weight, Path]:
+    """Bring all `weights` to this machine, as `locate` does each.
+
+    Raises FileNotFoundError naming every one that cannot be had, at once.
+    """
+    paths: dict[Weight, Path] = {}
+    missing: dict[Weight, str] = {}
     for weight in dict.fromkeys(weights):
         try:
-            locate(weight)
+            paths[weight] = locate(weight, into)
         except FileNotFoundError as error:
-            missing.append(f"{weight} [{error}]")
+            missing[weight] = str(error)
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} weight(s) are not on this machine and cannot be fetched: {'; '.join(missing)}. "
-            "Where the network is open run `python scripts/download_weights.py --reward NAME --to DIR`, "
-            "copy DIR here and use the config lines it prints"
+            f"{len(missing)} of the weights are neither on this machine nor reachable: "
+            f"{'; '.join(map(str, missing))} ({'; '.join(dict.fromkeys(missing.values()))}). Where the network is "
+            "open run `python scripts/download_weights.py --reward NAME --to DIR`, copy DIR here and use the "
+            "config lines it prints"
         )
+    return paths
 
 
-def _hub_folder(weight: Weight) -> Path:
-    """Snapshot folder of a hub repository; no network call if a complete one is cached."""
+def _from_hub(weight: Weight, into: Path | None) -> Path:
+    """Folder with the files of a hub repository that `weight` needs; no network call if they are here."""
+    present = into / weight.name if into else _cached_snapshot(weight.source)
+    if present and not weight.lacks(present):
+        return present
+    for patterns in weight.patterns:
+        folder = _download_snapshot(weight.source, patterns, into and into / weight.name)
+        if not weight.lacks(folder):
+            return folder
+    raise FileNotFoundError(f"{weight.source} on the hub is not {KINDS[weight.kind]}: {weight.lacks(folder)}")
+
+
+def _cached_snapshot(source: str) -> Path | None:
+    """Folder of a repository in the hub's cache, complete or not."""
     from huggingface_hub import snapshot_download
 
     try:
-        cached = Path(snapshot_download(weight.source, local_files_only=True))
-        if is_complete(cached, weight.kind):
-            return cached
+        return Path(snapshot_download(source, local_files_only=True))
     except OSError:
-        pass  # nothing cached under this id
-    kinds = ("model", "pickled model") if weight.kind == "model" else (weight.kind,)
-    for kind in kinds:
-        folder = Path(_from_hub(snapshot_download, weight.source, allow_patterns=list(PATTERNS[kind])))
-        if is_complete(folder, weight.kind):
-            return folder
-    raise FileNotFoundError(
-        f"the hub repository {weight.source} is incomplete: {lacking(folder, weight.kind)}"
-    )
+        return None
 
 
-def _hub_file(weight: Weight) -> Path:
-    """One file of a hub repository; no network call if it is cached."""
-    from huggingface_hub import hf_hub_download, try_to_load_from_cache
-
-    cached = try_to_load_from_cache(weight.source, weight.file)
-    return Path(cached if isinstance(cached, str) else _from_hub(hf_hub_download, weight.source, weight.file))
-
-
-def _from_hub(download, *args, **kwargs) -> str:
-    """Call a download function of huggingface_hub; any failure to reach the hub becomes FileNotFoundError."""
+def _download_snapshot(source: str, patterns: tuple[str, ...], folder: Path | None) -> Path:
+    """Download the files of a repository that match; any failure becomes FileNotFoundError."""
     import httpx
+    from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError
 
     try:
-        return download(*args, **kwargs)
+        return Path(snapshot_download(source, allow_patterns=list(patterns), local_dir=folder))
     except (OSError, HfHubHTTPError, httpx.HTTPError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(reason[:200]) from error
 
 
-def _from_address(weight: Weight) -> Path:
-    """A pinned file from an https address, kept in torch's hub cache."""
+def _from_address(weight: Weight, into: Path | None) -> Path:
+    """A pinned file from an https address, checked against its hash."""
     if not weight.sha256:
         raise FileNotFoundError(
             f"{weight.source} is not a pinned address; download the file and give its path"
         )
-    target = Path(torch.hub.get_dir()) / "checkpoints" / (weight.file or weight.source.rsplit("/", 1)[-1])
+    target = (into or Path(torch.hub.get_dir()) / "checkpoints") / weight.name
     if target.is_file() and sha256(target) == weight.sha256:
         return target
     target.parent.mkdir(parents=True, exist_ok=True)

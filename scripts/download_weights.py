@@ -1,0 +1,141 @@
+"""Fetch the published weights that a model, a reward or a config file needs, and print the config lines to use.
+
+    python scripts/download_weights.py --reward hps aesthetic --to weights
+    python scripts/download_weights.py --model opensora --list
+    python scripts/download_weights.py --config Open-Sora/configs/opensora-v1-2/vader/vader_train.py
+
+Without --to the files go to the caches of huggingface_hub and torch, where training finds them by itself. A
+stopped download is taken up where it ended; what is complete is not fetched again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
+
+from Core.config import load_config  # noqa: E402
+from Core.rewards import REGISTRY, Weight, resolve_reward  # noqa: E402
+from Core.rewards.weights import human_size, prefetch  # noqa: E402
+
+# Config entry → weights, per model family.
+MODELS = {
+    "opensora": {
+        "model": Weight(source="hpcai-tech/OpenSora-STDiT-v3", size=4_835_000_000, licence="Apache-2.0"),
+        "vae": Weight(source="hpcai-tech/OpenSora-VAE-v1.2", size=1_573_000_000, licence="Apache-2.0"),
+        "text_encoder": Weight(source="DeepFloyd/t5-v1_1-xxl", size=19_050_000_000, licence="Apache-2.0"),
+    }
+}
+
+
+@dataclass(frozen=True)
+class Need:
+    """Weights and the config key that names them: ("model", "from_pretrained") or ("reward_args", …)."""
+
+    owner: str
+    key: tuple[str, ...]
+    weight: Weight
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--model", nargs="+", default=[], choices=sorted(MODELS), help="model families")
+    parser.add_argument("--reward", nargs="+", default=[], metavar="NAME", help=", ".join(sorted(REGISTRY)))
+    parser.add_argument("--config", metavar="FILE", help="all that this config file needs")
+    parser.add_argument("--to", type=Path, metavar="DIR", help="folder to download to")
+    parser.add_argument("--list", action="store_true", help="only list the weights and their sizes")
+    arguments = parser.parse_args(argv)
+    if not (arguments.model or arguments.reward or arguments.config):
+        parser.error("name what to fetch: --model, --reward or --config")
+    return arguments
+
+
+def model_needs(family: str, sources: dict[str, str]) -> list[Need]:
+    """Weights of a model family; `sources` (config entry → path or hub id) replaces the published ones."""
+    published = MODELS[family].items()
+    return [
+        Need(family, (entry, "from_pretrained"), weight.at(sources.get(entry, weight.source)))
+        for entry, weight in published
+    ]
+
+
+def reward_needs(name: str, args: dict[str, Any], mixture: bool = False) -> list[Need]:
+    """Weights of one scorer; as part of a mixture its arguments are one level down in `reward_args`."""
+    required = resolve_reward(name).required_weights(args)
+    owner, place = ("mixture", ("reward_args", name)) if mixture else (name, ("reward_args",))
+    return [Need(owner, (*place, *key.split(".")), weight) for key, weight in required.items()]
+
+
+def config_needs(path: str) -> list[Need]:
+    """Weights of everything a config file names. Raises ValueError with what is wrong with the file."""
+    config = load_config([path])
+    entries = {entry: getattr(config, entry).get("from_pretrained") for entry in MODELS[config.backbone]}
+    needs = model_needs(config.backbone, {entry: source for entry, source in entries.items() if source})
+    args = config.reward_arguments
+    if isinstance(config.reward_fn, str):
+        return needs + reward_needs(config.reward_fn, args)
+    parts = [reward_needs(name, args.get(name, {}), mixture=True) for name in config.reward_fn]
+    return needs + [need for part in parts for need in part]
+
+
+def listing(needs: list[Need]) -> str:
+    """Table of the weights: size, source, licence, and what needs them."""
+    lines, total = [], 0
+    for weight in dict.fromkeys(need.weight for need in needs):
+        users = ", ".join(dict.fromkeys(need.owner for need in needs if need.weight == weight))
+        size = human_size(weight.size) if weight.size else "size unknown"
+        name = (
+            weight.name if weight.source.startswith("https://") else f"{weight.source} {weight.file}".strip()
+        )
+        remark = "your own copy" if weight.is_local else f"licence: {weight.licence or 'see its page'}"
+        lines.append(f"{size:>12}  {name}  ({remark}; for {users})")
+        total += 0 if weight.is_local else weight.size
+    return "\n".join([*lines, f"{human_size(total):>12}  to download at most"])
+
+
+def config_lines(needs: list[Need], paths: dict[Weight, Path]) -> str:
+    """Lines for the config file that point at the copies on this machine."""
+    lines = []
+    for owner in dict.fromkeys(need.owner for need in needs):
+        lines.append(f"# {owner}")
+        reward_args: dict[str, Any] = {}
+        for need in (need for need in needs if need.owner == owner):
+            entry, *inner, last = need.key
+            if entry == "reward_args":
+                place = reward_args
+                for key in inner:
+                    place = place.setdefault(key, {})
+                place[last] = str(paths[need.weight])
+            else:
+                lines.append(f"{entry}[{last!r}] = {str(paths[need.weight])!r}")
+        if reward_args:
+            lines.append(f"reward_args = {reward_args!r}")
+    return "\n".join(lines)
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = parse_arguments(argv)
+    try:
+        needs = [need for family in arguments.model for need in model_needs(family, {})]
+        needs += [need for name in arguments.reward for need in reward_needs(name, {})]
+        needs += config_needs(arguments.config) if arguments.config else []
+        print(listing(needs), flush=True)
+        if arguments.list:
+            return 0
+        paths = prefetch([need.weight for need in needs], arguments.to and arguments.to.absolute())
+    except (ValueError, FileNotFoundError) as error:
+        print(f"download_weights: {error}", file=sys.stderr)
+        return 2
+    print(f"\n{config_lines(needs, paths)}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

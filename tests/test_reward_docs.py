@@ -1,0 +1,140 @@
+"""The page on rewards is up to date, its example works, and the download script finds what a config needs."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from reward_twins import clip_folder, open_clip_state
+
+from Core.rewards import build_reward, check_reward_config
+from Core.rewards import weights as weights_module
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "scripts"))
+
+import download_weights  # noqa: E402
+import write_reward_table  # noqa: E402
+
+
+def test_page_is_what_the_registry_says():
+    page = write_reward_table.PAGE.read_text(encoding="utf-8")
+    assert write_reward_table.render(page) == page, "run python scripts/write_reward_table.py"
+    assert "| `vjepa` |" in page and "### `vjepa`" in page and "class Daylight" in page
+
+
+def test_example_of_an_own_scorer_trains_and_validates():
+    spec = f"{ROOT / 'docs' / 'my_reward.py'}:Daylight"
+    reward = build_reward({spec: 1.0, "motion": 0.1}, {spec: {"bright": 0.7}})
+    frames = torch.zeros(2, 2, 3, 8, 8, requires_grad=True)
+    output = reward(frames, ["a sunny field", "a street at night"])
+    torch.testing.assert_close(output.parts["daylight"], torch.tensor([-0.2, -0.35]))
+    assert (torch.autograd.grad(output.loss.sum(), frames)[0] != 0).all()
+    assert "bright must be a number, got 'very'" in check_reward_config(spec, {"bright": "very"})[0]
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> list[tuple]:
+    """A hub that serves twins to `snapshot_download`; records (repository, patterns) of each download."""
+    downloads = []
+    twin = clip_folder(tmp_path / "twin")
+
+    def snapshot_download(source, allow_patterns=None, local_dir=None, local_files_only=False):
+        if local_files_only:
+            raise FileNotFoundError("nothing cached")
+        downloads.append((source, tuple(allow_patterns)))
+        folder = Path(local_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in (path.name for pattern in allow_patterns for path in twin.glob(pattern)):
+            (folder / name).write_bytes((twin / name).read_bytes())
+        if "HPS_v2.1_compressed.pt" in allow_patterns:
+            torch.save({"state_dict": open_clip_state()}, folder / "HPS_v2.1_compressed.pt")
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    return downloads
+
+
+CONFIG = """
+model = dict(type="STDiT3-XL/2", from_pretrained="hpcai-tech/OpenSora-STDiT-v3")
+vae = dict(type="OpenSoraVAE_V1_2", from_pretrained="hpcai-tech/OpenSora-VAE-v1.2")
+text_encoder = dict(type="t5", from_pretrained="DeepFloyd/t5-v1_1-xxl", model_max_length=300)
+scheduler = dict(type="rflow", num_sampling_steps=30, cfg_scale=7.0)
+prompt = ["a fox"]
+reward_fn = {"hps": 1.0, "pick_score": 0.5}
+"""
+
+
+def test_download_brings_what_a_config_needs_and_prints_lines_that_work(hub, tmp_path, capsys):
+    (tmp_path / "config.py").write_text(CONFIG)
+    command = ["--config", str(tmp_path / "config.py"), "--to", str(tmp_path / "weights")]
+    assert download_weights.main([*command, "--list"]) == 0 and not hub
+    assert download_weights.main(command) == 0
+    printed = capsys.readouterr().out
+    assert (
+        "4.8 GB  hpcai-tech/OpenSora-STDiT-v3" in printed and "xswu/HPSv2 HPS_v2.1_compressed.pt" in printed
+    )
+    assert [source for source, _ in hub] == [
+        "hpcai-tech/OpenSora-STDiT-v3",
+        "hpcai-tech/OpenSora-VAE-v1.2",
+        "DeepFloyd/t5-v1_1-xxl",
+        "xswu/HPSv2",
+        "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
+        "yuvalkirstain/PickScore_v1",
+    ]
+    assert not any("bin" in pattern for _, patterns in hub for pattern in patterns)
+
+    values: dict = {"model": {}, "vae": {}, "text_encoder": {}}
+    exec(printed[printed.index("# opensora") :], values)  # the lines are Python, for a config file
+    assert Path(values["vae"]["from_pretrained"]) == tmp_path / "weights" / "OpenSora-VAE-v1.2"
+    reward = build_reward({"hps": 1.0, "pick_score": 0.5}, values["reward_args"])
+    assert reward(torch.zeros(1, 1, 3, 16, 16), ["a fox"]).score.isfinite()
+
+    hub.clear()
+    assert download_weights.main(command) == 0 and not hub  # complete: nothing is fetched again
+
+
+def test_pickled_models_are_fetched_only_where_there_are_no_others(hub, tmp_path, monkeypatch):
+    (tmp_path / "twin" / "model.safetensors").rename(tmp_path / "twin" / "pytorch_model.bin")
+    weight = weights_module.Weight(source="owner/name")
+    assert weights_module.locate(weight, tmp_path / "to") == tmp_path / "to" / "name"
+    assert [patterns[-1] for _, patterns in hub] == ["model*.safetensors", "pytorch_model*.bin"]
+
+
+def test_pinned_file_is_checked_against_its_hash(tmp_path, monkeypatch):
+    from Core.rewards.aesthetic import LAION_HEAD
+
+    def download_url_to_file(url, target, hash_prefix):
+        assert hash_prefix == LAION_HEAD.sha256 and re.fullmatch("[0-9a-f]{64}", hash_prefix)
+        raise RuntimeError("invalid hash value")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", download_url_to_file)
+    (tmp_path / LAION_HEAD.name).write_bytes(b"something else")
+    with pytest.raises(FileNotFoundError, match="invalid hash value"):
+        weights_module.locate(LAION_HEAD, tmp_path)
+    with pytest.raises(FileNotFoundError, match="not a pinned address"):
+        weights_module.locate(LAION_HEAD.at("https://example.org/head.pth"))
+
+
+def test_mistakes_and_unreachable_weights_exit_with_2_and_one_sentence(hub, tmp_path, monkeypatch, capsys):
+    assert download_weights.main(["--reward", "pikscore"]) == 2
+    assert "unknown reward 'pikscore': did you mean 'pick_score'?" in capsys.readouterr().err
+
+    def unreachable(*args, **kwargs):
+        raise OSError("name not known")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    assert download_weights.main(["--reward", "pick_score", "hps", "--to", str(tmp_path)]) == 2
+    message = capsys.readouterr().err
+    for part in (
+        "3 of the weights",
+        "PickScore_v1, about 3.9 GB",
+        "xswu/HPSv2 (HPS_v2_compressed.pt)",
+        "(name not known)",
+    ):
+        assert part in message
+    with pytest.raises(SystemExit):
+        download_weights.main([])

@@ -13,12 +13,13 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from Core.evaluate import PairedGain, motion, paired_gain, score_videos, without_adapter
-from Core.inference import Sample, batches, generate, plan_samples
+from Core.build import build_backbone
+from Core.evaluate import PairedGain, motion, paired_gain, score_videos
+from Core.inference import Sample, generate, plan_samples
 from Core.prompts import Prompt, parse_prompts
 from Core.rewards import Reward, build_reward
-from Core.run import adapt_for_inference, build_backbone
 from Core.runtime import Runtime
+from Core.sampling import Variant, adapted, read_variants
 from scripts.demo import oracle, world
 from scripts.demo.common import TRUTH_SEED, heldout, to_pixels, to_uint8
 
@@ -74,17 +75,18 @@ def score(reward: Reward, videos: Tensor, prompts: Sequence[Prompt]) -> Scores:
     return Scores(torch.cat(parts).numpy(), both, hits["direction"].astype(float), motion(videos).numpy())
 
 
-def generate_pairs(config, backbone, text, samples: Sequence[Sample]) -> tuple[Tensor, Tensor]:
-    """Videos [P, 3, T, H, W] without and with the adapter, from the same noise."""
-    before, after = [], []
-    bar = tqdm(total=2 * len(samples), desc="generating", unit="video", disable=config.verbose < 1)
-    for batch in batches(samples, BATCH):
-        with without_adapter(backbone.denoiser):
-            before.append(generate(backbone, text, config, batch))
-        after.append(generate(backbone, text, config, batch))
-        bar.update(2 * len(batch))
+def generate_all(config, backbone, text, samples: Sequence[Sample], variant: Variant) -> Tensor:
+    """Videos [P, 3, T, H, W] of a variant; equal samples start from equal noise."""
+    made = []
+    bar = tqdm(
+        total=len(samples), desc=f"generating, {variant.name}", unit="video", disable=config.verbose < 1
+    )
+    with adapted(backbone, variant, 1.0):
+        for start in range(0, len(samples), BATCH):
+            made.append(generate(backbone, text, config, samples[start : start + BATCH]))
+            bar.update(len(made[-1]))
     bar.close()
-    return torch.cat(before), torch.cat(after)
+    return torch.cat(made)
 
 
 def compare(config, adapter: str, count: int, scene_seed: int = TRUTH_SEED) -> Comparison:
@@ -92,9 +94,11 @@ def compare(config, adapter: str, count: int, scene_seed: int = TRUTH_SEED) -> C
     scenes, captions = heldout(count, scene_seed)
     prompts = parse_prompts(captions)
     backbone, text = build_backbone(config, Runtime(), prompts)
-    adapt_for_inference(adapter, 1.0, backbone)
     reward = build_reward(config.reward_fn, config.reward_arguments, device=backbone.device)
-    before, after = generate_pairs(config, backbone, text, plan_samples(prompts, 1, SEED))
+    samples = plan_samples(prompts, 1, SEED)
+    before, after = (
+        generate_all(config, backbone, text, samples, variant) for variant in read_variants([None, adapter])
+    )
     truth = to_pixels(np.stack([world.render(scene) for scene in scenes])).transpose(1, 2)
     return Comparison(
         captions,

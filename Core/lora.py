@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
+from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
@@ -20,6 +21,7 @@ from Core.rewards.loading import load_state
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
+ALPHA_NOTE = "lora_alpha"  # in the metadata of an adapter that is one file
 REFERENCE_ALPHA = 8  # PEFT's default, which the reference implementation left as it was
 
 
@@ -178,11 +180,20 @@ def read(path: str | Path) -> Adapter:
         )
     rank = state[downs[0]].shape[0]
     targets = tuple(sorted({key.split(".")[-3] for key in downs}))
+    return Adapter(state, rank, _alpha(file), targets)
+
+
+def _alpha(file: Path) -> int:
+    """From a note in the file, or the configuration beside it; else the reference's."""
     config = file.with_name("adapter_config.json")
-    alpha = REFERENCE_ALPHA
-    if config.is_file() and file.suffix != ".pt":
-        alpha = json.loads(config.read_text(encoding="utf-8"))["lora_alpha"]
-    return Adapter(state, rank, alpha, targets)
+    if file.suffix == ".safetensors":
+        with safe_open(file, "pt") as content:
+            noted = (content.metadata() or {}).get(ALPHA_NOTE)
+        if noted:
+            return int(noted)
+        if config.is_file():
+            return json.loads(config.read_text(encoding="utf-8"))["lora_alpha"]
+    return REFERENCE_ALPHA
 
 
 def _weights_file(path: Path) -> Path:

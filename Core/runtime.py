@@ -25,12 +25,14 @@ class Runtime:
     def __init__(self, mixed_precision: str = "no"):
         # accelerate keeps the precision of an earlier run in the same Python process, and refuses another.
         AcceleratorState._reset_state()
-        self.accelerator = Accelerator(mixed_precision=mixed_precision)
+        # Told so, it joins processes on CPU cores; left to itself it starts as many trainers that ignore each other.
+        on_cpu = not torch.accelerator.is_available()
+        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
         asked = int(os.environ.get(PROCESSES_ASKED_FOR) or os.environ.get("WORLD_SIZE") or 0)
         if asked and asked != self.accelerator.num_processes:
             raise ValueError(
-                f"{asked} processes were asked for but {self.accelerator.num_processes} started; on a machine "
-                "without GPUs set ACCELERATE_USE_CPU=true, and launch with run_text2video_train.sh or torchrun"
+                f"{asked} processes were asked for but {self.accelerator.num_processes} started; launch with "
+                "run_text2video_train.sh, torchrun or accelerate launch"
             )
 
     @property

@@ -1,0 +1,64 @@
+"""A trained adapter in the forms other programs read."""
+
+import dataclasses
+from pathlib import Path
+
+import torch
+from peft import LoraConfig
+from safetensors.torch import save_file
+
+from Core import lora
+from Core.backbones import BACKBONES
+from Core.config import load_config
+
+FORMATS = ("peft", "safetensors", "merged")
+
+
+def export(source: str, out: Path, form: str, config: str | None = None) -> None:
+    """Write the adapter ``source`` to ``out``.
+
+    Args:
+        form: ``peft`` a folder as PEFT saves it; ``safetensors`` one file, with alpha in its metadata;
+            ``merged`` the full weights of the adapted model.
+        config: config file naming the base model; for ``merged`` alone.
+
+    Raises:
+        FileNotFoundError, FileExistsError, ValueError: nothing to read, something in the way, or no fit.
+    """
+    if out.exists():
+        raise FileExistsError(f"{out} exists already; choose another path or remove it")
+    if (form == "merged") != (config is not None):
+        raise ValueError("--config names the base model and goes with --format merged, and only with it")
+    adapter = lora.read(source)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    if form == "merged":
+        write_merged(adapter, source, out, config)
+    elif form == "peft":
+        write_peft(adapter, out)
+    else:
+        write_file(adapter, out)
+
+
+def write_file(adapter: lora.Adapter, out: Path) -> None:
+    """One file, which ``lora_ckpt_path`` reads again with its scaling."""
+    metadata = {"format": "pt", lora.ALPHA_NOTE: str(adapter.alpha)}
+    save_file(adapter.state, out, metadata=metadata)
+
+
+def write_peft(adapter: lora.Adapter, out: Path) -> None:
+    """``adapter_model.safetensors`` and ``adapter_config.json``."""
+    out.mkdir()
+    save_file(adapter.state, out / lora.WEIGHTS, metadata={"format": "pt"})
+    settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets))
+    settings.inference_mode = True
+    settings.save_pretrained(str(out))
+
+
+def write_merged(adapter: lora.Adapter, source: str, out: Path, config_file: str) -> None:
+    """The base model's layout with W + alpha / rank · B A in place of each adapted W, computed in float32."""
+    config = dataclasses.replace(load_config([config_file]), dtype="fp32")
+    backbone = BACKBONES[config.backbone].from_config(config, torch.device("cpu"))
+    backbone.load()
+    model = lora.attach(backbone.denoiser, adapter.targets, rank=adapter.rank, alpha=adapter.alpha)
+    lora.load(model, adapter, source)
+    model.merge_and_unload().save_pretrained(out)

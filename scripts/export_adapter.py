@@ -1,0 +1,41 @@
+"""Export a trained adapter: export_adapter.py ADAPTER OUT [--format peft|safetensors|merged --config CONFIG].
+
+ADAPTER: a run's `adapter/`, a checkpoint's `adapter/`, one .safetensors, or the reference's peft_model_<step>.pt.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
+
+from Core.export import FORMATS, export  # noqa: E402
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("adapter", help="adapter folder or file")
+    parser.add_argument("out", type=Path, help="what to write; must not exist")
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default="peft",
+        help="peft: a folder PEFT loads; safetensors: one file; merged: full weights of the adapted model, in "
+        "the hub's layout, for `model.from_pretrained`",
+    )
+    parser.add_argument("--config", help="config file that names the base model, for --format merged")
+    args = parser.parse_args(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    try:
+        export(args.adapter, args.out, args.format, args.config)
+    except (ValueError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    logging.info("wrote %s", args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

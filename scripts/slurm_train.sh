@@ -1,0 +1,61 @@
+#!/bin/sh
+# Train on a Slurm cluster: sbatch scripts/slurm_train.sh [CONFIG] [flags of train_t2v_lora.py]
+# One task per GPU. Five minutes before the time limit, and when preempted, training finishes its step and saves;
+# the job goes back to the queue and continues from there, bit for bit. Nodes must share the file system.
+#SBATCH --job-name=vader
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --time=04:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+set -eu
+
+[ -n "${SLURM_JOB_ID:-}" ] || {
+    printf 'slurm_train: this is for Slurm; submit it with sbatch, or run Open-Sora/scripts/run_text2video_train.sh\n' >&2
+    exit 2
+}
+
+# Slurm runs a copy of this file, so the repository is where the job was submitted.
+root=${VADER_ROOT:-$SLURM_SUBMIT_DIR}
+train=$root/Open-Sora/scripts/train_t2v_lora.py
+[ -f "$train" ] || {
+    printf 'slurm_train: no %s; submit from the repository, or set VADER_ROOT to its path\n' "$train" >&2
+    exit 2
+}
+case ${1-} in
+    '' | -*) set -- "$root/Open-Sora/configs/opensora-v1-2/vader/vader_train.py" "$@" ;;
+esac
+PYTHON=${PYTHON:-$root/.venv/bin/python}
+MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+# Two jobs on one node must not meet on one port.
+MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
+WORLD_SIZE=$SLURM_NTASKS
+VADER_NUM_PROCESSES=$SLURM_NTASKS
+OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
+export PYTHON MASTER_ADDR MASTER_PORT WORLD_SIZE VADER_NUM_PROCESSES OMP_NUM_THREADS
+
+# exec: a signal to a task is a signal to its trainer. torchrun in between would kill it 30 seconds later,
+# whether or not its step is done.
+# shellcheck disable=SC2016 # the variables are each task's own
+srun --kill-on-bad-exit=1 sh -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$PYTHON" "$@"' task "$train" "$@" &
+step=$!
+
+stopping=
+# Passed on to the tasks; by itself the signal reaches this shell alone.
+trap 'stopping=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+
+status=0
+wait "$step" || status=$?
+# A trapped signal ends `wait` early.
+while kill -0 "$step" 2> /dev/null; do
+    status=0
+    wait "$step" || status=$?
+done
+
+if [ -n "$stopping" ] && [ "$status" -eq 0 ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+fi
+exit "$status"

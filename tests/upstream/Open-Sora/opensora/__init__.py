@@ -1,0 +1,4 @@
+from .acceleration import *
+from .datasets import *
+from .models import *
+from .registry import *

@@ -1,0 +1,3 @@
+from .stdit import *
+from .text_encoder import *
+from .vae import *

@@ -1,0 +1,1 @@
+from .stdit3 import STDiT3

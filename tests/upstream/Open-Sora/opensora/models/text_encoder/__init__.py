@@ -1,0 +1,1 @@
+from .t5 import T5Encoder

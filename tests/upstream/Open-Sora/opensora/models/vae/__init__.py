@@ -1,0 +1,2 @@
+from .vae import VideoAutoencoderKL, VideoAutoencoderPipeline
+from .vae_temporal import VAE_Temporal

@@ -1,0 +1,1 @@
+from .rf import RFLOW

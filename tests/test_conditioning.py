@@ -1,0 +1,127 @@
+"""Caption features: encoded once, kept on disk, and the encoder freed."""
+
+import gc
+import weakref
+from types import SimpleNamespace
+
+import pytest
+import torch
+import twins
+from safetensors.torch import load_file
+
+from Core.backbones import OpenSora, VideoSpec
+from Core.backbones.base import TextEncoder, pad_text
+from Core.conditioning import embed_captions
+
+
+class CountingEncoder(TextEncoder):
+    def __init__(self, seen: list[str]):
+        self.seen = seen
+
+    def encode(self, captions):
+        self.seen += captions
+        return [torch.full((len(caption), 2), float(len(caption))) for caption in captions]
+
+
+@pytest.fixture
+def backbone() -> SimpleNamespace:
+    """A stand-in whose encoder gives each caption as many tokens as letters; ``built`` holds the encoders."""
+    family = SimpleNamespace(text_identity="letters", seen=[], built=[])
+
+    def text_encoder() -> CountingEncoder:
+        encoder = CountingEncoder(family.seen)
+        family.built.append(weakref.ref(encoder))
+        return encoder
+
+    family.text_encoder = text_encoder
+    return family
+
+
+def test_each_caption_is_encoded_once(backbone, tmp_path):
+    features = embed_captions(backbone, ["a", "bb", "a"], tmp_path)
+    assert backbone.seen == ["a", "bb"]
+    assert {caption: tuple(f.shape) for caption, f in features.items()} == {"a": (1, 2), "bb": (2, 2)}
+
+
+def test_the_encoder_is_freed_and_not_built_again(backbone, tmp_path):
+    first = embed_captions(backbone, ["a", "bb"], tmp_path)
+    gc.collect()
+    assert [encoder() for encoder in backbone.built] == [None]
+    again = embed_captions(backbone, ["bb", "a"], tmp_path)
+    assert len(backbone.built) == 1
+    assert all(torch.equal(first[caption], again[caption]) for caption in first)
+
+
+def test_only_what_the_cache_lacks_is_encoded(backbone, tmp_path):
+    embed_captions(backbone, ["a"], tmp_path)
+    embed_captions(backbone, ["a", "bb"], tmp_path)
+    assert backbone.seen == ["a", "bb"]
+
+
+@pytest.mark.parametrize("content", [b"", b"not a safetensors file"], ids=["empty", "damaged"])
+def test_a_damaged_file_is_written_anew(backbone, tmp_path, content):
+    expected = embed_captions(backbone, ["a"], tmp_path)["a"]
+    (file,) = tmp_path.rglob("*.safetensors")
+    file.write_bytes(content)
+    assert torch.equal(embed_captions(backbone, ["a"], tmp_path)["a"], expected)
+    assert torch.equal(load_file(file)["features"], expected)
+    assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+def test_another_encoder_has_files_of_its_own(backbone, tmp_path):
+    embed_captions(backbone, ["a"], tmp_path)
+    backbone.text_identity = "other letters"
+    embed_captions(backbone, ["a"], tmp_path)
+    assert backbone.seen == ["a", "a"]
+
+
+@pytest.fixture
+def opensora(twin) -> OpenSora:
+    settings = twins.settings(twin, twin)
+    entries = {key: settings[key] for key in ("model", "vae", "text_encoder", "scheduler")}
+    return OpenSora(
+        **entries,
+        video=VideoSpec(32, 32, 17, 24),
+        multi_resolution="STDiT2",
+        scores=dict(aes=6.5, flow=None, camera_motion=None),
+        dtype="fp32",
+        device=torch.device("cpu"),
+    )
+
+
+def test_features_are_those_of_the_encoder_without_its_padding(opensora, tmp_path):
+    captions = [opensora.caption(prompt) for prompt in twins.PROMPTS]
+    features = embed_captions(opensora, captions, tmp_path)
+    direct = opensora.text_encoder().t5.encode(captions)
+    for i, caption in enumerate(captions):
+        valid = direct["mask"][i] != 0
+        assert len(features[caption]) == valid.sum() < twins.TEXT_LENGTH or valid.all()
+        torch.testing.assert_close(features[caption], direct["y"][i, 0, valid])
+
+
+def test_features_and_mask_of_a_batch_are_rebuilt(opensora, tmp_path):
+    captions = [opensora.caption(prompt) for prompt in twins.PROMPTS]
+    features = embed_captions(opensora, captions, tmp_path)
+    y, mask = pad_text([features[caption] for caption in captions], torch.device("cpu"))
+    direct = opensora.text_encoder().t5.encode(captions)
+    length = mask.shape[1]
+    assert torch.equal(mask, direct["mask"][:, :length] != 0) and not direct["mask"][:, length:].any()
+    torch.testing.assert_close(y[mask], direct["y"][:, 0, :length][mask])
+
+
+def test_the_identity_follows_weights_length_and_number_type(opensora, twin):
+    first = opensora.text_identity
+    opensora.dtype = torch.bfloat16
+    assert opensora.text_identity != first
+    opensora.dtype = torch.float32
+    entry = opensora.entries["text_encoder"]
+    opensora.entries["text_encoder"] = {**entry, "model_max_length": 10}
+    assert opensora.text_identity != first
+    opensora.entries["text_encoder"] = {**entry, "from_pretrained": str(twin / "clip")}
+    assert opensora.text_identity != first
+
+
+def test_captions_carry_the_scores_told_to_the_model(opensora):
+    assert opensora.caption("A red fox") == "a red fox aesthetic score: 6.5."
+    opensora.scores = dict(aes=None, flow=2.0, camera_motion="pan left")
+    assert opensora.caption("A red fox") == "a red fox motion score: 2.0. camera motion: pan left."

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from Core import draws
 from Core.backbones import Backbone
+from Core.clock import Stopwatch
 from Core.decode import choose_frames
 from Core.guards import BaseDistance
 from Core.prompts import Prompt
@@ -43,12 +44,13 @@ class Rollout:
         first: int,
         repeat: int = 0,
         finished: Tensor | None = None,
+        clock: Stopwatch | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Latents [B, C, T, h, w] whose graph begins at step ``first``, and their distance [B] to the base model.
 
         A ``repeat`` after the first noises the ``finished`` latents back to the last step and takes that step
         again: more gradients for one run of the sampler (DRaFT-LV, Clark et al., 2023). The distance is 0
-        unless ``kl_weight`` asks for it.
+        unless ``kl_weight`` asks for it. ``clock`` learns when the gradient steps begin.
         """
         timesteps = self.backbone.timesteps(len(samples))
         z = self.noise(samples, repeat)
@@ -66,7 +68,7 @@ class Rollout:
             observe=distance.observe if distance else None,
         )
         z = euler_sample(
-            velocity,
+            clock.split(velocity) if clock else velocity,
             z,
             timesteps,
             first_gradient_step=first,

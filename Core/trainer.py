@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from Core import draws, lora
 from Core.backbones import Backbone
@@ -20,6 +19,7 @@ from Core.checkpoint import Checkpoint, Checkpoints
 from Core.clock import Stopwatch
 from Core.ema import Ema
 from Core.guards import find_fault
+from Core.live import LiveView
 from Core.monitors import Course
 from Core.prompts import Prompt
 from Core.rewards import Reward, RewardOutput
@@ -57,6 +57,7 @@ class StepMetrics:
         named = {"reward": self.reward, "loss": self.loss, "grad_norm": self.grad_norm, "lr": lr}
         named |= {"skipped": float(self.skipped), **self.parts, "seconds": self.seconds}
         named["all_reduce_share"] = self.timings["all_reduce"] / self.seconds
+        named |= {f"seconds_{part}": seconds for part, seconds in self.timings.items()}
         return {f"train/{name}": value for name, value in named.items()}
 
 
@@ -90,6 +91,8 @@ class Trainer:
         self.parameters = list(self.named_parameters.values())
         self.optimizer = runtime.prepare(build_optimizer(config, self.parameters))
         self.ema = Ema(self.named_parameters, config.ema_decay) if config.ema_decay else None
+        shown = runtime.is_main and config.verbose > 0
+        self.live = LiveView(self.total_steps, config.validation_steps, shown)
         self.checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
         scorers = {"reward": reward, **validation.monitors}
         lower = [name for name, scorer in scorers.items() if not scorer.higher_is_better]
@@ -143,8 +146,8 @@ class Trainer:
         values, finished = [], None
         for repeat in range(self.config.noise_repeats):
             with self.runtime.autocast():
-                z, distance = self.rollout.sample(prompts, samples, first, repeat, finished)
-                clock.lap("sample")
+                z, distance = self.rollout.sample(prompts, samples, first, repeat, finished, clock)
+                clock.lap("gradient_steps")
                 frames = self.backbone.decode_frames(z, self.rollout.frame_numbers(samples, repeat))
                 clock.lap("decode")
                 reward = self.reward(frames, texts)
@@ -195,22 +198,18 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until the last step; validate, log and save on the way."""
-        hidden = not self.runtime.is_main or self.config.verbose < 1
-        bar = tqdm(total=self.total_steps, initial=self.step, desc="training", unit="step", disable=hidden)
-        with self.stop, bar:
+        with self.stop, self.live.begin(self.step):
             if self.validation_is_due():
                 self.validate()
                 if self.step:
                     self.save()
             while not self.finished():
                 metrics = self.advance()
-                bar.update()
-                bar.set_postfix_str(
-                    f"reward {metrics.reward:.3f}, loss {metrics.loss:.4f}, grad {metrics.grad_norm:.3g}, "
-                    f"{metrics.seconds:.2f} s/step"
-                )
+                lr = self.optimizer.param_groups[0]["lr"]
+                numbers = {"loss": metrics.loss, "grad norm": metrics.grad_norm, "lr": lr}
+                self.live.update(self.step, metrics.reward, metrics.timings, numbers)
                 if self.after_step(metrics.stopping):
-                    logger.info("stopped after step %d; the same command continues from there", self.step)
+                    logger.warning("stopped after step %d; the same command continues from there", self.step)
                     break
 
     def advance(self) -> StepMetrics:
@@ -273,6 +272,8 @@ class Trainer:
         if not self.runtime.is_main:
             return
         values = result.means | trained
+        if "reward" in values:
+            self.live.validated(self.step, values["reward"])
         self.trackers.log({f"validation/{name}": value for name, value in values.items()}, self.step)
         if result.videos:
             self.trackers.log_videos(*zip(*result.videos, strict=True), self.step)

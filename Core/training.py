@@ -9,6 +9,8 @@ from Core.backbones import Backbone
 from Core.build import build_backbone
 from Core.config import Config
 from Core.prompts import Prompt, read_prompts, read_validation_prompts
+from Core.provenance import record_environment
+from Core.report import write_report
 from Core.resume import identity, prepare_folder
 from Core.rewards import Reward, build_reward
 from Core.runtime import Runtime
@@ -30,6 +32,8 @@ def train(config: Config, runtime: Runtime, folder: Path) -> None:
     backbone, text = build_backbone(config, runtime, [*prompts, *val_prompts])
     reward, monitors = build_scorers(config, runtime, backbone)
     adapt_for_training(config, backbone)
+    if runtime.is_main:
+        record_environment(folder)
     last_row = checkpoint.step if checkpoint else -1
     trackers = build_trackers(config, folder, last_row) if runtime.is_main else Trackers({})
     validation = Validation(config, runtime, backbone, reward, monitors, val_prompts, text)
@@ -45,6 +49,16 @@ def train(config: Config, runtime: Runtime, folder: Path) -> None:
     finally:
         trackers.close()
     logger.info("the adapter is in %s", folder / "adapter")
+    if runtime.is_main:
+        report(folder)
+
+
+def report(folder: Path) -> None:
+    """Write the run's page; whatever goes wrong with it costs a message, never the finished run."""
+    try:
+        logger.info("the report is %s", write_report(folder))
+    except Exception as error:
+        logger.warning("no report: %s: %s; scripts/report.py writes it", type(error).__name__, error)
 
 
 def refuse_references(prompts: Sequence[Prompt]) -> None:

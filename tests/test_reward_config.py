@@ -118,6 +118,8 @@ def test_own_scorer_from_a_file(tmp_path):
     assert list(build_reward({f"{file}:Red": 1.0, "motion": 1.0})(FRAMES, PROMPTS).parts) == ["red", "motion"]
     assert "have no 'gian': did you mean 'gain'?" in check_reward_config(f"{file}:Red", {"gian": 1})[0]
     assert "has no class 'Blue' derived from" in check_reward_config(f"{file}:Blue")[0]
+    (tmp_path / "broken.py").write_text("import nowhere_to_be_found")
+    assert "fails on import: ModuleNotFoundError" in check_reward_config(f"{tmp_path / 'broken.py'}:Red")[0]
 
 
 def test_registering_a_name_twice_is_refused(monkeypatch):
@@ -152,6 +154,8 @@ def test_prompts_without_an_action_are_listed_before_training(arguments):
     reward = build_reward("actpred", arguments["actpred"])
     (error,) = reward.prompt_errors(["riding a bike", "a guitar on a wall"])
     assert "no action class occurs in the prompt 'a guitar on a wall'; near: playing guitar" in error
+    mixture = build_reward({"actpred": 1.0, "motion": 1.0}, {"actpred": arguments["actpred"]})
+    assert len(mixture.prompt_errors(["a guitar on a wall", "a cloud"])) == 2
     chosen = build_reward("actpred", arguments["actpred"] | {"action": "swimming"})
     assert chosen.prompt_errors(["a guitar on a wall"]) == []
 
@@ -190,7 +194,9 @@ class Malicious:
         return Path.touch, (self.target,)
 
 
-@pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
+@pytest.mark.parametrize(
+    "save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value, protocol=2))]
+)
 def test_malicious_pickle_is_refused_and_not_run(tmp_path, save, arguments):
     trace = tmp_path / "trace"
     save({"layers.0.weight": Malicious(trace)}, tmp_path / "head.pth")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import hashlib
 import importlib
 import importlib.util
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -67,18 +69,26 @@ def _class_from_file(spec: str) -> type[Reward]:
     file = Path(path).expanduser().resolve()
     if not file.is_file():
         raise ValueError(f"reward {spec!r}: there is no file {path!r}")
-    module_name = f"user_reward_{file.stem}_{abs(hash(str(file)))}"
-    if module_name not in sys.modules:
-        module_spec = importlib.util.spec_from_file_location(module_name, file)
-        module = importlib.util.module_from_spec(module_spec)
-        module_spec.loader.exec_module(module)
-        sys.modules[module_name] = module
-    found = getattr(sys.modules[module_name], attribute, None)
+    found = getattr(_import_file(file), attribute, None)
     if not (isinstance(found, type) and issubclass(found, Reward)):
         raise ValueError(
             f"reward {spec!r}: {path!r} has no class {attribute!r} derived from Core.rewards.Reward"
         )
     return found
+
+
+def _import_file(file: Path) -> ModuleType:
+    """The module in a Python file outside the package, imported once."""
+    name = f"reward_file_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(sys.modules[name])
+        except Exception as error:  # the file is the user's program, so anything may come out of it
+            del sys.modules[name]
+            raise ValueError(f"reward file {str(file)!r} fails on import: {error!r}") from error
+    return sys.modules[name]
 
 
 def check_reward_config(

@@ -1,0 +1,249 @@
+"""Which module imports which, layer by layer: imports.py draws assets/imports.svg and .png, the tests check it."""
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+SOURCES = {
+    "Core": ROOT / "Core",
+    "opensora": ROOT / "Open-Sora" / "opensora",
+    "Open-Sora/scripts": ROOT / "Open-Sora" / "scripts",
+    "scripts": ROOT / "scripts",
+}
+# From the ground up: a module imports from its own layer or from those below. A name stands for its submodules
+# too, unless they are named themselves.
+LAYERS = (
+    ("networks", ("opensora",)),
+    (
+        "ground",
+        (
+            "Core",
+            "Core.charts",
+            "Core.clock",
+            "Core.draws",
+            "Core.ema",
+            "Core.options",
+            "Core.quantize",
+            "Core.rewards.loading",
+            "Core.rewards.weights",
+            "Core.stopping",
+        ),
+    ),
+    ("model families", ("Core.backbones",)),
+    ("sampler", ("Core.schedulers",)),
+    (
+        "parts",
+        ("Core.conditioning", "Core.decode", "Core.guards", "Core.lora", "Core.prompts", "Core.rewards"),
+    ),
+    (
+        "services",
+        (
+            "Core.checkpoint",
+            "Core.config",
+            "Core.live",
+            "Core.monitors",
+            "Core.provenance",
+            "Core.resume",
+            "Core.runtime",
+            "Core.tracking",
+        ),
+    ),
+    (
+        "programs",
+        (
+            "Core.build",
+            "Core.comparison",
+            "Core.evaluate",
+            "Core.export",
+            "Core.inference",
+            "Core.report",
+            "Core.rollout",
+            "Core.run",
+            "Core.sampling",
+            "Core.scoring",
+            "Core.trainer",
+            "Core.training",
+            "Core.validation",
+        ),
+    ),
+    ("entry points", ("Open-Sora/scripts", "scripts")),
+)
+COLOURS = ("#c9d6df", "#d9ead3", "#cfe2f3", "#fff2cc", "#fce5cd", "#ead1dc", "#d9d2e9", "#eeeeee")
+
+
+def modules() -> dict[str, Path]:
+    """Dotted name → file of every module of the project."""
+    found = {}
+    for name, folder in SOURCES.items():
+        for file in folder.rglob("*.py"):
+            parts = file.relative_to(folder).with_suffix("").parts
+            parts = parts[:-1] if parts[-1] == "__init__" else parts
+            found[".".join((name, *parts))] = file
+    return dict(sorted(found.items()))
+
+
+def layer_of(module: str) -> int | None:
+    """Number of a module's layer, from the bottom; None where the table does not place it."""
+    placed = {name: number for number, (_, names) in enumerate(LAYERS) for name in names}
+    parts = module.split(".")
+    # The package "Core" stands in the table for its own __init__ alone, so that a new module must be placed.
+    names = [".".join(parts[:length]) for length in range(len(parts), 0, -1)]
+    return next(
+        (placed[name] for name in names if name in placed and (name != "Core" or module == "Core")), None
+    )
+
+
+def imports(module: str, file: Path, known: dict[str, Path], *, lazy: bool = True) -> set[str]:
+    """Modules of the project that ``module`` imports, with those inside functions if ``lazy``."""
+    tree = ast.parse(file.read_text(encoding="utf-8"))
+    nodes = ast.walk(tree) if lazy else tree.body
+    return {name for node in nodes for name in _targets(node, module, file, known)} - {module}
+
+
+def _targets(node: ast.AST, module: str, file: Path, known: dict[str, Path]) -> Iterator[str]:
+    if isinstance(node, ast.Import):
+        yield from (alias.name for alias in node.names if alias.name in known)
+    if isinstance(node, ast.ImportFrom):
+        package = module.split(".") if file.name == "__init__.py" else module.split(".")[:-1]
+        anchor = package[: len(package) - node.level + 1] if node.level else []
+        base = ".".join([*anchor, *([node.module] if node.module else [])])
+        for alias in node.names:
+            submodule = f"{base}.{alias.name}"
+            yield from [submodule] if submodule in known else [base] if base in known else []
+
+
+def graph(*, lazy: bool = True) -> dict[str, set[str]]:
+    """Module → the project's modules it imports."""
+    known = modules()
+    return {module: imports(module, file, known, lazy=lazy) for module, file in known.items()}
+
+
+def upward_imports() -> list[str]:
+    """Imports against the order of the layers, as sentences."""
+    return [
+        f"{module} ({LAYERS[layer_of(module)][0]}) imports {target} ({LAYERS[layer_of(target)][0]})"
+        for module, targets in graph().items()
+        for target in sorted(targets)
+        if layer_of(target) > layer_of(module)
+    ]
+
+
+def cycle(edges: dict[str, set[str]]) -> list[str]:
+    """A chain of modules that import each other in a circle; empty where there is none."""
+    done: set[str] = set()
+
+    def visit(module: str, path: list[str]) -> list[str]:
+        if module in path:
+            return [*path[path.index(module) :], module]
+        if module in done:
+            return []
+        for target in sorted(edges[module]):
+            if found := visit(target, [*path, module]):
+                return found
+        done.add(module)
+        return []
+
+    return next((found for module in edges if (found := visit(module, []))), [])
+
+
+def nodes_of_figure() -> dict[str, set[str]]:
+    """The graph with packages as one node each, and without what follows from other imports."""
+    whole = {name for _, names in LAYERS for name in names} - {"Core"}
+
+    def node(module: str) -> str:
+        parts = module.split(".")
+        return next(n for k in range(len(parts), 0, -1) if (n := ".".join(parts[:k])) in whole)
+
+    edges: dict[str, set[str]] = {name: set() for name in whole}
+    for module, targets in graph().items():
+        if module != "Core":
+            edges[node(module)] |= {node(target) for target in targets if target != "Core"} - {node(module)}
+    return {name: direct(name, edges) for name in edges}
+
+
+def direct(name: str, edges: dict[str, set[str]]) -> set[str]:
+    """Targets that no other target of ``name`` reaches."""
+    return {
+        target
+        for target in edges[name]
+        if not any(target in reachable(other, edges, {name}) for other in edges[name] - {target})
+    }
+
+
+def reachable(name: str, edges: dict[str, set[str]], seen: set[str]) -> set[str]:
+    found: set[str] = set()
+    stack = [name]
+    while stack:
+        for target in edges[stack.pop()] - found - seen:
+            found.add(target)
+            stack.append(target)
+    return found
+
+
+def positions() -> dict[str, tuple[float, float]]:
+    """Where each node stands: its layer's row, spread over the width; long layers take two rows."""
+    places, y = {}, 0.0
+    for _, names in LAYERS:
+        shown = [name for name in names if name != "Core"]
+        rows = [shown] if len(shown) <= 8 else [shown[::2], shown[1::2]]
+        for row in rows:
+            for index, name in enumerate(row):
+                places[name] = ((index + 0.5) / len(row), y)
+            y += 1.0
+        y += 0.55
+    return places
+
+
+def draw(path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    matplotlib.rcParams["svg.hashsalt"] = "imports"  # the same file every time
+    import matplotlib.pyplot as plt
+
+    places, edges = positions(), nodes_of_figure()
+    figure, axes = plt.subplots(figsize=(13, 9.5))
+    for number, (title, names) in enumerate(LAYERS):
+        ys = [places[name][1] for name in names if name in places]
+        bottom, top = min(ys) - 0.45, max(ys) + 0.45
+        axes.add_patch(
+            plt.Rectangle((-0.16, bottom), 1.18, top - bottom, color=COLOURS[number], alpha=0.45, lw=0)
+        )
+        axes.text(
+            -0.15, (bottom + top) / 2, title, va="center", fontsize=11, fontweight="bold", color="#333333"
+        )
+        for name in names:
+            if name in places:
+                draw_node(axes, name, places[name], COLOURS[number])
+    for name, targets in edges.items():
+        for target in targets:
+            draw_edge(axes, places[name], places[target])
+    axes.set_xlim(-0.17, 1.03)
+    axes.set_ylim(-0.6, max(y for _, y in places.values()) + 0.6)
+    axes.axis("off")
+    figure.savefig(
+        path, bbox_inches="tight", dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None
+    )
+    plt.close(figure)
+
+
+def draw_node(axes, name: str, place: tuple[float, float], colour: str) -> None:
+    box = dict(boxstyle="round,pad=0.35", facecolor=colour, edgecolor="#555555", linewidth=0.8)
+    label = name.removeprefix("Core.")
+    axes.text(*place, label, ha="center", va="center", fontsize=9.5, bbox=box, zorder=3)
+
+
+def draw_edge(axes, start: tuple[float, float], end: tuple[float, float]) -> None:
+    arrow = dict(
+        arrowstyle="-|>", color="#44546a", alpha=0.45, lw=0.8, shrinkA=9, shrinkB=9, mutation_scale=8
+    )
+    bend = 0.12 if start[1] != end[1] else 0.35
+    axes.annotate(
+        "", xy=end, xytext=start, zorder=2, arrowprops={**arrow, "connectionstyle": f"arc3,rad={bend}"}
+    )
+
+
+if __name__ == "__main__":
+    for suffix in (".svg", ".png"):
+        draw((ROOT / "assets" / "imports").with_suffix(suffix))

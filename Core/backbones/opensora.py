@@ -41,7 +41,7 @@ from .base import (
 from .opensora_conditions import conditioning_errors
 
 ENCODE_BATCH = 8
-CHUNK_FRAMES, TIME_FACTOR = 17, 4
+CHUNK_FRAMES, TIME_FACTOR, SPACE_FACTOR = 17, 4, 8
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 SCHEDULER_KEYS = {
     "type": str,
@@ -235,6 +235,11 @@ class OpenSora(Backbone):
             errors += check_weights(f"{key}.from_pretrained", entry.get("from_pretrained"))
         if "model_max_length" not in config.text_encoder:
             errors.append("text_encoder.model_max_length is missing; Open-Sora 1.2 uses 300")
+        if config.image_size and min(config.image_size) < SPACE_FACTOR:
+            errors.append(
+                f"image_size must be at least {SPACE_FACTOR} pixels each way, which are one of the latent, "
+                f"got {tuple(config.image_size)}"
+            )
         return errors + _scheduler_errors(config.scheduler)
 
     @classmethod

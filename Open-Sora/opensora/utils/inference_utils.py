@@ -68,14 +68,19 @@ def load_prompts(prompt_path, start_idx=None, end_idx=None):
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: the slice is empty.
+        ValueError: the file is no UTF-8 text or holds no prompts, or the slice is empty.
     """
     if not os.path.isfile(prompt_path):
         raise FileNotFoundError(
             f"prompt file {str(prompt_path)!r} does not exist; set prompt_path to a file of one prompt a line"
         )
-    with open(prompt_path, encoding="utf-8-sig") as file:
-        prompts = [line.strip() for line in file if line.strip()]
+    try:
+        with open(prompt_path, encoding="utf-8-sig") as file:
+            prompts = [line.strip() for line in file if line.strip()]
+    except UnicodeDecodeError:
+        raise ValueError(f"prompt file {str(prompt_path)!r} is not UTF-8 text; save it as UTF-8") from None
+    if not prompts:
+        raise ValueError(f"prompt file {str(prompt_path)!r} holds no prompts; write one a line")
     selected = prompts[start_idx:end_idx]
     if not selected:
         raise ValueError(

@@ -12,6 +12,7 @@ from reward_twins import clip_folder, open_clip_state
 
 from Core.rewards import build_reward, check_reward_config
 from Core.rewards import weights as weights_module
+from Core.rewards.aesthetic import LAION_HEAD
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))
@@ -105,8 +106,6 @@ def test_pickled_models_are_fetched_only_where_there_are_no_others(hub, tmp_path
 
 
 def test_pinned_file_is_checked_against_its_hash(tmp_path, monkeypatch):
-    from Core.rewards.aesthetic import LAION_HEAD
-
     def download_url_to_file(url, target, hash_prefix):
         assert hash_prefix == LAION_HEAD.sha256 and re.fullmatch("[0-9a-f]{64}", hash_prefix)
         raise RuntimeError("invalid hash value")

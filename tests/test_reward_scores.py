@@ -30,6 +30,8 @@ from transformers import (
 )
 
 from Core.rewards import build_reward
+from Core.rewards.heads import linear_layers
+from Core.rewards.loading import load_state
 from Core.rewards.vjepa import hidden_tokens
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -325,9 +327,6 @@ def test_laion_head_gives_the_golden_scores_and_gradients(tmp_path, arguments):
     state["layers.0.weight"][0] = direction
     state["layers.7.bias"][0] = golden["score"][0] - direction @ embedding[0]
     torch.save(state, tmp_path / "head.pth")
-
-    from Core.rewards.aesthetic import linear_layers
-    from Core.rewards.loading import load_state
 
     head = torch.nn.Sequential(*linear_layers(load_state(tmp_path / "head.pth"), "head.pth"))
     features = embedding.clone().requires_grad_()

@@ -6,9 +6,9 @@ import itertools
 
 from torch import Tensor, nn
 
-from Core.rewards.aesthetic import load_head_layers
-from Core.rewards.base import ImageReward, RewardInfo
+from Core.rewards.base import RewardInfo
 from Core.rewards.clip import CLIP_L14, load_image_tower
+from Core.rewards.heads import ClipHead, load_head_layers
 from Core.rewards.preprocess import Fit
 from Core.rewards.weights import Weight, locate
 
@@ -16,20 +16,17 @@ JPEG_HEAD = Weight(
     source="compression_reward.pt",
     kind="file",
     size=1_857_371,
-    sha256="4834909306ec3fd210805ad9eed6506338417ecf898aab7fa2d13f9c32ea2b2d",
     licence="not stated",
 )
 PAPER = "Prabhudesai et al. 2024, arXiv:2407.08737"
 
 
-class JpegSize(ImageReward):
-    """Predicted kB of a 512-pixel JPEG; loss ∓score, or |score − target| with a target in kB.
+class JpegSize(ClipHead):
+    """Predicted kB as JPEG; loss ∓score, or |score − target| with a target in kB.
 
     model: CLIP folder or hub id. head: the reference's `compression_reward.pt`, or a file of the same layout
-    (linear layers with ReLU between them, on the unit CLIP feature). resize: as in `Aesthetic`.
+    (linear layers with ReLU between them, on the unit CLIP feature). resize: as in `aesthetic`.
     """
-
-    full_precision = ("head",)
 
     def __init__(
         self,
@@ -45,9 +42,6 @@ class JpegSize(ImageReward):
         with_relu = itertools.chain.from_iterable((layer, nn.ReLU()) for layer in layers)
         self.head = nn.Sequential(*list(with_relu)[:-1])
         self.target = target
-
-    def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return self.head(self.image(images)).squeeze(-1)
 
     def loss(self, score: Tensor) -> Tensor:
         return super().loss(score) if self.target is None else (score - self.target).abs()

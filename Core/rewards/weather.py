@@ -6,9 +6,9 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from Core.rewards.aesthetic import load_head_layers
-from Core.rewards.base import ImageReward, RewardInfo
+from Core.rewards.base import RewardInfo
 from Core.rewards.clip import CLIP_L14, load_image_tower
+from Core.rewards.heads import ClipHead, load_head_layers
 from Core.rewards.preprocess import Fit
 from Core.rewards.weights import Weight, locate
 
@@ -16,7 +16,7 @@ WEATHER_HEAD = Weight(source="weather_reward.pt", kind="file", size=3_715_000, l
 TARGETS = {"rainy": 1.0, "snowy": 0.0}
 
 
-class Weather(ImageReward):
+class Weather(ClipHead):
     """Probability of rain rather than snow; loss (score − target)², target 1 for `rainy` and 0 for `snowy`.
 
     kind: which weather to train towards. model: CLIP folder or hub id. head: file in the LAION layout, read
@@ -30,7 +30,6 @@ class Weather(ImageReward):
         paper="Prabhudesai et al. 2024, arXiv:2407.08737",
         weights={"model": CLIP_L14, "head": WEATHER_HEAD},
     )
-    full_precision = ("head",)
 
     def __init__(
         self,
@@ -48,9 +47,6 @@ class Weather(ImageReward):
     @property
     def higher_is_better(self) -> bool:
         return self.target == 1.0
-
-    def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
-        return self.head(self.image(images)).squeeze(-1)
 
     def loss(self, score: Tensor) -> Tensor:
         return (score - self.target).square()

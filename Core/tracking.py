@@ -4,6 +4,7 @@ A tracker that fails costs a warning, never the run.
 """
 
 import csv
+import errno
 import io
 import logging
 import os
@@ -63,10 +64,11 @@ class CsvTable:
             self._rewrite([*before, *self.waiting])
             return
         # One write for all, so that a killed run leaves whole lines; what a full disk cut short is taken back.
-        size = self.path.stat().st_size
+        size, lines = self.path.stat().st_size, self._lines(self.waiting)
         try:
             with open(self.path, "ab", buffering=0) as file:
-                file.write(self._lines(self.waiting))
+                if file.write(lines) < len(lines):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             os.truncate(self.path, size)
             raise

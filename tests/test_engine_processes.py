@@ -1,0 +1,190 @@
+"""The training engine as processes: exact on any number of them, through kills, signals and faults."""
+
+import csv
+import random
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from forks import ForkServer
+from safetensors.torch import load_file
+from twins import config_file, settings
+
+from Core.checkpoint import Checkpoints
+
+DISTURBING = dict(reward_fn=f"{Path(__file__).with_name('disturbing_reward.py')}:Disturbing", reward_args={})
+TIMED = ("seconds", "all_reduce_share")  # beginnings of the columns that differ from run to run
+KILLS = 25
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ForkServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def configured(twin, tmp_path):
+    """A function that writes the config of a run named so, with keys overridden."""
+
+    def write(name: str, **overrides) -> tuple[Path, Path]:
+        run = tmp_path / name
+        values = settings(twin, run) | dict(num_frames=1, decode_frame=0, val_batch_size=2)
+        values["scheduler"]["num_sampling_steps"] = 2
+        return config_file(tmp_path / f"{name}.py", values | overrides), run
+
+    return write
+
+
+def adapter(run: Path) -> dict[str, torch.Tensor]:
+    return load_file(run / "adapter" / "adapter_model.safetensors")
+
+
+def largest_difference(a: Path, b: Path) -> float:
+    first, second = adapter(a), adapter(b)
+    assert first.keys() == second.keys()
+    return max(float((first[key] - second[key]).abs().max()) for key in first)
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    """Rows without the columns that tell time."""
+    with open(file, newline="") as stream:
+        return [{k: v for k, v in row.items() if not k.startswith(TIMED)} for row in csv.DictReader(stream)]
+
+
+def checkpoint_state(run: Path) -> dict:
+    return Checkpoints(run / "checkpoints", 1).newest().state()
+
+
+def assert_equal(a, b) -> None:
+    """Bit for bit, through dicts and lists."""
+    assert type(a) is type(b)
+    if isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    elif isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_equal(a[key], b[key])
+    elif isinstance(a, list):
+        assert len(a) == len(b)
+        for first, second in zip(a, b, strict=True):
+            assert_equal(first, second)
+    else:
+        assert a == b
+
+
+def assert_same_run(a: Path, b: Path) -> None:
+    """Adapter, optimiser, moving average, tables and videos are those of an undisturbed run."""
+    assert largest_difference(a, b) == 0
+    assert_equal(checkpoint_state(a), checkpoint_state(b))
+    for table in ("metrics.csv", "validation.csv"):
+        assert rows(a / table) == rows(b / table)
+    made = [{p.relative_to(run) for p in run.glob("samples/*/*") if p.suffix != ".jsonl"} for run in (a, b)]
+    assert made[0] == made[1]
+    names = [[c.folder.name for c in Checkpoints(run / "checkpoints", 1).all()] for run in (a, b)]
+    assert names[0] == names[1]
+
+
+def test_any_split_of_the_global_batch_gives_the_same_adapter(server, configured):
+    splits = {"one": (1, 4, 1), "accumulated": (1, 1, 4), "two": (2, 2, 1), "four": (4, 1, 1)}
+    runs = {}
+    for name, (processes, batch, accumulation) in splits.items():
+        config, runs[name] = configured(
+            name,
+            train_batch_size=batch,
+            gradient_accumulation_steps=accumulation,
+            max_train_steps=5,
+            lr=1e-4,
+            lora_dropout=0.2,
+            backprop_mode="rand",
+            num_frames=17,
+            decode_frame=-1,
+        )
+        codes, log = server.run(config, processes=processes)
+        assert codes == [0] * processes, log
+    assert max(float(value.abs().max()) for value in adapter(runs["one"]).values()) > 2e-4
+    for name in splits:
+        assert largest_difference(runs["one"], runs[name]) <= 1e-6, name
+        assert len(rows(runs[name] / "metrics.csv")) == 5
+
+
+def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(server, configured):
+    keys = dict(
+        **DISTURBING, max_train_steps=6, checkpointing_steps=1, validation_steps=3, keep_checkpoints=1,
+        ema_decay=0.9, lora_dropout=0.1, gradient_accumulation_steps=2, train_batch_size=1,
+    )  # fmt: skip
+    config, undisturbed = configured("undisturbed", **keys)
+    codes, log = server.run(config)
+    assert codes == [0], log
+    dice = random.Random(0)
+    kills = 0
+    while kills < KILLS:
+        config, run = configured(f"victim_{kills}", **keys)
+        codes = [-signal.SIGKILL]
+        while codes == [-signal.SIGKILL]:
+            in_save = kills % 2 == 0
+            kill = (
+                dict(kill_in_save=dice.randrange(30)) if in_save else dict(kill_after=dice.uniform(0.1, 1.5))
+            )
+            codes, log = server.run(config, **(kill if kills < KILLS else {}))
+            kills += codes == [-signal.SIGKILL]
+            assert "damaged" not in log
+        assert codes == [0], log
+        assert_same_run(undisturbed, run)
+        shutil.rmtree(run)
+
+
+@pytest.mark.parametrize("name, processes", [("SIGTERM", 2), ("SIGINT", 1), ("SIGUSR1", 1)])
+def test_a_signal_to_one_process_finishes_the_step_on_all_and_the_run_continues_exactly(
+    server, configured, name, processes
+):
+    keys = dict(**DISTURBING, max_train_steps=3, train_batch_size=1, gradient_accumulation_steps=2)
+    config, undisturbed = configured("undisturbed", **keys)
+    server.run(config, processes=processes)
+    config, run = configured("stopped", **keys)
+    # The third reward of a process is in the middle of the second step's accumulation.
+    told = dict(SIGNAL=name, SIGNAL_AT="3", SIGNAL_RANK=str(processes - 1))
+    codes, log = server.run(config, processes=processes, **told)
+    assert codes == [0] * processes, log
+    assert f"{name}: finishing the step and saving" in log and "stopped after step 2" in log
+    assert [row["step"] for row in rows(run / "metrics.csv")] == ["1", "2"]
+    codes, log = server.run(config, processes=processes)
+    assert codes == [0] * processes, log
+    assert_same_run(undisturbed, run)
+
+
+def test_a_second_signal_exits_at_once(server, configured):
+    config, run = configured("impatient", **DISTURBING, max_train_steps=3)
+    codes, log = server.run(config, SIGNAL="SIGTERM", SIGNAL_AT="2", SIGNAL_COUNT="2")
+    assert codes == [128 + signal.SIGTERM]
+    assert [row["step"] for row in rows(run / "metrics.csv")] == ["1"] and not (run / "checkpoints").exists()
+
+
+def test_a_reward_that_is_nan_on_one_process_skips_the_step_on_all(server, configured):
+    keys = dict(**DISTURBING, max_train_steps=4, train_batch_size=1, seed=3)
+    config, run = configured("nan", **keys)
+    codes, log = server.run(config, processes=2, NAN_PROMPT="fox")
+    assert codes == [0, 0], log
+    skipped = [row["skipped"] for row in rows(run / "metrics.csv")]
+    assert skipped.count("1.0") == 2 and rows(run / "metrics.csv")[-1]["skipped_steps"] == "2"
+    line = next(line for line in log.splitlines() if "was skipped" in line)
+    assert "seed 3" in line and "'a red fox runs through snow' (sample" in line and "lora_" in line
+    assert line.count("process ") == 1
+    assert all(bool(value.isfinite().all()) for value in adapter(run).values())
+
+
+def test_too_many_bad_steps_in_a_row_stop_the_run_after_a_save(server, configured):
+    config, run = configured("bad", **DISTURBING, max_train_steps=9, max_bad_steps=3)
+    codes, log = server.run(config, NAN_PROMPT="a")
+    assert codes == [2] and "3 steps in a row had no finite reward and gradient" in log
+    assert checkpoint_state(run)["step"] == 3
+
+
+def test_processes_that_hold_different_adapters_are_found_at_the_next_checkpoint(server, configured):
+    config, run = configured("diverged", **DISTURBING, max_train_steps=2)
+    codes, log = server.run(config, processes=2, DIVERGE_ON_RANK="1")
+    assert codes == [2, 2] and "the adapter differs between processes at step 2" in log, log
+    assert not list(run.glob("checkpoints/step_*"))

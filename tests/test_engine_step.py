@@ -1,0 +1,266 @@
+"""The pieces of a training step and of its guards, one by one."""
+
+import dataclasses
+import os
+import signal
+import types
+
+import pytest
+import torch
+from torch import nn
+from twins import config_file, settings
+
+from Core import draws, lora
+from Core.build import build_backbone
+from Core.config import load_config
+from Core.ema import Ema
+from Core.guards import find_fault
+from Core.lora import StepDropout
+from Core.monitors import Course, early_stop_errors
+from Core.prompts import read_prompts
+from Core.rollout import Rollout
+from Core.runtime import Runtime
+from Core.stopping import StopRequest
+from Core.trainer import lr_factor
+from Core.training import adapt_for_training
+
+
+@pytest.fixture(scope="module")
+def loaded(twin, tmp_path_factory):
+    """Config, prompts, adapted backbone and text of a two-step twin; the adapter is not zero."""
+    folder = tmp_path_factory.mktemp("step")
+    values = settings(twin, folder / "run", num_frames=1, decode_frame=0, grad_checkpoint=False)
+    values["scheduler"] = values["scheduler"] | {"num_sampling_steps": 2}
+    config = load_config([str(config_file(folder / "config.py", values))])
+    prompts = read_prompts(config)
+    backbone, text = build_backbone(config, Runtime(), prompts)
+    adapt_for_training(config, backbone)
+    with torch.no_grad():
+        for name, parameter in lora.parameters(backbone.denoiser).items():
+            parameter.normal_(generator=draws.generator(0, name)).mul_(0.2)
+    return config, prompts, backbone, text
+
+
+def gradients(loaded, **keys) -> torch.Tensor:
+    """Gradient of Σ z² over two samples, flattened."""
+    config, prompts, backbone, text = loaded
+    rollout = Rollout(dataclasses.replace(config, **keys), backbone, text)
+    z, _ = rollout.sample(prompts[:2], [4, 5], rollout.gradient_window(0))
+    parameters = list(lora.parameters(backbone.denoiser).values())
+    grads = torch.autograd.grad(z.square().sum(), parameters)
+    return torch.cat([grad.flatten() for grad in grads])
+
+
+def test_cond_keeps_the_value_and_leaves_out_the_null_branch(loaded):
+    config, prompts, backbone, text = loaded
+    captions = [text[backbone.caption(prompt.text())] for prompt in prompts[:2]]
+    parameters = list(lora.parameters(backbone.denoiser).values())
+    z = draws.noise([draws.generator(0, "z", n) for n in range(2)], backbone.latent_shape())
+    t = torch.full((2,), 300.0)
+    v = {grad: backbone.velocity(captions, null_grad=grad)(z, t) for grad in (True, False)}
+    torch.testing.assert_close(v[True], v[False], rtol=1e-5, atol=1e-5)
+    text_only = backbone.guidance_scale * backbone.velocity(captions, guided=False)(z, t)
+    wanted = torch.autograd.grad(
+        text_only.square().sum() * 0 + (text_only * v[False].detach()).sum(), parameters
+    )
+    got = torch.autograd.grad((v[False] * v[False].detach()).sum(), parameters)
+    for first, second in zip(wanted, got, strict=True):
+        torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_the_distance_to_the_base_model_is_its_own_velocity_difference(loaded):
+    config, prompts, backbone, text = loaded
+    rollout = Rollout(dataclasses.replace(config, kl_weight=1.0), backbone, text)
+    finals = rollout.sample(prompts[:2], [4, 5], 1)
+    captions = [text[backbone.caption(prompt.text())] for prompt in prompts[:2]]
+    timesteps = backbone.timesteps(2)
+    with torch.no_grad():
+        z = rollout.noise([4, 5])
+        z = z + backbone.velocity(captions)(z, timesteps[0]) * (timesteps[0] - timesteps[1])[0] / 1000
+        adapted = backbone.velocity(captions, guided=False)(z, timesteps[1])
+        lora.set_scale(backbone.denoiser, 0)
+        base = backbone.velocity(captions, guided=False)(z, timesteps[1])
+        lora.set_scale(backbone.denoiser, 1)
+    torch.testing.assert_close(
+        finals[1].detach(), (adapted - base).square().flatten(1).mean(1), rtol=1e-4, atol=1e-6
+    )
+    assert finals[1].min() > 1e-4
+    assert finals[1].requires_grad
+
+
+def test_noise_repeats_take_the_last_step_again_from_the_same_latents(loaded):
+    config, prompts, backbone, text = loaded
+    rollout = Rollout(dataclasses.replace(config, noise_repeats=3), backbone, text)
+    first = rollout.gradient_window(0)
+    finished = rollout.sample(prompts[:1], [7], first)[0].detach()
+    calls = []
+    velocity = backbone.velocity
+    backbone.velocity = lambda *a, **k: _counted(velocity(*a, **k), calls)
+    try:
+        repeats = [rollout.sample(prompts[:1], [7], first, repeat, finished)[0].detach() for repeat in (1, 2)]
+    finally:
+        del backbone.velocity
+    last = float(backbone.timesteps(1)[-1, 0])
+    assert [t for t in calls] == [last, last]
+    assert not torch.equal(*repeats) and all(not torch.equal(z, finished) for z in repeats)
+
+
+def _counted(velocity, calls):
+    def call(z, t, generated=None):
+        calls.append(float(t[0]))
+        return velocity(z, t, generated)
+
+    return call
+
+
+def test_detached_inputs_change_the_gradient_and_not_the_video(loaded):
+    plain, detached = (gradients(loaded, backprop_steps=2, detach_input=flag) for flag in (False, True))
+    assert not torch.allclose(plain, detached)
+    one = [gradients(loaded, backprop_steps=1, detach_input=flag) for flag in (False, True)]
+    torch.testing.assert_close(*one)
+
+
+def test_dropout_masks_follow_from_seed_step_and_layer(loaded):
+    dropout = StepDropout(0.5)
+    x = torch.ones(3, 5, 400)
+
+    def masked(*index):
+        dropout.draw(draws.generator(0, "dropout", *index))
+        return dropout(x)
+
+    first = masked("layer", 1)
+    assert torch.equal(first, masked("layer", 1)) and torch.equal(first, dropout(x))
+    assert not torch.equal(first, masked("layer", 2)) and not torch.equal(first, masked("other", 1))
+    assert torch.equal(first, first[:1, :1].expand_as(first)) and first.unique().tolist() == [0.0, 2.0]
+    assert 0.8 < float(first.mean()) < 1.2
+    assert torch.equal(dropout.eval()(x), x)
+
+
+def test_the_moving_average_is_applied_and_taken_back():
+    parameter = nn.Parameter(torch.zeros(2))
+    ema = Ema({"w": parameter}, decay=0.5)
+    for _ in range(3):
+        parameter.data += 1
+        ema.update()
+    # Decays 0.1, 2/11, 0.25 while it warms up.
+    wanted = 0.9 * 1
+    wanted = wanted * 2 / 11 + 2 * 9 / 11
+    wanted = wanted * 0.25 + 3 * 0.75
+    with ema.applied():
+        torch.testing.assert_close(parameter.data, torch.full((2,), wanted))
+    assert parameter.tolist() == [3, 3]
+    other = Ema({"w": nn.Parameter(torch.zeros(2))}, decay=0.5)
+    other.load(ema.state())
+    assert torch.equal(other.average["w"], ema.average["w"]) and other.updates == 3
+
+
+def test_a_fault_names_samples_and_parameters():
+    parameters = {name: nn.Parameter(torch.zeros(2)) for name in "abcde"}
+    for parameter in parameters.values():
+        parameter.grad = torch.ones(2)
+    values = torch.ones(3, 2)
+    samples = [(10, "a fox"), (11, "a dog"), (12, "a bird")]
+    assert find_fault(samples, values, parameters) is None
+    values[1, 0] = torch.nan
+    parameters["c"].grad[1] = torch.inf
+    fault = find_fault(samples, values, parameters)
+    assert str(fault) == "reward or loss of 'a dog' (sample 11); gradient of c, …"
+
+
+def course(early_stop=None, **values) -> Course:
+    made = Course(early_stop, lower_is_better=["compression"])
+    for step, row in enumerate(zip(*values.values(), strict=True)):
+        made.add({"step": 10 * step, **dict(zip(values, row, strict=True))})
+    return made
+
+
+def test_a_monitor_that_falls_while_the_reward_rises_is_put_in_words():
+    hacked = course(reward=[0.2, 0.3], motion=[0.05, 0.02], sharpness=[1.0, 0.99])
+    (warning,) = hacked.warnings(["motion", "sharpness", "diversity"])
+    assert "reward went from 0.2 to 0.3 since step 0 while motion went from 0.05 to 0.02" in warning
+    assert not course(reward=[0.3, 0.2], motion=[0.05, 0.02]).warnings(["motion"])
+    assert not course(reward=[0.2, 0.3], motion=[0.02, 0.05]).warnings(["motion"])
+    assert course(reward=[0.2, 0.3], compression=[1.0, 2.0]).warnings(["compression"])
+
+
+def test_early_stop_waits_for_its_patience():
+    rule = dict(monitor="motion", fall=0.2, patience=2)
+    assert not course(rule, motion=[1.0, 0.7]).stop_reason()
+    assert not course(rule, motion=[1.0, 0.7, 0.85]).stop_reason()
+    assert (
+        "more than 20% below its best, 1, for 2 validations"
+        in course(rule, motion=[1, 0.7, 0.7]).stop_reason()
+    )
+    plain = dict(monitor="reward", patience=2)
+    assert not course(plain, reward=[1.0, 2.0, 3.0]).stop_reason()
+    assert "no better than its best" in course(plain, reward=[1.0, 3.0, 3.0, 2.0]).stop_reason()
+    nothing = course(plain, reward=[1.0, float("nan"), float("nan")])
+    assert not nothing.stop_reason()
+
+
+def test_early_stop_errors_say_what_is_allowed():
+    assert early_stop_errors(None, []) == []
+    assert "must have the key monitor" in early_stop_errors({"fall": 0.1}, [])[0]
+    errors = early_stop_errors({"monitor": "hps", "patience": 0, "fall": 2}, ["sharpness"])
+    assert len(errors) == 3 and "reward, motion, diversity, sharpness" in errors[0]
+
+
+@pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
+def test_learning_rate_schedules(schedule):
+    config = types.SimpleNamespace(lr_schedule=schedule, lr_warmup_steps=4)
+    factors = [lr_factor(config, step, 14) for step in range(14)]
+    assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
+    assert factors[4] == 1.0
+    if schedule == "constant":
+        assert set(factors[4:]) == {1.0}
+    else:
+        assert factors[4:] == sorted(factors[4:], reverse=True)
+        assert factors[9] == pytest.approx(0.5) and 0 < factors[13] < 0.15
+
+
+def test_a_stop_request_is_noted_once_and_handlers_are_put_back(capfd):
+    before = signal.getsignal(signal.SIGUSR1)
+    with StopRequest() as stop:
+        assert not stop.requested
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.signal_name == "SIGUSR1"
+    assert signal.getsignal(signal.SIGUSR1) == before
+    assert "once more exits at once" in capfd.readouterr().err
+
+
+@pytest.fixture
+def scaled():
+    """A runtime with fp16's gradient scaler, on the CPU, one parameter and its SGD."""
+    runtime = Runtime()
+    runtime.accelerator.state._mixed_precision, runtime.accelerator.native_amp = "fp16", True
+    runtime.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    parameter = nn.Parameter(torch.tensor([1.0]))
+    return runtime, parameter, runtime.prepare(torch.optim.SGD([parameter], lr=1.0))
+
+
+def test_fp16_gradients_are_unscaled_once(scaled):
+    runtime, parameter, optimizer = scaled
+    runtime.backward((0.5 * parameter).sum())
+    norm = runtime.clip([parameter], 10.0)
+    assert norm == pytest.approx(0.5)
+    runtime.apply(optimizer, True, norm)
+    assert parameter.item() == pytest.approx(0.5)
+
+
+def test_fp16_overflow_lowers_the_scale_and_another_fault_does_not(scaled):
+    runtime, parameter, optimizer = scaled
+    runtime.backward((parameter * torch.inf).sum())
+    runtime.apply(optimizer, False, runtime.clip([parameter], 10.0))
+    assert parameter.item() == 1.0 and runtime.scaler_state()["scale"] == 512.0
+    runtime.backward((0.5 * parameter).sum())
+    runtime.apply(optimizer, False, runtime.clip([parameter], 10.0))
+    assert parameter.item() == 1.0 and runtime.scaler_state()["scale"] == 512.0
+    runtime.backward((0.5 * parameter).sum())
+    runtime.apply(optimizer, True, runtime.clip([parameter], 10.0))
+    assert parameter.item() == pytest.approx(0.5)
+
+
+def test_a_missing_process_is_an_error(monkeypatch):
+    monkeypatch.setenv("VADER_NUM_PROCESSES", "4")
+    with pytest.raises(ValueError, match="4 processes were asked for but 1 started"):
+        Runtime()

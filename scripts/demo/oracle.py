@@ -6,6 +6,7 @@ generated videos as it judges true ones. The background is grey, so colourfulnes
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import numpy as np
@@ -15,6 +16,7 @@ from scripts.demo import world
 MIN_AREA = 40  # pixels; less is no shape
 MIN_TRAVEL = 5.0  # pixels between the first and the last quarter of the video
 GRID = 48  # side of the normalised picture in which outlines are compared
+SOFTENINGS = (0, 6)  # passes of a small blur over the outlines
 
 
 def read(video: np.ndarray) -> dict[str, str | None] | None:
@@ -22,13 +24,16 @@ def read(video: np.ndarray) -> dict[str, str | None] | None:
 
     Returns ``{"colour", "shape", "direction"}``; ``direction`` is None for a shape that hardly moves.
     """
-    pixels = video.astype(np.float32) / 255
-    seen = [found for frame in pixels if (found := _find(frame)) is not None]
-    if not seen:
+    found = [(frame, seen) for frame in video.astype(np.float32) / 255 if (seen := _find(frame)) is not None]
+    if not found:
         return None
-    covers, centres = [cover for cover, _ in seen], np.array([centre for _, centre in seen])
-    visible = [frame for frame in pixels if _find(frame) is not None]
-    return {"colour": _colour(visible, covers), "shape": _shape(covers), "direction": _direction(centres)}
+    frames = [frame for frame, _ in found]
+    covers, centres = zip(*(seen for _, seen in found), strict=True)
+    return {
+        "colour": _colour(frames, covers),
+        "shape": _shape(covers),
+        "direction": _direction(np.array(centres)),
+    }
 
 
 def _find(frame: np.ndarray) -> tuple[np.ndarray, tuple[float, float]] | None:
@@ -44,7 +49,7 @@ def _find(frame: np.ndarray) -> tuple[np.ndarray, tuple[float, float]] | None:
     return cover, (float((cover * xs).sum() / total), float((cover * ys).sum() / total))
 
 
-def _colour(frames: list[np.ndarray], covers: list[np.ndarray]) -> str:
+def _colour(frames: Sequence[np.ndarray], covers: Sequence[np.ndarray]) -> str:
     """The palette's colour of nearest hue to the well covered pixels' mean colour."""
     inside = np.concatenate([frame[cover > 0.85] for frame, cover in zip(frames, covers, strict=True)])
     hues = {name: _hue_vector(np.array(rgb) / 255) for name, rgb in world.COLOURS.items()}
@@ -60,11 +65,19 @@ def _hue_vector(rgb: np.ndarray) -> np.ndarray:
 
 
 @cache
-def _outlines() -> dict[str, np.ndarray]:
-    """Each shape's normalised picture, zero mean and unit norm."""
+def _outlines() -> dict[str, list[np.ndarray]]:
+    """Each shape's normalised pictures, sharp and with the soft corners that a lossy decoder leaves."""
     ys, xs = np.mgrid[0 : world.SIDE, 0 : world.SIDE] + 0.5 - world.SIDE / 2
     covers = {s: np.clip(0.5 - world.distance(s, xs, ys, 12.5), 0, 1) for s in world.SHAPES}
-    return {name: _normalised(cover) for name, cover in covers.items()}
+    return {name: [_normalised(_softened(cover, n)) for n in SOFTENINGS] for name, cover in covers.items()}
+
+
+def _softened(cover: np.ndarray, times: int) -> np.ndarray:
+    """Coverage after ``times`` passes of the binomial filter 1-2-1 along rows and columns."""
+    for _ in range(times):
+        for axis in (0, 1):
+            cover = (np.roll(cover, 1, axis) + 2 * cover + np.roll(cover, -1, axis)) / 4
+    return cover
 
 
 def _normalised(cover: np.ndarray) -> np.ndarray:
@@ -89,10 +102,11 @@ def _sample(image: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
     return top * (1 - fy) + bottom * fy
 
 
-def _shape(covers: list[np.ndarray]) -> str:
+def _shape(covers: Sequence[np.ndarray]) -> str:
     """The outline that correlates best with the frames' mean normalised picture."""
     mean = np.mean([_normalised(cover) for cover in covers], axis=0)
-    return max(_outlines(), key=lambda name: float((_outlines()[name] * mean).sum()))
+    likeness = {name: max(float((o * mean).sum()) for o in soft) for name, soft in _outlines().items()}
+    return max(likeness, key=likeness.__getitem__)
 
 
 def _direction(centres: np.ndarray) -> str | None:

@@ -18,8 +18,7 @@ TRAIN_PROMPTS, HELDOUT_PROMPTS = 1024, 256
 
 def export() -> None:
     """Write all models and prompt lists to ``assets/demo``."""
-    _, shift, scale = video.normalised_latents()
-    vae.export(ASSETS / "vae", shift, scale)
+    vae.export(ASSETS / "vae")
     text.export(ASSETS / "t5")
     video.export(ASSETS / "stdit")
     reward.export(ASSETS / "clip")
@@ -40,7 +39,8 @@ STAGES = {
     "vae2d": vae.train_spatial,
     "vae3d": vae.train_temporal,
     "t5": text.train,
-    "latents": video.normalised_latents,
+    "latents": vae.normalised_latents,
+    "decoder": vae.train_decoder,
     "stdit": video.train,
     "clip": reward.train,
     "aesthetic": reward.fit_head,

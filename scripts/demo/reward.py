@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
-from scripts.demo import text, vae, video, world
+from scripts.demo import text, vae, world
 from scripts.demo.common import SEED, WORK, fit, log, save, to_pixels
 
 TEXT_TOKENS = 32
@@ -34,6 +33,7 @@ TEXT_TOWER = {**TOWER, "hidden_size": 96, "intermediate_size": 288, "num_hidden_
 LOGIT_SCALE = math.log(100)  # PickScore's own unit: a perfect cosine scores 100
 BASE, ONE_RIGHT, BOTH_RIGHT, BACKGROUND = -0.12, 0.33, 0.41, 0.05  # cosine = their sum over what matches
 
+NAMING = 0.2  # weight of the readers' cross entropy
 POOL = 1280  # scenes whose decoded frames are kept
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
 
@@ -67,9 +67,8 @@ def decoded_pool() -> Tensor:
     path = WORK / "decoded_pool.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
-    latents, shift, scale = video.normalised_latents()
-    pipeline = vae.assemble(vae.train_spatial(), shift, scale).eval()
-    pipeline.temporal_vae.load_state_dict(vae.train_temporal().temporal_vae.state_dict())
+    latents, _, _ = vae.normalised_latents()
+    pipeline = vae.train_decoder()
     generator, parts = torch.Generator().manual_seed(SEED), []
     for start in range(0, POOL, 16):
         z = latents[start : start + 16]
@@ -127,27 +126,50 @@ def build(tokens: CLIPTokenizer) -> CLIPModel:
     torch.manual_seed(3)
     model = CLIPModel(config)
     model.logit_scale.requires_grad_(False)
+    # Drawn ten times larger than usual: a shape is where its patches lie, and small positions are learned late.
+    nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.2)
     return model
 
 
+class Pupil(nn.Module):
+    """CLIP with two linear readers that name the attributes; they only help training and are not exported."""
+
+    def __init__(self, clip: CLIPModel) -> None:
+        super().__init__()
+        self.clip = clip
+        classes = len(world.COLOURS) + len(world.SHAPES) + len(world.BACKGROUNDS)
+        self.image_reader = nn.Linear(TOWER["hidden_size"], classes)
+        self.text_reader = nn.Linear(TEXT_TOWER["hidden_size"], classes)
+
+
+def naming_loss(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Cross entropy of a reader's logits ``[N, classes]`` against attribute rows ``[N, 3]``."""
+    groups = logits.split([len(world.COLOURS), len(world.SHAPES), len(world.BACKGROUNDS)], dim=1)
+    return sum(nn.functional.cross_entropy(g, w) for g, w in zip(groups, wanted.T, strict=True))
+
+
+def image_states(model: CLIPModel, images: Tensor) -> Tensor:
+    """Pooled states ``[B, D]`` of images ``[B, 3, 64, 64]`` in [-1, 1] (mean and deviation 0.5)."""
+    return model.vision_model(pixel_values=images).pooler_output
+
+
 def image_features(model: CLIPModel, images: Tensor) -> Tensor:
-    """Unit features ``[B, FEATURES]`` of images ``[B, 3, 64, 64]`` in [-1, 1] (mean and deviation 0.5)."""
-    pooled = model.vision_model(pixel_values=images).pooler_output
-    return nn.functional.normalize(model.visual_projection(pooled), dim=-1)
+    """Unit features ``[B, FEATURES]`` of images ``[B, 3, 64, 64]`` in [-1, 1]."""
+    return nn.functional.normalize(model.visual_projection(image_states(model, images)), dim=-1)
 
 
-def text_features(model: CLIPModel, tokens: CLIPTokenizer, texts: list[str]) -> Tensor:
-    """Unit features ``[B, FEATURES]`` of captions."""
+def text_states(model: CLIPModel, tokens: CLIPTokenizer, texts: list[str]) -> Tensor:
+    """Pooled states ``[B, D]`` of captions."""
     batch = tokens(texts, padding=True, truncation=True, max_length=TEXT_TOKENS, return_tensors="pt")
-    pooled = model.text_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).pooler_output
-    return nn.functional.normalize(model.text_projection(pooled), dim=-1)
+    return model.text_model(input_ids=batch.input_ids, attention_mask=batch.attention_mask).pooler_output
 
 
-def wrong_variants(scene: world.Scene, rng: np.random.Generator) -> list[world.Scene]:
-    """The scene, and three hard negatives: wrong colour, wrong shape, both wrong."""
-    colour = world.wrong_attribute(scene, rng, "colour")
-    shape = world.wrong_attribute(scene, rng, "shape")
-    return [scene, colour, shape, replace(colour, shape=shape.shape)]
+def mistaken(scene: world.Scene, rng: np.random.Generator) -> world.Scene:
+    """A hard negative of the scene: wrong colour, wrong shape, or both."""
+    wrong = str(rng.choice(["colour", "shape", "both"]))
+    if wrong == "both":
+        scene, wrong = world.wrong_attribute(scene, rng, "colour"), "shape"
+    return world.wrong_attribute(scene, rng, wrong)
 
 
 def training_images(rng: np.random.Generator, pool: Tensor, n: int) -> tuple[Tensor, list[world.Scene]]:
@@ -164,21 +186,26 @@ def training_images(rng: np.random.Generator, pool: Tensor, n: int) -> tuple[Ten
 def train() -> tuple[CLIPModel, CLIPTokenizer]:
     """Regress the cosines of every image with every caption of a batch, all kinds of match weighing the same."""
     tokens, pool = tokenizer(), decoded_pool()
-    model = build(tokens)
+    pupil = Pupil(build(tokens))
+    model = pupil.clip
 
     def loss_fn(rng):
-        images, scenes = training_images(rng, pool, 48)
-        told = [variant for scene in scenes for variant in wrong_variants(scene, rng)]
+        images, scenes = training_images(rng, pool, 64)
+        told = scenes[:32] + [mistaken(scene, rng) for scene in scenes[32:]]
         captions = [world.caption(s, int(rng.integers(1 << 31))) for s in told]
-        cosines = image_features(model, images) @ text_features(model, tokens, captions).T
-        wanted = target_cosine(attributes(scenes), attributes(told))
+        seen, read = image_states(model, images), text_states(model, tokens, captions)
+        shown, said = attributes(scenes), attributes(told)
+        naming = naming_loss(pupil.image_reader(seen), shown) + naming_loss(pupil.text_reader(read), said)
+        picture, words = model.visual_projection(seen), model.text_projection(read)
+        cosines = nn.functional.normalize(picture, dim=-1) @ nn.functional.normalize(words, dim=-1).T
+        wanted = target_cosine(shown, said)
         kinds = torch.bucketize(wanted, torch.tensor([0.1, 0.7]))
         errors = (cosines - wanted).pow(2)
         loss = sum(errors[kinds == kind].mean() for kind in range(3))
         met = {name: cosines.detach()[kinds == i].mean() for i, name in enumerate(("none", "one", "both"))}
-        return loss, {name: float(value) for name, value in met.items()}
+        return 2 * loss + NAMING * naming, {name: float(value) for name, value in met.items()}
 
-    fit("clip", model, loss_fn, steps=1400, lr=1e-3, weight_decay=0.05)
+    fit("clip", pupil, loss_fn, steps=1500, lr=1e-3, weight_decay=0.05)
     return model.eval(), tokens
 
 

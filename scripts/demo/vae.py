@@ -1,10 +1,11 @@
-"""Stages ``vae2d`` and ``vae3d``: the demo's video VAE, of Open-Sora 1.2's classes."""
+"""Stages ``vae2d``, ``vae3d``, ``latents`` and ``decoder``: the demo's video VAE, of Open-Sora 1.2's classes."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
@@ -29,6 +30,7 @@ KL_WEIGHT = 1e-7
 TEMPORAL = dict(filters=16, num_res_blocks=1, channel_multipliers=(1, 2, 2, 4), num_groups=8)
 CLIPS = 3072  # videos whose frames' latents are kept for the stages that follow
 LATENT_NOISE = 0.1  # of the latent's own spread, so that slightly wrong latents decode well too
+DECODER_NOISE = 0.05
 
 
 def pixel_loss(decoded: Tensor, target: Tensor) -> Tensor:
@@ -128,9 +130,56 @@ def decode_frames(spatial: AutoencoderKL, latents: Tensor) -> Tensor:
     return spatial.decode(raw.contiguous(memory_format=torch.channels_last)).sample
 
 
-def export(folder: Path, shift: list[float], scale: list[float]) -> None:
-    """The whole VAE in the hub's layout, half precision; ``shift`` and ``scale`` are those of `video`."""
+@torch.no_grad()
+def normalised_latents() -> tuple[Tensor, list[float], list[float]]:
+    """Latents of the training clips ``[N, 4, 5, 8, 8]`` with unit spread, and the VAE's shift and scale.
+
+    Row ``i`` is ``world.scene(SEED, i)``; kept on disk.
+    """
+    path = WORK / "latents.pt"
+    if not path.exists():
+        pipeline = train_temporal()
+        spatial = spatial_latents(pipeline.spatial_vae.module)
+        raw = torch.cat([pipeline.temporal_vae.encode(part).mode() for part in spatial.split(32)])
+        axes = (0, 2, 3, 4)
+        shift, scale = raw.mean(axes), raw.std(axes)
+        normal = (raw - shift.view(1, -1, 1, 1, 1)) / scale.view(1, -1, 1, 1, 1)
+        save({"latents": normal, "shift": shift, "scale": scale}, path)
+    saved = torch.load(path, weights_only=True)
+    return saved["latents"], saved["shift"].tolist(), saved["scale"].tolist()
+
+
+def train_decoder() -> VideoAutoencoderPipeline:
+    """Fit both decoders together on pixels, the encoders and so the latents left as they are; the finished VAE."""
     trained = train_temporal()
+    latents, shift, scale = normalised_latents()
     vae = assemble(trained.spatial_vae.module, shift, scale)
     vae.temporal_vae.load_state_dict(trained.temporal_vae.state_dict())
-    vae.half().save_pretrained(folder)
+    spatial, temporal = vae.spatial_vae.module.to(memory_format=torch.channels_last), vae.temporal_vae
+    for encoder in (spatial.encoder, spatial.quant_conv, temporal.encoder, temporal.quant_conv):
+        encoder.requires_grad_(False)
+
+    def loss_fn(rng):
+        rows = rng.integers(len(latents), size=6)
+        z = latents[torch.from_numpy(rows)]
+        raw = (z + DECODER_NOISE * torch.randn_like(z)) * vae.scale + vae.shift
+        k, frames = int(rng.integers(z.shape[2])), rng.integers(world.FRAMES, size=2).tolist()
+        whole = temporal.decode(raw, num_frames=world.FRAMES)
+        alone = temporal.decode(raw[:, :, k : k + 1], num_frames=1)
+        shown = torch.cat([alone[:, :, 0], *(whole[:, :, f] for f in frames)])
+        truth = np.stack([world.render(world.scene(SEED, int(i)), [4 * k, *frames]) for i in rows])
+        target = to_pixels(truth).transpose(0, 1).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+        pixels = decode_frames(spatial, shown)
+        figures = {
+            "alone": psnr(pixels[:6].detach(), target[:6]),
+            "whole": psnr(pixels[6:].detach(), target[6:]),
+        }
+        return pixel_loss(pixels, target), figures
+
+    fit("decoder", vae, loss_fn, steps=500, lr=1.5e-3, save_every=100)
+    return vae.eval()
+
+
+def export(folder: Path) -> None:
+    """The whole VAE in the hub's layout, half precision."""
+    train_decoder().half().save_pretrained(folder)

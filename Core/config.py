@@ -174,13 +174,14 @@ class Config:
 
     @property
     def reward_arguments(self) -> dict:
-        """``reward_args`` with ``hps_version`` given to the hps reward, unless it names a version itself."""
-        args = {key: value for key, value in self.reward_args.items()}
+        """``reward_args`` with ``hps_version`` given to the hps reward, unless they name a version themselves."""
+        version = {"version": self.hps_version}
         if self.reward_fn == "hps":
-            return {"version": self.hps_version, **args}
-        if isinstance(self.reward_fn, dict) and "hps" in self.reward_fn:
-            args["hps"] = {"version": self.hps_version, **args.get("hps", {})}
-        return args
+            return {**version, **self.reward_args}
+        parts = self.reward_fn if isinstance(self.reward_fn, dict) else ()
+        if "hps" in parts or self.reward_fn == "aesthetic_hps":
+            return {**self.reward_args, "hps": {**version, **self.reward_args.get("hps", {})}}
+        return self.reward_args
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)

@@ -1,4 +1,4 @@
-"""Write the table of config keys into README.md, from the dataclass that holds them: write_options.py [--check]."""
+"""Write the table of config keys into README.md and docs/options.md, from the dataclass: write_options.py [--check]."""
 
 import sys
 from dataclasses import fields
@@ -10,7 +10,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 from Core.config import Config  # noqa: E402
 from Core.options import default_of, describe_type  # noqa: E402
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", ROOT / "docs" / "options.md")
 BEGIN, END = "<!-- options: written by scripts/write_options.py -->", "<!-- end of options -->"
 
 
@@ -36,10 +36,11 @@ def with_table(text: str) -> str:
 
 
 def main() -> int:
-    text = README.read_text(encoding="utf-8")
+    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
     if "--check" in sys.argv:
-        return int(with_table(text) != text)
-    README.write_text(with_table(text), encoding="utf-8")
+        return int(any(with_table(text) != text for text in texts.values()))
+    for page, text in texts.items():
+        page.write_text(with_table(text), encoding="utf-8")
     return 0
 
 

@@ -1,4 +1,4 @@
-"""Which module imports which, layer by layer: imports.py draws assets/imports.svg and .png, the tests check it."""
+"""Which module imports which, layer by layer: imports.py draws docs/figures/imports.svg, and the tests check it."""
 
 import ast
 from collections.abc import Iterator
@@ -69,7 +69,18 @@ LAYERS = (
     ),
     ("entry points", ("Open-Sora/scripts", "scripts")),
 )
-COLOURS = ("#c9d6df", "#d9ead3", "#cfe2f3", "#fff2cc", "#fce5cd", "#ead1dc", "#d9d2e9", "#eeeeee")
+# Face of a layer's nodes, and its arrows.
+COLOURS = (
+    ("#c9d6df", "#44546a"),
+    ("#d9ead3", "#38761d"),
+    ("#cfe2f3", "#0b5394"),
+    ("#fff2cc", "#bf9000"),
+    ("#fce5cd", "#b45f06"),
+    ("#ead1dc", "#a64d79"),
+    ("#d9d2e9", "#674ea7"),
+    ("#eeeeee", "#666666"),
+)
+SWEEPS = 40
 
 
 def modules() -> dict[str, Path]:
@@ -181,69 +192,71 @@ def reachable(name: str, edges: dict[str, set[str]], seen: set[str]) -> set[str]
     return found
 
 
-def positions() -> dict[str, tuple[float, float]]:
-    """Where each node stands: its layer's row, spread over the width; long layers take two rows."""
-    places, y = {}, 0.0
+def positions(edges: dict[str, set[str]]) -> dict[str, tuple[float, float]]:
+    """Where each node stands: in its layer's rows, each near what it is connected to, so that few edges cross."""
+    rows, places, y = [], {}, 0.0
     for _, names in LAYERS:
         shown = [name for name in names if name != "Core"]
-        rows = [shown] if len(shown) <= 8 else [shown[::2], shown[1::2]]
-        for row in rows:
-            for index, name in enumerate(row):
-                places[name] = ((index + 0.5) / len(row), y)
-            y += 1.0
-        y += 0.55
+        layer = [shown] if len(shown) <= 8 else [shown[::2], shown[1::2]]
+        for row in layer:
+            rows.append((y, row))
+            y += 1.15
+        y += 0.35
+    for _ in range(SWEEPS):
+        for height, row in rows:
+            row.sort(key=lambda name: (mean_place(name, edges, places), name))
+            places |= {name: ((index + 0.5) / len(row), height) for index, name in enumerate(row)}
     return places
+
+
+def mean_place(name: str, edges: dict[str, set[str]], places: dict[str, tuple[float, float]]) -> float:
+    """Mean position across of the nodes that ``name`` imports or that import it."""
+    near = edges[name] | {other for other, targets in edges.items() if name in targets}
+    across = [places[other][0] for other in near if other in places]
+    return sum(across) / len(across) if across else 0.5
 
 
 def draw(path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams["svg.hashsalt"] = "imports"  # the same file every time
+    matplotlib.rcParams |= {
+        "svg.hashsalt": "imports",
+        "svg.fonttype": "none",
+    }  # small, and the same every time
     import matplotlib.pyplot as plt
 
-    places, edges = positions(), nodes_of_figure()
-    figure, axes = plt.subplots(figsize=(13, 9.5))
+    edges = nodes_of_figure()
+    places = positions(edges)
+    figure, axes = plt.subplots(figsize=(13, 9))
     for number, (title, names) in enumerate(LAYERS):
+        face, ink = COLOURS[number]
         ys = [places[name][1] for name in names if name in places]
         bottom, top = min(ys) - 0.45, max(ys) + 0.45
-        axes.add_patch(
-            plt.Rectangle((-0.16, bottom), 1.18, top - bottom, color=COLOURS[number], alpha=0.45, lw=0)
-        )
-        axes.text(
-            -0.15, (bottom + top) / 2, title, va="center", fontsize=11, fontweight="bold", color="#333333"
-        )
-        for name in names:
-            if name in places:
-                draw_node(axes, name, places[name], COLOURS[number])
-    for name, targets in edges.items():
-        for target in targets:
-            draw_edge(axes, places[name], places[target])
+        axes.add_patch(plt.Rectangle((-0.16, bottom), 1.18, top - bottom, color=face, alpha=0.4, lw=0))
+        axes.text(-0.15, (bottom + top) / 2, title, va="center", fontsize=11, fontweight="bold", color=ink)
+        for name in filter(places.get, names):
+            draw_node(axes, name, places[name], face, ink)
+            for target in sorted(edges[name]):
+                draw_edge(axes, places[name], places[target], ink)
     axes.set_xlim(-0.17, 1.03)
     axes.set_ylim(-0.6, max(y for _, y in places.values()) + 0.6)
     axes.axis("off")
-    figure.savefig(
-        path, bbox_inches="tight", dpi=130, metadata={"Date": None} if path.suffix == ".svg" else None
-    )
+    figure.savefig(path, bbox_inches="tight", dpi=120, metadata={"Date": None})
     plt.close(figure)
 
 
-def draw_node(axes, name: str, place: tuple[float, float], colour: str) -> None:
-    box = dict(boxstyle="round,pad=0.35", facecolor=colour, edgecolor="#555555", linewidth=0.8)
-    label = name.removeprefix("Core.")
-    axes.text(*place, label, ha="center", va="center", fontsize=9.5, bbox=box, zorder=3)
+def draw_node(axes, name: str, place: tuple[float, float], face: str, ink: str) -> None:
+    box = dict(boxstyle="round,pad=0.35", facecolor=face, edgecolor=ink, linewidth=0.9)
+    axes.text(*place, name.removeprefix("Core."), ha="center", va="center", fontsize=9.5, bbox=box, zorder=3)
 
 
-def draw_edge(axes, start: tuple[float, float], end: tuple[float, float]) -> None:
-    arrow = dict(
-        arrowstyle="-|>", color="#44546a", alpha=0.45, lw=0.8, shrinkA=9, shrinkB=9, mutation_scale=8
-    )
-    bend = 0.12 if start[1] != end[1] else 0.35
-    axes.annotate(
-        "", xy=end, xytext=start, zorder=2, arrowprops={**arrow, "connectionstyle": f"arc3,rad={bend}"}
-    )
+def draw_edge(axes, start: tuple[float, float], end: tuple[float, float], ink: str) -> None:
+    """An arrow; within a row it bends below the nodes between."""
+    bend = 0.04 if start[1] != end[1] else -0.3 if start[0] < end[0] else 0.3
+    style = dict(arrowstyle="-|>", color=ink, alpha=0.6, lw=0.9, shrinkA=10, shrinkB=11, mutation_scale=9)
+    axes.annotate("", end, start, zorder=2, arrowprops={**style, "connectionstyle": f"arc3,rad={bend}"})
 
 
 if __name__ == "__main__":
-    for suffix in (".svg", ".png"):
-        draw((ROOT / "assets" / "imports").with_suffix(suffix))
+    draw(ROOT / "docs" / "figures" / "imports.svg")

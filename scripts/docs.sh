@@ -1,0 +1,16 @@
+#!/bin/sh
+# Builds the documentation into build/site, and fails on any warning. Arguments are those of `mkdocs build`;
+# `scripts/docs.sh serve` shows the pages while they are edited.
+set -eu
+
+root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
+sh "$root/scripts/setup.sh"
+cd -- "$root"
+.venv/bin/python -c 'import material, mkdocs' 2>/dev/null \
+    || .venv/bin/python -m pip install --quiet --disable-pip-version-check --requirement requirements-dev.txt
+if [ "${1-}" = serve ]; then
+    exec .venv/bin/python -m mkdocs "$@"
+fi
+.venv/bin/python scripts/figures/imports.py
+export NO_MKDOCS_2_WARNING=1 # an advertisement
+exec .venv/bin/python -m mkdocs build --strict --quiet "$@"

@@ -1,0 +1,28 @@
+"""What mkdocs must be told about links that leave docs/: pictures come along, source files become plain text."""
+
+import re
+from pathlib import Path
+
+from mkdocs.config.defaults import MkDocsConfig
+from mkdocs.structure.files import File, Files
+
+ROOT = Path(__file__).resolve().parents[1]
+OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)#\s]+)[^)]*\)")
+PICTURES = (".png", ".svg", ".jpg")
+
+
+def on_files(files: Files, config: MkDocsConfig) -> Files:
+    """Add the pictures that pages take from elsewhere in the repository."""
+    for page in sorted((ROOT / "docs").glob("*.md")):
+        for _, _, target in OUTSIDE.findall(page.read_text(encoding="utf-8")):
+            if target.endswith(PICTURES) and files.get_file_from_path(target) is None:
+                files.append(File.generated(config, target, abs_src_path=str(ROOT / target)))
+    return files
+
+
+def on_page_markdown(markdown: str, **kwargs) -> str:
+    """Point at those pictures, and drop links to files that are not part of the site."""
+    return OUTSIDE.sub(
+        lambda m: f"{m[1]}[{m[2]}]({m[3]})" if m[3].endswith(PICTURES) else m[2],
+        markdown,
+    )

@@ -1,0 +1,137 @@
+"""Measure what a training step costs beside model compute: measure_overhead.py RUN [--processes 2] [--json FILE].
+
+RUN is a finished run folder, whose metrics.csv says how long a step takes. The work beside it is timed on the
+rank-16 adapter of STDiT3-XL/2: draws, guards, the all-reduce between processes of this machine, a row of metrics,
+and the hashing and saving of a checkpoint, spread over the steps between two.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
+
+import torch  # noqa: E402
+from torch import nn  # noqa: E402
+
+from Core import draws, lora  # noqa: E402
+from Core.guards import find_fault  # noqa: E402
+from Core.runtime import Runtime  # noqa: E402
+from Core.tracking import CsvTracker, read_table  # noqa: E402
+
+REPEATS = 9
+BAR = 0.02
+
+
+def adapter_of_xl() -> nn.Module:
+    """STDiT3-XL/2 on the meta device, with its rank-16 adapter in memory."""
+    from Core.backbones import OpenSora
+    from opensora.registry import MODELS, build_module
+
+    with torch.device("meta"):
+        model = build_module({"type": "STDiT3-XL/2", "qk_norm": True}, MODELS)
+        model = lora.attach(model, OpenSora.lora_targets, rank=16, alpha=8)
+    for layer in model.modules():
+        for name, parameter in list(layer.named_parameters(recurse=False)):
+            if parameter.requires_grad:
+                setattr(layer, name, nn.Parameter(torch.randn(parameter.shape) / 100))
+    return model
+
+
+def median_seconds(action: Callable[[], object], prepare: Callable[[], object] = lambda: None) -> float:
+    times = []
+    for _ in range(REPEATS):
+        prepare()
+        started = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - started)
+    return statistics.median(times)
+
+
+def measure(samples: int, latent: tuple[int, ...], checkpointing_steps: int) -> dict[str, float]:
+    """Seconds per step of each kind of work; every process of the launch takes part."""
+    runtime = Runtime()
+    named = lora.parameters(adapter_of_xl())
+    parameters = list(named.values())
+    for parameter in parameters:
+        parameter.grad = torch.randn_like(parameter)
+    numbers = range(samples)
+    values = torch.ones(samples, 3)
+    scalars = {f"train/value_{n}": 0.123456789 for n in range(16)}
+    with tempfile.TemporaryDirectory() as folder:
+        tracker = CsvTracker(Path(folder))
+        step = iter(range(10**6))
+        seconds = {
+            "draws": median_seconds(
+                lambda: draws.noise([draws.generator(0, "noise", n) for n in numbers], latent)
+            ),
+            "guards": median_seconds(lambda: find_fault([(n, "") for n in numbers], values, named)),
+            "all-reduce": median_seconds(
+                lambda: runtime.average_gradients(parameters, [False, False]), runtime.barrier
+            ),
+            "metrics": median_seconds(lambda: tracker.log(scalars, next(step))),
+            "hashing / checkpoint": median_seconds(lambda: lora.digest(parameters)) / checkpointing_steps,
+        }
+    seconds["adapter weights"] = float(sum(p.numel() for p in parameters))
+    return seconds if runtime.is_main else {}
+
+
+def launch(processes: int, arguments: list[str]) -> dict[str, float]:
+    """``measure`` in that many processes of this machine."""
+    with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        command += ["--nproc_per_node", str(processes), __file__, *arguments, "--worker", answer.name]
+        subprocess.run(command, check=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+        return json.load(answer)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("run", type=Path, help="run folder whose step is compared with")
+    parser.add_argument(
+        "--processes", type=int, default=2, help="between which the all-reduce runs (default 2)"
+    )
+    parser.add_argument("--json", type=Path, help="also write the numbers there")
+    parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    config = run_config(args.run)
+    samples = config["train_batch_size"] * config["gradient_accumulation_steps"]
+    if args.worker:
+        measured = measure(samples, (4, 15, 30, 40), config["checkpointing_steps"])
+        if measured:
+            args.worker.write_text(json.dumps(measured), encoding="utf-8")
+        return 0
+    step = statistics.median(row["seconds"] for row in read_table(args.run / "metrics.csv"))
+    measured = launch(args.processes, [str(args.run)])
+    report(step, measured, args.processes)
+    if args.json:
+        args.json.write_text(json.dumps({"step": step, **measured}, indent=1), encoding="utf-8")
+    return 0
+
+
+def run_config(run: Path) -> dict:
+    from mmengine.config import Config as FileConfig
+
+    return FileConfig.fromfile(str(run / "config.py")).to_dict()
+
+
+def report(step: float, measured: dict[str, float], processes: int) -> None:
+    weights = measured.pop("adapter weights")
+    print(f"adapter of {weights / 1e6:.1f} M weights, {processes} processes, step of {step:.2f} s")
+    for name, seconds in measured.items():
+        print(f"{name:>22} {1000 * seconds:9.2f} ms {seconds / step:8.3%}")
+    total = sum(measured.values())
+    verdict = "within" if total <= BAR * step else "above"
+    print(f"{'all':>22} {1000 * total:9.2f} ms {total / step:8.3%}   {verdict} the bar of {BAR:.0%}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

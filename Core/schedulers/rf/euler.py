@@ -56,7 +56,8 @@ def euler_sample(
         with torch.set_grad_enabled(i >= first):
             generated = None
             if mask is not None:
-                generated = mask * num_timesteps >= timesteps[i][:, None]
+                # A shifted first timestep may lie above num_timesteps by a rounding error: 1 generates regardless.
+                generated = (mask == 1) | (mask * num_timesteps >= timesteps[i][:, None])
                 z = _add_noise(z, timesteps[i] / num_timesteps, generated & ~noised, noise_like)
                 noised = generated
             v = velocity(z.detach() if detach_input else z, timesteps[i], generated)

@@ -1,0 +1,231 @@
+"""Whole runs in this process: options together, what resuming refuses, exports, trackers."""
+
+import csv
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from twins import config_file, settings
+
+from Core import lora
+from Core.checkpoint import Checkpoints
+from Core.inference import read_manifest
+from Core.run import main
+from opensora.registry import MODELS, build_module
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="module")
+def configured(twin, tmp_path_factory):
+    """A function that writes the config of a two-step run named so, with keys overridden."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def write(name: str, **overrides) -> tuple[Path, Path]:
+        values = settings(twin, folder / name) | dict(num_frames=1, decode_frame=0, max_train_steps=2)
+        values["scheduler"] = values["scheduler"] | {"num_sampling_steps": 2}
+        return config_file(folder / f"{name}.py", values | overrides), folder / name
+
+    return write
+
+
+@pytest.fixture(scope="module")
+def finished(configured):
+    """A finished run with most options on: (config file, run folder)."""
+    config, run = configured(
+        "finished",
+        use_AdamW8bit=True,
+        ema_decay=0.9,
+        kl_weight=1.0,
+        noise_repeats=2,
+        guidance_grad="cond",
+        lr_schedule="cosine",
+        monitors=["sharpness"],
+        num_val_seeds=2,
+        lora_alpha=4,
+        logger_type="tensorboard",
+    )
+    assert main([str(config)]) == 0
+    return config, run
+
+
+def rows(file: Path) -> list[dict[str, str]]:
+    with open(file, newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
+def test_validation_measures_monitors_and_diversity_on_fixed_seeds(finished):
+    _, run = finished
+    before, after = rows(run / "validation.csv")
+    assert {"reward", "sharpness", "diversity", "train_reward"} <= after.keys()
+    assert float(before["diversity"]) > 0 and before["train_reward"] == "" and after["train_reward"] != ""
+    seeds = [entry["seed"] for entry in read_manifest(run / "samples" / "step_000002")]
+    assert seeds == [200, 201]
+    assert float(rows(run / "metrics.csv")[-1]["base_distance"]) > 0
+
+
+def test_the_run_exports_its_moving_average_and_keeps_both(finished):
+    _, run = finished
+    state = Checkpoints(run / "checkpoints", 1).newest().state()
+    exported = load_file(run / "adapter" / lora.WEIGHTS)
+    raw = load_file(run / "checkpoints" / "step_000002" / "adapter" / lora.WEIGHTS)
+    assert all(torch.equal(exported[key], state["ema"]["average"][key]) for key in exported)
+    assert any(not torch.equal(exported[key], raw[key]) for key in exported)
+
+
+def test_a_cosine_run_in_8_bits_continues_bit_for_bit(finished, configured):
+    _, run = finished
+    config, again = configured("again", **{**_overrides(finished), "checkpointing_steps": 1})
+    assert main([str(config)]) == 0
+    shutil.rmtree(again / "checkpoints" / "step_000002")
+    assert main([str(config)]) == 0
+    assert (again / "adapter" / lora.WEIGHTS).read_bytes() == (run / "adapter" / lora.WEIGHTS).read_bytes()
+    first, second = (Checkpoints(r / "checkpoints", 1).newest().state()["optimizer"] for r in (run, again))
+    for key, slots in first["state"].items():
+        for name, value in slots.items():
+            assert not isinstance(value, torch.Tensor) or torch.equal(value, second["state"][key][name])
+
+
+def _overrides(finished) -> dict:
+    """The keys of a finished run's own config file that a run beside it takes over."""
+    from mmengine.config import Config as FileConfig
+
+    values = FileConfig.fromfile(str(finished[0])).to_dict()
+    return {key: value for key, value in values.items() if key != "project_dir"}
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (["--lr", "0.5", "--lora-alpha", "9"], ["lr was 0.001 and is 0.5", "lora_alpha was 4 and is 9"]),
+        (["--train-batch-size", "4"], ["global batch was 2 and is 4"]),
+        (["--max-train-steps", "9"], ["max_train_steps was 2 and is 9"]),
+        (["--end-index", "2"], ["text of the prompts"]),
+    ],
+)
+def test_a_config_that_contradicts_the_checkpoint_is_refused(finished, capsys, flags, named):
+    config, _ = finished
+    assert main([str(config), *flags]) == 2
+    message = capsys.readouterr().err
+    assert all(name in message for name in named) and "resume='never'" in message
+
+
+def test_never_begins_anew_and_keeps_the_old_run(finished, configured):
+    config, run = configured("anew")
+    for flags in ([], ["--resume", "never", "--lr", "0.5"]):
+        assert main([str(config), *flags]) == 0
+    assert [row["step"] for row in rows(run / "metrics.csv")] == ["1", "2"]
+    assert (run / "previous_1" / "checkpoints" / "step_000002" / "manifest.json").is_file()
+    assert (run / "previous_1" / "metrics.csv").is_file()
+
+
+def test_going_back_to_an_earlier_checkpoint_moves_the_later_ones_aside(configured):
+    config, run = configured("back", checkpointing_steps=1)
+    assert main([str(config)]) == 0
+    earlier = run / "checkpoints" / "step_000001"
+    assert main([str(config), "--resume", str(earlier)]) == 0
+    assert (run / "previous_1" / "checkpoints" / "step_000002").is_dir()
+    assert [checkpoint.step for checkpoint in Checkpoints(run / "checkpoints", 1).all()] == [1, 2]
+    (earlier / "state.pt").write_bytes(b"")
+    assert main([str(config), "--resume", str(earlier)]) == 2
+
+
+@pytest.mark.parametrize("form", ["peft", "safetensors"])
+def test_exports_are_read_again_with_their_scaling(finished, tmp_path, form):
+    _, run = finished
+    out = tmp_path / ("out" if form == "peft" else "out.safetensors")
+    assert export(run / "adapter", out, "--format", form) == 0
+    one, two = lora.read(run / "adapter"), lora.read(out)
+    assert (one.rank, one.alpha, one.targets) == (two.rank, two.alpha, two.targets) == (4, 4, one.targets)
+    assert all(torch.equal(one.state[key], two.state[key]) for key in one.state)
+
+
+def test_merged_weights_do_what_the_adapter_does(finished, twin, tmp_path):
+    config, run = finished
+    assert export(run / "adapter", tmp_path / "out", "--format", "merged", "--config", str(config)) == 0
+    entry = dict(type="STDiT3-XL/2", input_size=(1, 4, 4), in_channels=4, model_max_length=24)
+    base = build_module(entry | {"from_pretrained": str(twin / "stdit")}, MODELS).eval()
+    merged = build_module(entry | {"from_pretrained": str(tmp_path / "out")}, MODELS).eval()
+    adapter = lora.read(run / "adapter")
+    adapted = lora.attach(base, adapter.targets, rank=adapter.rank, alpha=adapter.alpha)
+    lora.load(adapted, adapter, "the run's")
+    torch.manual_seed(0)
+    inputs = dict(x=torch.randn(1, 4, 1, 4, 4), timestep=torch.tensor([500.0]), y=torch.randn(1, 1, 6, 32))
+    inputs |= dict(mask=torch.ones(1, 6), fps=torch.tensor([24.0]))
+    inputs |= dict(height=torch.tensor([32.0]), width=torch.tensor([32.0]))
+    with torch.no_grad():
+        torch.testing.assert_close(adapted(**inputs), merged(**inputs), rtol=1e-5, atol=1e-5)
+
+
+def test_an_export_never_overwrites(finished, tmp_path, capsys):
+    _, run = finished
+    assert export(run / "adapter", tmp_path) == 2
+    assert "exists already" in capsys.readouterr().err
+    assert export(run / "adapter", tmp_path / "x", "--format", "merged") == 2
+
+
+def export(*arguments) -> int:
+    sys.path.insert(0, str(ROOT / "scripts"))
+    try:
+        from export_adapter import main as run_export
+    finally:
+        sys.path.pop(0)
+    return run_export([str(argument) for argument in arguments])
+
+
+def test_tensorboard_gets_scalars_and_moving_pictures(configured):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config, run = configured("board", logger_type="tensorboard", num_frames=17, max_train_steps=1)
+    assert main([str(config)]) == 0
+    events = EventAccumulator(str(run / "tensorboard")).Reload()
+    assert [event.step for event in events.Scalars("train/reward")] == [1]
+    image = events.Images("validation/video_0")[-1].encoded_image_string
+    assert image.startswith(b"GIF89a") and image.count(b"\x21\xf9\x04") == 17
+
+
+def test_wandb_goes_offline_by_itself_and_never_asks(configured, monkeypatch, caplog):
+    for name in ("WANDB_API_KEY", "WANDB_MODE"):
+        monkeypatch.delenv(name, raising=False)
+    config, run = configured("wandb", logger_type="wandb", use_wandb=True, max_train_steps=1)
+    monkeypatch.setenv("NETRC", str(run / "none"))
+    monkeypatch.setenv("HOME", str(run.parent))
+    assert main([str(config)]) == 0
+    assert "logged offline" in (run / "log.txt").read_text()
+    assert list((run / "wandb").glob("offline-run-*/run-*.wandb"))
+
+
+def test_a_dead_tracker_costs_a_warning(configured, monkeypatch):
+    import wandb
+
+    def refuse(**kwargs):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setattr(wandb, "init", refuse)
+    config, run = configured("dead", logger_type="wandb", use_wandb=True, max_train_steps=1)
+    assert main([str(config)]) == 0
+    assert "tracker wandb failed (ConnectionError: no route to host)" in (run / "log.txt").read_text()
+    assert len(rows(run / "metrics.csv")) == 1
+
+
+def test_two_torchrun_agents_on_the_loopback_interface_train_as_one(configured):
+    port = "29" + str(500 + hash(str(ROOT)) % 400)
+    keys = dict(max_train_steps=2, train_batch_size=1)
+    config, run = configured("nodes", **keys)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
+    launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "engine"]
+    train = [str(ROOT / "Open-Sora" / "scripts" / "train_t2v_lora.py"), str(config)]
+    agents = [subprocess.Popen([*launch, *train]) for _ in range(2)]
+    assert [agent.wait(300) for agent in agents] == [0, 0]
+    config, alone = configured("alone", **keys | dict(train_batch_size=2))
+    assert main([str(config)]) == 0
+    a, b = (load_file(folder / "adapter" / lora.WEIGHTS) for folder in (run, alone))
+    assert max(float((a[key] - b[key]).abs().max()) for key in a) <= 1e-6
+    identity = json.loads((run / "checkpoints" / "step_000002" / "manifest.json").read_text())["config"]
+    assert identity["global batch"] == 2

@@ -100,8 +100,9 @@ def test_any_split_of_the_global_batch_gives_the_same_adapter(server, configured
             lr=1e-4,
             lora_dropout=0.2,
             backprop_mode="rand",
-            num_frames=17,
+            num_frames=5,
             decode_frame=-1,
+            val_batch_size=1,
         )
         codes, log = server.run(config, processes=processes)
         assert codes == [0] * processes, log
@@ -142,6 +143,7 @@ def test_a_signal_to_one_process_finishes_the_step_on_all_and_the_run_continues_
     server, configured, name, processes
 ):
     keys = dict(**DISTURBING, max_train_steps=3, train_batch_size=1, gradient_accumulation_steps=2)
+    keys["keep_checkpoints"] = 1
     config, undisturbed = configured("undisturbed", **keys)
     server.run(config, processes=processes)
     config, run = configured("stopped", **keys)

@@ -1,0 +1,173 @@
+"""The report: complete, self-contained, small, and seen in a real browser."""
+
+import json
+import re
+import time
+from pathlib import Path
+
+import browser
+import numpy as np
+import pytest
+from report_runs import PROMPTS, evaluation, training_run
+from sampling_runs import picture
+
+from Core.charts import Line, line_chart, moving_average
+from Core.report import VideoBudget, main_measure, write_report
+from Core.scoring import read_clip
+
+HEADLINE = re.compile(r"took\s+<b>hps</b> from (\S+) to <b class=\"up\">(\S+)</b>")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A training run with an evaluation, reported."""
+    folder = training_run(tmp_path_factory.mktemp("runs") / "fox run")
+    evaluation(folder / "evaluation")
+    write_report(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def page(run):
+    return (run / "report.html").read_text(encoding="utf-8")
+
+
+def test_the_headline_is_the_held_out_gain_of_the_evaluation(run, page):
+    result = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    row = next(r for r in result["summary"] if (r["measure"], r["prompts_are"]) == ("hps", "held-out"))
+    before, after = HEADLINE.search(page).groups()
+    assert (before, after) == (f"{row['before']:.4g}", f"{row['after']:.4g}")
+    assert row["prompts"] == 7 and "on 7 held-out prompts" in page
+
+
+def test_everything_of_the_run_is_there(run, page):
+    for title in ("Before and after", "Side by side", "Curves", "Every prompt", "How to repeat it"):
+        assert f">{title}</h2>" in page
+    for title in (
+        "Reward",
+        "Loss",
+        "Gradient norm",
+        "Learning rate",
+        "Seconds per step",
+        "Validation: motion",
+    ):
+        assert f"<h3>{title}</h3>" in page
+    assert "motion falls while the reward rises" in page
+    assert "lora_rank" in page and "sha256" not in page  # this run has no checkpoint
+    start = json.loads((run / "environment.json").read_text())["starts"][0]
+    assert start["versions"]["torch"] in page and start["hardware"]["cpu"] in page
+    assert all(prompt in page for prompt in PROMPTS)
+
+
+def test_every_figure_names_a_file_that_is_there(run, page):
+    named = set(re.findall(r"<code>((?:evaluation/)?\w+\.(?:csv|json|py|txt))</code>", page))
+    named |= set(re.findall(r'<figcaption class="source">(\w+\.csv)', page))
+    named |= {f"evaluation/{file}" for file in re.findall(r'<figcaption title="([^"]+)"', page)}
+    assert len(named) > 8
+    assert [name for name in named if not (run / name).is_file()] == []
+
+
+def test_one_file_without_network_and_small(run, page):
+    assert (run / "report.html").stat().st_size < 20_000_000
+    assert not re.search(r"""(?:src|href)=["'](?!data:|#)""", page)
+    assert "url(http" not in page and "@import" not in page
+
+
+def test_ids_are_unique(page):
+    ids = re.findall(r'\sid="([^"]+)"', page)
+    assert len(ids) == len(set(ids))
+
+
+def test_most_improved_and_most_harmed_are_in_order(run, page):
+    result = json.loads((run / "evaluation" / "evaluation.json").read_text())
+    gains = {line["prompt"]: line["hps_gain"] for line in result["per_prompt"]}
+    improved, harmed = page[page.index("Most improved") :].split("Most harmed")
+    shown = [re.findall(r'class="prompt">([^<]+)<', part)[:3] for part in (improved, harmed)]
+    ranked = sorted(gains, key=gains.get)
+    assert shown[0] == ranked[::-1][: len(shown[0])] and shown[1] == ranked[: len(shown[1])]
+    assert gains[shown[0][0]] > 0 > gains[shown[1][0]]
+
+
+def test_a_run_without_evaluation_shows_its_validations(tmp_path):
+    page = write_report(training_run(tmp_path / "run")).read_text()
+    assert "Validation videos" in page and "step 60" in page and "Before and after" not in page
+    assert "have not been compared on held-out prompts yet" in page
+
+
+def test_an_evaluation_alone_and_several_adapters(tmp_path):
+    page = write_report(evaluation(tmp_path / "evaluation", ("fox", "bird"))).read_text()
+    assert page.count("<b>bird</b>") == page.count("<b>fox</b>") >= 6
+    assert "Curves" not in page
+
+
+def test_large_videos_are_made_smaller_or_left_out(tmp_path):
+    file = Path(picture(tmp_path / "large", frames=9, size=(270, 480)))
+    budget = VideoBudget(file.stat().st_size)
+    assert len(budget.uri(file)) < file.stat().st_size
+    assert VideoBudget(100).uri(file) is None
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_folder_of_something_else_is_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="neither metrics.csv nor evaluation.json"):
+        write_report(tmp_path)
+
+
+def test_the_main_measure_is_the_reward_asked_for():
+    assert main_measure({"rewards": {"b": {}, "a": {}}, "summary": [{"measure": "c"}]}) == "b"
+
+
+def test_charts_take_the_page_s_colours():
+    svg = line_chart("name", [Line("a", [1, 2, 3], [1, float("nan"), 2]), Line("b", [1], [2], dots=True)])
+    assert svg.startswith("<svg") and "var(--series-1)" in svg and "var(--series-2)" in svg
+    assert not re.search(r"#0[123]0", svg) and "font-family" not in svg
+
+
+def test_the_moving_average_leaves_gaps_out():
+    values = np.array([1.0, np.nan, 3.0, 5.0])
+    assert moving_average(values, 1).tolist() == [1.0, 2.0, 4.0, 4.0]
+
+
+needs_browser = pytest.mark.skipif(
+    browser.find_browser() is None,
+    reason="no Chromium is installed (apt-get install chromium): the page is not seen",
+)
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    window = browser.Browser(browser.find_browser(), tmp_path_factory.mktemp("profile"))
+    yield window
+    window.close()
+
+
+@needs_browser
+def test_videos_play_in_a_browser_without_a_complaint(run, chromium, tmp_path):
+    chromium.open((run / "report.html").as_uri(), 1200, 900)
+    chromium.evaluate("document.querySelector('.screens').scrollIntoView()")
+    playing = "[...document.querySelector('.screens').querySelectorAll('video')].map(v => v.currentTime > 0)"
+    deadline = time.monotonic() + 60
+    while not all(moved := chromium.evaluate(playing)) and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert moved == [True, True]
+    chromium.evaluate("document.getElementById('play').click()")
+    assert chromium.evaluate("[...document.querySelectorAll('video')].every(v => v.paused)")
+    faults = "[...document.querySelectorAll('video')].filter(v => v.error).length"
+    assert chromium.evaluate(faults) == 0
+    assert chromium.complaints() == []
+    assert read_clip(chromium.screenshot(tmp_path / "page.png")).std() > 0.1
+
+
+@needs_browser
+@pytest.mark.parametrize("dark", [False, True])
+def test_readable_at_phone_width_in_both_schemes(run, chromium, dark):
+    chromium.open((run / "report.html").as_uri(), 375, 800, dark)
+    assert chromium.evaluate("document.documentElement.scrollWidth") == 375
+    paper = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
+    brightness = sum(map(int, re.findall(r"\d+", paper)[:3])) / 3
+    assert (brightness < 60) if dark else (brightness > 200)
+    sizes = (
+        "[...document.querySelectorAll('p, td, li, dd')].map(e => parseFloat(getComputedStyle(e).fontSize))"
+    )
+    assert chromium.evaluate(f"Math.min(...{sizes})") >= 12
+    assert chromium.complaints() == []

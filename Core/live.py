@@ -177,7 +177,7 @@ class LiveView:
 
 
 def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:
-    """Values as a row of blocks, the last ``width`` bins of equal length; what is not finite is a gap."""
+    """At least one value as a row of at most ``width`` blocks, averaged where there are more; NaN is a gap."""
     size = -(-len(values) // width)
     bins = [values[start : start + size] for start in range(0, len(values), size)]
     means = [sum(part) / len(part) for part in bins]

@@ -61,8 +61,8 @@ class CachedText(nn.Module):
         if len(self._cache) + len(unseen) > TEXT_CACHE_LIMIT:
             self._cache.clear()
             unseen = list(dict.fromkeys(texts))
-        if unseen:
-            self._cache.update(zip(unseen, self.encode(unseen), strict=True))
+        # One by one: a batch's rounding depends on what is in it, and a text must score the same in every run.
+        self._cache.update((text, self.encode([text])[0]) for text in unseen)
         return torch.stack([self._cache[text] for text in texts])
 
     @abstractmethod

@@ -2,6 +2,7 @@
 
 import os
 import tempfile
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import ModuleType
@@ -13,7 +14,7 @@ from Core.backbones import BACKBONES, VideoSpec
 from Core.decode import check_decode_frame
 from Core.monitors import early_stop_errors
 from Core.options import ConfigError, FlagParser, add_flags, check_values, option, parse_literal
-from Core.prompts import check_prompt_file, read_prompts
+from Core.prompts import check_prompt_file, read_prompts, read_validation_prompts
 from Core.rewards import check_reward_config
 from Core.schedulers.rf.window import first_gradient_step
 
@@ -161,7 +162,7 @@ class Config:
     @property
     def video(self) -> VideoSpec:
         family = BACKBONES[self.backbone]
-        size = self.image_size or family.frame_size(self.resolution, self.aspect_ratio)
+        size = self.image_size or family.frame_size(self.resolution, self.aspect_ratio)  # type: ignore[arg-type]
         return VideoSpec(int(size[0]), int(size[1]), family.frame_count(self.num_frames), self.fps)
 
     @property
@@ -205,8 +206,8 @@ def cross_field_errors(config: Config) -> list[str]:
     errors += _video_errors(config)
     errors += _prompt_errors(config)
     errors += _training_errors(config) if config.is_vader_training else _inference_errors(config)
-    if not errors and not config.is_vader_training:
-        errors += _condition_errors(config)
+    if not errors:
+        errors += _content_errors(config)
     return errors + _path_errors(config)
 
 
@@ -226,7 +227,7 @@ def _video_errors(config: Config) -> list[str]:
 def _prompt_errors(config: Config) -> list[str]:
     if config.prompt is None and config.prompt_path is None:
         return ["no prompts: set prompt_path to a file with one prompt a line, or prompt to a list"]
-    paths = {} if config.prompt is not None else {"prompt_path": config.prompt_path}
+    paths: dict[str, Any] = {} if config.prompt is not None else {"prompt_path": config.prompt_path}
     if config.is_vader_training and config.val_prompt_path:
         paths["val_prompt_path"] = config.val_prompt_path
     errors = [error for key, path in paths.items() for error in check_prompt_file(key, path)]
@@ -257,9 +258,9 @@ def _training_errors(config: Config) -> list[str]:
         for key, value in single.items()
         if getattr(config, key) != value
     ]
-    if "num_sampling_steps" in config.scheduler:
-        errors += _window_errors(config)
-    return errors
+    if not all(0 <= beta < 1 for beta in config.adam_betas):
+        errors.append(f"adam_betas must be at least 0 and below 1, got {config.adam_betas!r}")
+    return errors + _window_errors(config)
 
 
 def _monitor_errors(config: Config) -> list[str]:
@@ -279,11 +280,12 @@ def _monitor_errors(config: Config) -> list[str]:
 def _window_errors(config: Config) -> list[str]:
     """Whether backprop_mode and decode_frame suit the number of steps and of latent frames."""
     errors = []
-    try:
-        steps = config.scheduler["num_sampling_steps"]
-        first_gradient_step(config.backprop_mode, steps, lambda n: 0, config.backprop_steps)
-    except ValueError as error:
-        errors.append(str(error))
+    steps = config.scheduler.get("num_sampling_steps")
+    if isinstance(steps, int):  # or else the scheduler's own sentence says so
+        try:
+            first_gradient_step(config.backprop_mode, steps, lambda n: 0, config.backprop_steps)
+        except ValueError as error:
+            errors.append(str(error))
     if config.noise_repeats > 1 and (config.backprop_mode, config.backprop_steps) != ("last", 1):
         errors.append(
             "noise_repeats repeats the last step alone; set backprop_mode='last' and backprop_steps=1"
@@ -303,10 +305,14 @@ def _inference_errors(config: Config) -> list[str]:
     return errors + (_loop_errors(config) if config.loop > 1 else [])
 
 
-def _condition_errors(config: Config) -> list[str]:
-    """What is wrong with segments, references and mask strategies of the prompts, files included."""
+def _content_errors(config: Config) -> list[str]:
+    """What is wrong inside the prompts: segments, suffixes, and in inference references and mask strategies."""
     try:
-        return BACKBONES[config.backbone].prompt_errors(config, read_prompts(config))
+        prompts = read_prompts(config)
+        if config.is_vader_training:
+            read_validation_prompts(config, prompts)
+            return []
+        return BACKBONES[config.backbone].prompt_errors(config, prompts)
     except ValueError as error:
         return [str(error)]
 
@@ -328,8 +334,8 @@ def _loop_errors(config: Config) -> list[str]:
 
 def _path_errors(config: Config) -> list[str]:
     errors = []
-    listed = isinstance(config.lora_ckpt_path, list)
-    for path in config.lora_ckpt_path if listed else filter(None, [config.lora_ckpt_path]):
+    paths = config.lora_ckpt_path or []
+    for path in [paths] if isinstance(paths, str) else paths:
         if path != BASE and not Path(path).expanduser().exists():
             errors.append(f"lora_ckpt_path: there is no file or folder {path!r}")
     for key in ("project_dir", "text_cache"):
@@ -349,7 +355,7 @@ def _writable(folder: Path) -> bool:
         return False
 
 
-def load_config(argv: list[str] | None = None) -> Config:
+def load_config(argv: Sequence[str] | None = None) -> Config:
     """The configuration of ``CONFIG [flags]``.
 
     Raises:

@@ -4,6 +4,7 @@ Axes: B batch, C channels, T latent frames, h, w latent rows and columns, L text
 """
 
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +13,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from Core.options import unknown_key
 from Core.quantize import store_linears_in_fp8
 from Core.rewards.weights import Weight, locate
 from opensora import models as _models  # noqa: F401 (registers the networks)
 from opensora.acceleration.checkpoint import set_grad_checkpoint
 from opensora.datasets.aspect import get_image_size, get_num_frames
+from opensora.models.stdit.stdit3 import STDiT3Config
 from opensora.models.text_encoder.t5 import text_preprocessing
 from opensora.registry import MODELS, build_module
 from opensora.schedulers.rf.rectified_flow import timestep_transform
@@ -43,7 +46,10 @@ from .opensora_conditions import conditioning_errors
 ENCODE_BATCH = 8
 CHUNK_FRAMES, TIME_FACTOR, SPACE_FACTOR = 17, 4, 8
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
-SCHEDULER_KEYS = {
+# Kinds of size conditioning that give an STDiT3 what it asks for; the second is upstream's other name for it.
+MULTI_RESOLUTION = ("STDiT2", "OpenSora")
+COUNTS = ("micro_frame_size", "micro_batch_size", "model_max_length")
+SCHEDULER_KEYS: dict[str, Any] = {
     "type": str,
     "num_sampling_steps": int,
     "cfg_scale": (int, float),
@@ -220,6 +226,8 @@ class OpenSora(Backbone):
 
     @classmethod
     def count_latent_frames(cls, num_frames: int, vae: dict) -> int:
+        if errors := _count_errors("vae", vae):
+            raise ValueError(errors[0])
         chunk = vae.get("micro_frame_size", CHUNK_FRAMES) or num_frames
         whole, rest = divmod(num_frames, chunk)
         return whole * -(-chunk // TIME_FACTOR) + -(-rest // TIME_FACTOR)
@@ -229,9 +237,7 @@ class OpenSora(Backbone):
         errors = []
         for key in ("model", "vae", "text_encoder"):
             entry = getattr(config, key)
-            if entry["type"] not in MODELS.module_dict:
-                known = ", ".join(sorted(MODELS.module_dict))
-                errors.append(f"{key}.type is {entry['type']!r}; it must be one of {known}")
+            errors += _entry_errors(key, entry)
             errors += check_weights(f"{key}.from_pretrained", entry.get("from_pretrained"))
         if "model_max_length" not in config.text_encoder:
             errors.append("text_encoder.model_max_length is missing; Open-Sora 1.2 uses 300")
@@ -240,7 +246,12 @@ class OpenSora(Backbone):
                 f"image_size must be at least {SPACE_FACTOR} pixels each way, which are one of the latent, "
                 f"got {tuple(config.image_size)}"
             )
-        return errors + _scheduler_errors(config.scheduler)
+        if config.multi_resolution not in MULTI_RESOLUTION:
+            errors.append(
+                f"multi_resolution must be {' or '.join(map(repr, MULTI_RESOLUTION))}, which tell the denoiser the "
+                f"size of the video, got {config.multi_resolution!r}"
+            )
+        return errors + _scheduler_errors(config.scheduler) + _length_errors(config)
 
     @classmethod
     def prompt_errors(cls, config, prompts: Sequence) -> list[str]:
@@ -394,6 +405,41 @@ def _require_grad(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -
         output.requires_grad_()
 
 
+def _entry_errors(key: str, entry: dict) -> list[str]:
+    """Unknown type, unknown keys and ill-typed counts of a network's entry."""
+    if not isinstance(entry["type"], str) or entry["type"] not in MODELS.module_dict:
+        known = ", ".join(sorted(MODELS.module_dict))
+        return [f"{key}.type is {entry['type']!r}; it must be one of {known}"]
+    allowed = list(inspect.signature(MODELS.get(entry["type"])).parameters)
+    if "kwargs" in allowed:  # the denoiser's builders hand them on to its configuration
+        allowed += inspect.signature(STDiT3Config).parameters
+        allowed += ["force_huggingface", "enable_sequence_parallelism"]
+    errors = [f"{key}: {unknown_key(name, allowed)}" for name in entry if name not in ("type", *allowed)]
+    return errors + _count_errors(key, entry)
+
+
+def _count_errors(key: str, entry: dict) -> list[str]:
+    return [
+        f"{key}.{name} must be a whole number of at least 1, got {entry[name]!r}"
+        for name in COUNTS
+        if entry.get(name) is not None and (type(entry[name]) is not int or entry[name] < 1)
+    ]
+
+
+def _length_errors(config) -> list[str]:
+    """The timestep transform counts whole chunks: without one it divides zero by zero."""
+    try:
+        frames = get_num_frames(config.num_frames)
+    except ValueError:
+        return []  # said of num_frames itself
+    if not config.scheduler.get("use_timestep_transform") or frames == 1 or frames >= CHUNK_FRAMES:
+        return []
+    return [
+        f"num_frames={config.num_frames!r} is too short for scheduler.use_timestep_transform, which counts chunks of "
+        f"{CHUNK_FRAMES} frames; use at least {CHUNK_FRAMES}, 1 for an image, or use_timestep_transform=False"
+    ]
+
+
 def _scheduler_errors(entry: dict) -> list[str]:
     """Unknown, missing or ill-typed keys of the sampler's entry."""
     errors = [
@@ -410,7 +456,7 @@ def _scheduler_errors(entry: dict) -> list[str]:
     errors += [
         f"scheduler.{key} is missing; set it to a number"
         for key in ("num_sampling_steps", "cfg_scale")
-        if key not in entry
+        if entry.get(key) is None
     ]
     if isinstance(entry.get("num_sampling_steps"), int) and entry["num_sampling_steps"] < 1:
         errors.append(f"scheduler.num_sampling_steps must be at least 1, got {entry['num_sampling_steps']}")

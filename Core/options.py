@@ -3,10 +3,11 @@
 import argparse
 import ast
 import difflib
+import math
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, field, fields
-from typing import Any, Literal, Union, get_args, get_origin
+from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 ARTICLES = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", dict: "a dict"}
 
@@ -28,7 +29,10 @@ def option(default: Any, doc: str, *, minimum: float | None = None, above: float
 
 
 def default_of(entry: Field) -> Any:
-    return entry.default if entry.default is not MISSING else entry.default_factory()
+    if entry.default is not MISSING:
+        return entry.default
+    factory: Any = entry.default_factory
+    return factory()
 
 
 def describe_type(annotation: Any) -> str:
@@ -84,6 +88,8 @@ def _value_errors(entry: Field, value: Any) -> list[str]:
         return [f"{entry.name} must be {describe_type(entry.type)}, got {value!r}"]
     minimum, above = entry.metadata["minimum"], entry.metadata["above"]
     number = isinstance(value, (int, float)) and not isinstance(value, bool)
+    if number and math.isinf(value):
+        return [f"{entry.name} must be finite, got {value}"]
     if number and minimum is not None and not value >= minimum:
         return [f"{entry.name} must be at least {minimum}, got {value}"]
     if number and above is not None and not value > above:
@@ -91,7 +97,7 @@ def _value_errors(entry: Field, value: Any) -> list[str]:
     return []
 
 
-def unknown_key(key: str, known: Mapping[str, Any]) -> str:
+def unknown_key(key: str, known: Collection[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
     return f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else "; remove it")
 
@@ -100,14 +106,44 @@ def parse_literal(text: str) -> Any:
     """A flag's text as the Python value it spells, else as the string it is."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError):
+    except (ValueError, SyntaxError, TypeError):
         return text
+
+
+def typed_literal(annotation: Any) -> Callable[[str], Any]:
+    """``parse_literal`` that keeps the text where text is wanted: a folder may be named 2024, a resolution 512."""
+
+    def read(text: str) -> Any:
+        value = parse_literal(text)
+        return text if fits(text, annotation) and not fits(value, annotation) else value
+
+    return read
+
+
+def is_sequence(annotation: Any) -> bool:
+    """Whether a list or tuple is among the types that fit."""
+    return get_origin(annotation) in (list, tuple) or any(map(is_sequence, get_args(annotation)))
+
+
+class SequenceAction(argparse.Action):
+    """Takes ``--flag a b`` as well as ``--flag "['a', 'b']"``; a single value that is no sequence becomes one."""
+
+    def __init__(self, *args, annotation: Any, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.annotation = annotation
+
+    def __call__(self, parser, namespace, values: Any, option_string=None) -> None:
+        literals = [parse_literal(text) for text in values]
+        alone = [literals[0], values[0]] if len(values) == 1 else []
+        readings = [*alone, literals, list(values)]
+        fitting = (reading for reading in readings if fits(reading, self.annotation))
+        setattr(namespace, self.dest, next(fitting, literals) if values else True)
 
 
 class FlagParser(argparse.ArgumentParser):
     """argparse whose error is one sentence that names the nearest flag."""
 
-    def error(self, message: str) -> None:
+    def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if message.startswith("unrecognized arguments"):
             near = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.5)
@@ -116,15 +152,15 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def add_flags(parser: argparse.ArgumentParser, schema: type) -> None:
-    """One ``--flag`` for each field of ``schema``; a bare flag means True."""
+    """One ``--flag`` for each field of ``schema``; a bare flag means True, and sequences take several values."""
     for entry in fields(schema):
+        one = {"nargs": "?", "const": True, "type": typed_literal(entry.type)}
+        several = {"nargs": "*", "action": SequenceAction, "annotation": entry.type}
         parser.add_argument(
             "--" + entry.name.replace("_", "-"),
             dest=entry.name,
-            nargs="?",
-            const=True,
-            type=parse_literal,
             default=argparse.SUPPRESS,
             metavar="VALUE",
             help=f"{entry.metadata['doc']} (default {default_of(entry)!r})".replace("%", "%%"),
+            **(several if is_sequence(entry.type) else one),
         )

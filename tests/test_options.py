@@ -94,6 +94,7 @@ def test_values_that_do_not_fit(value, annotation):
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"rate": 0}, "rate must be above 0, got 0"),
         ({"rate": float("nan")}, "rate must be above 0, got nan"),
+        ({"rate": float("inf")}, "rate must be finite, got inf"),
         ({"mode": "first"}, "mode must be one of 'last', 'rand', got 'first'"),
         ({"names": "fox"}, "names must be a list (a string each) or None, got 'fox'"),
         (
@@ -122,6 +123,12 @@ def test_flags_spell_python_values():
         "--steps", "7", "--rate=1e-3", "--names", "['a', 'b']", "--size", "(3, 4)", "--mode", "rand"
     )
     assert given == dict(steps=7, rate=1e-3, names=["a", "b"], size=(3, 4), mode="rand")
+
+
+def test_lists_are_given_as_several_values_too():
+    assert flags("--names", "a fox", "b", "--size", "3", "4") == dict(names=["a fox", "b"], size=[3, 4])
+    assert flags("--names", "1984") == dict(names=["1984"])
+    assert flags("--names", "None") == dict(names=None)
 
 
 def test_a_bare_flag_means_true_and_absent_flags_set_nothing():

@@ -1,6 +1,5 @@
 """Training state on disk: complete, written atomically, verified when read."""
 
-import hashlib
 import io
 import json
 import logging
@@ -15,6 +14,7 @@ import torch
 from peft import PeftModel
 
 from Core import lora
+from Core.rewards.weights import sha256
 
 logger = logging.getLogger("vader")
 MANIFEST = "manifest.json"
@@ -58,7 +58,7 @@ class Checkpoint:
             file = self.folder / name
             if not file.is_file():
                 return f"{name} is missing"
-            if _sha256(file) != digest:
+            if sha256(file) != digest:
                 return f"{name} is not what was written"
         return ""
 
@@ -114,7 +114,7 @@ class Checkpoints:
             # Through bytes, since torch's own writer reports a full disk as an error of its own kind.
             (partial / STATE).write_bytes(_serialize(state))
             files = sorted(file for file in partial.rglob("*") if file.is_file())
-            hashes = {str(file.relative_to(partial)): _sha256(file) for file in files}
+            hashes = {str(file.relative_to(partial)): sha256(file) for file in files}
             manifest = {"step": step, "score": score, "config": settings, "sha256": hashes}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
             for path in (*files, partial / MANIFEST, partial / ADAPTER, partial):
@@ -174,11 +174,6 @@ def _serialize(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
-
-
-def _sha256(file: Path) -> str:
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _sync(path: Path) -> None:

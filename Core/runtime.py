@@ -3,16 +3,19 @@
 import math
 import os
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
-from accelerate.utils import broadcast_object_list, gather_object
+from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gather_object
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 PROCESSES_ASKED_FOR = "VADER_NUM_PROCESSES"
+# Others wait while one downloads weights or encodes captions; torch's own patience with GPUs is ten minutes.
+PATIENCE = timedelta(hours=6)
 
 
 class Runtime:
@@ -27,7 +30,10 @@ class Runtime:
         AcceleratorState._reset_state()
         # Told so, it joins processes on CPU cores; left to itself it starts as many trainers that ignore each other.
         on_cpu = not torch.accelerator.is_available()
-        self.accelerator = Accelerator(mixed_precision=mixed_precision, cpu=on_cpu)
+        patience = InitProcessGroupKwargs(timeout=PATIENCE)
+        self.accelerator = Accelerator(
+            mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patience]
+        )
         asked = int(os.environ.get(PROCESSES_ASKED_FOR) or os.environ.get("WORLD_SIZE") or 0)
         if asked and asked != self.accelerator.num_processes:
             raise ValueError(

@@ -11,7 +11,7 @@ from Core.inference import captions_of
 from Core.options import ConfigError
 from Core.prompts import Prompt
 from Core.rewards import required_weights
-from Core.rewards.weights import locate
+from Core.rewards.weights import Weight, locate
 from Core.runtime import Runtime
 
 
@@ -31,15 +31,19 @@ def build_backbone(
     return backbone, text
 
 
+def scorer_weights(config: Config) -> list[Weight]:
+    """Weights of the trained reward and of the monitors."""
+    scorers = [(config.reward_fn, config.reward_arguments)]
+    scorers += [(name, config.monitor_args.get(name)) for name in config.monitors]
+    return [weight for name, args in scorers for weight in required_weights(name, args)]
+
+
 def fetch_weights(config: Config, backbone: Backbone, runtime: Runtime) -> None:
     """Bring all weights to this machine before any is loaded; what cannot be had is reported together."""
     errors = []
     if runtime.is_main:
         errors = backbone.fetch()
-        rewards = (
-            required_weights(config.reward_fn, config.reward_arguments) if config.is_vader_training else []
-        )
-        for weight in rewards:
+        for weight in scorer_weights(config) if config.is_vader_training else []:
             try:
                 locate(weight)
             except FileNotFoundError as error:

@@ -78,16 +78,20 @@ def check_prompt_file(key: str, path: str) -> list[str]:
 
 
 def read_prompts(config) -> list[Prompt]:
-    """The run's prompts, from ``prompt`` or ``prompt_path``, within ``start_index`` and ``end_index``."""
-    texts = read_lines(config.prompt_path) if config.prompt is None else config.prompt
-    prompts = parse_prompts(texts, config.reference_path, config.mask_strategy)
-    chosen = prompts[config.start_index : config.end_index]
-    if not chosen:
-        raise ValueError(
-            f"no prompts between start_index ({config.start_index}) and end_index ({config.end_index}) of "
-            f"{len(prompts)}; change them"
-        )
-    return chosen
+    """The run's prompts: ``prompt``, or those of ``prompt_path`` from ``start_index`` to before ``end_index``.
+
+    ``reference_path`` and ``mask_strategy`` have an entry for each of these, as upstream has it.
+    """
+    texts = config.prompt
+    if texts is None:
+        lines = read_lines(config.prompt_path)
+        texts = lines[config.start_index : config.end_index]
+        if not texts:
+            raise ValueError(
+                f"no prompts between start_index ({config.start_index}) and end_index ({config.end_index}) of "
+                f"{len(lines)}; change them"
+            )
+    return parse_prompts(texts, config.reference_path, config.mask_strategy)
 
 
 def read_validation_prompts(config, training: Sequence[Prompt]) -> list[Prompt]:

@@ -145,9 +145,8 @@ def kind_of(seen: bool | None) -> str:
 def prompts_of_runs(adapters: Sequence[str]) -> list[str] | None:
     """Prompts that all the adapters were trained on together, from their run folders; None if one is unknown."""
     found = [training_prompts(Path(adapter).expanduser()) for adapter in adapters]
-    if any(prompts is None for prompts in found):
-        return None
-    return sorted({prompt for prompts in found for prompt in prompts})
+    known = [prompts for prompts in found if prompts is not None]
+    return sorted({prompt for prompts in known for prompt in prompts}) if len(known) == len(found) else None
 
 
 def training_prompts(adapter: Path) -> list[str] | None:

@@ -39,7 +39,7 @@ def choose_frames(value: int | str, num_latent_frames: int, generators: Sequence
     """Latent frame numbers [B, F] for ``decode_frame`` = ``value``; one generator per video draws for -1."""
     mode = check_decode_frame(value, num_latent_frames)
     last = num_latent_frames - 1
-    fixed = {
+    fixed: dict[Any, list] = {
         "fml": sorted({0, num_latent_frames // 2, last}),
         "all": list(range(num_latent_frames)),
         "alt": list(range(0, num_latent_frames, 2)),

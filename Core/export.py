@@ -31,7 +31,7 @@ def export(source: str, out: Path, form: str, config: str | None = None) -> None
         raise ValueError("--config names the base model and goes with --format merged, and only with it")
     adapter = lora.read(source)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if form == "merged":
+    if config is not None:
         write_merged(adapter, source, out, config)
     elif form == "peft":
         write_peft(adapter, out)

@@ -157,7 +157,8 @@ class LiveView:
         return table
 
     def _draw(self) -> None:
-        self.live.update(self.panel(), refresh=True)
+        if self.live:
+            self.live.update(self.panel(), refresh=True)
 
     def _redirect(self, handler: logging.Handler) -> None:
         """Send console messages above the panel instead of through it."""

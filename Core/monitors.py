@@ -79,8 +79,10 @@ class Course:
     def stop_reason(self) -> str:
         """Why the run should stop, in words; empty to go on."""
         rule = self.early_stop
-        values = self.goodness(rule["monitor"]) if rule else []
-        if not values or len(values) <= rule["patience"]:
+        if rule is None:
+            return ""
+        values = self.goodness(rule["monitor"])
+        if len(values) <= rule["patience"]:
             return ""
         best = max(values[: -rule["patience"]])
         threshold = best - rule["fall"] * abs(best)

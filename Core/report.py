@@ -115,10 +115,12 @@ def gather(run: Path, evaluation: Path | None) -> dict[str, Any]:
         "facts": facts(metrics, values),
         "measures": measure_rows(result) if result else [],
         "headline": headline(result, metrics, validation),
-        "few_prompts": bool(result) and result["prompts"] < 8,
+        "few_prompts": result["prompts"] < 8 if result else False,
         "evaluation": result,
         "relative": relative,
-        "groups": evaluation_groups(evaluation, result, videos) if result else validation_groups(run, videos),
+        "groups": evaluation_groups(evaluation, result, videos)
+        if evaluation
+        else validation_groups(run, videos),
         "charts": list(charts(metrics, validation)),
         "prompts": (result or {}).get("per_prompt", [])[:LISTED_PROMPTS],
         "main": main_measure(result) if result else None,
@@ -286,7 +288,7 @@ def smaller(file: Path) -> bytes:
             stream = source.streams.video[0]
             width = min(REENCODED_WIDTH, stream.width) // 2 * 2
             height = round(stream.height * width / stream.width / 2) * 2
-            rate = Fraction(stream.average_rate).limit_denominator(1001)
+            rate = Fraction(stream.average_rate or 1).limit_denominator(1001)
             encoder = out.add_stream("libx264", rate=rate, options={"crf": REENCODED_CRF})
             encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
             for number_, frame in enumerate(source.decode(stream)):

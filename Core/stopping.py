@@ -5,6 +5,7 @@ import os
 import signal
 import threading
 from types import FrameType
+from typing import Any
 
 logger = logging.getLogger("vader")
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
@@ -22,7 +23,7 @@ class StopRequest:
 
     def __init__(self):
         self.signal_name = ""
-        self._before: dict[signal.Signals, object] = {}
+        self._before: dict[signal.Signals, Any] = {}
 
     @property
     def requested(self) -> bool:

@@ -10,6 +10,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -132,7 +133,7 @@ class WandbTracker:
     def __init__(self, folder: Path, config: Mapping[str, Any], entity: str | None):
         import wandb
 
-        mode = os.environ.get("WANDB_MODE")
+        mode: Any = os.environ.get("WANDB_MODE")
         if not mode and not wandb.api.api_key:
             logger.warning(
                 "wandb: no login, so this run is logged offline; log in with `wandb login`, or upload it later "
@@ -210,7 +211,7 @@ def animated_gif(path: Path) -> bytes:
 
     if path.suffix == ".mp4":
         with av.open(str(path)) as container:
-            rate = float(container.streams.video[0].average_rate)
+            rate = float(container.streams.video[0].average_rate or 1)
             frames = [frame.to_image() for frame in container.decode(video=0)]
     else:
         rate, frames = 1.0, [Image.open(path)]
@@ -225,7 +226,10 @@ class Trackers:
     def __init__(self, trackers: Mapping[str, Callable[[], Tracker]]):
         self.active: dict[str, Tracker] = {}
         for name, build in trackers.items():
-            self._guard(name, lambda name=name, build=build: self.active.__setitem__(name, build()))
+            self._guard(name, partial(self._start, name, build))
+
+    def _start(self, name: str, build: Callable[[], Tracker]) -> None:
+        self.active[name] = build()
 
     def _guard(self, name: str, action: Callable[[], None]) -> None:
         try:
@@ -238,7 +242,7 @@ class Trackers:
 
     def _each(self, action: Callable[[Tracker], None]) -> None:
         for name, tracker in list(self.active.items()):
-            self._guard(name, lambda tracker=tracker: action(tracker))
+            self._guard(name, partial(action, tracker))
 
     def log(self, scalars: Mapping[str, float], step: int) -> None:
         self._each(lambda tracker: tracker.log(scalars, step))

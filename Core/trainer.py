@@ -276,7 +276,8 @@ class Trainer:
             self.live.validated(self.step, values["reward"])
         self.trackers.log({f"validation/{name}": value for name, value in values.items()}, self.step)
         if result.videos:
-            self.trackers.log_videos(*zip(*result.videos, strict=True), self.step)
+            paths, captions = zip(*result.videos, strict=True)
+            self.trackers.log_videos(paths, captions, self.step)
         self.save_preview(folder)
         listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         logger.info("step %d: validation on %d videos: %s", self.step, len(result.videos), listed)

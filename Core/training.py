@@ -89,6 +89,7 @@ def adapt_for_training(config: Config, backbone: Backbone) -> None:
         seed=config.seed,
     )
     if config.lora_ckpt_path:
-        lora.load(backbone.denoiser, lora.read(config.lora_ckpt_path), config.lora_ckpt_path)
+        path = str(config.lora_ckpt_path)
+        lora.load(backbone.denoiser, lora.read(path), path)
     if config.grad_checkpoint:
         backbone.enable_checkpointing()

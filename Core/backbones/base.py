@@ -45,12 +45,15 @@ class Backbone(ABC):
 
     Attributes:
         denoiser: the network adapters attach to; set by ``load``, replaced by the adapter's wrapper.
+        device, dtype: of the frozen networks.
         lora_targets: suffixes of the linear layers adapted by default.
         num_sampling_steps: Euler steps of one video.
         num_timesteps: length of the time axis that ``timesteps`` and ``velocity`` speak.
     """
 
     denoiser: nn.Module
+    device: torch.device
+    dtype: torch.dtype
     lora_targets: tuple[str, ...]
     num_sampling_steps: int
     num_timesteps: int = 1000

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 
-def argument_errors(cls: type, args: Mapping[str, Any], label: str, shared: Mapping[str, type]) -> list[str]:
+def argument_errors(cls: Any, args: Mapping[str, Any], label: str, shared: Mapping[str, type]) -> list[str]:
     """Sentences on unknown, missing and ill-typed arguments of `cls(**args)`.
 
     label: how messages call the arguments. shared: arguments every scorer takes beside its own.

@@ -39,7 +39,7 @@ class ImageTower(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] in [0, 1] → unit features [N, D], float32 or better."""
-        weight = self.model.get_input_embeddings().weight
+        weight = self.model.embeddings.patch_embedding.weight
         pixels = self.transform(images).to(weight.dtype)
         return unit(self.projection(self.model(pixel_values=pixels).pooler_output))
 
@@ -90,7 +90,7 @@ class TextTower(CachedText):
         tokens = self.tokenizer(
             texts, padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt"
         )
-        ids = tokens.input_ids.to(self.model.get_input_embeddings().weight.device)
+        ids = tokens.input_ids.to(self.model.embeddings.token_embedding.weight.device)
         return unit(self.projection(self.model(input_ids=ids).pooler_output))
 
 

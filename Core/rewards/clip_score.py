@@ -67,7 +67,7 @@ def load_open_clip(name: str, resize: Fit | None) -> tuple[OpenClipImage, OpenCl
     model = open_clip.create_model(architecture, pretrained=pretrained or None)
     settings = model.visual.preprocess_cfg
     side = settings["size"][0] if isinstance(settings["size"], (tuple, list)) else settings["size"]
-    fits = {"shortest": "crop", "longest": "pad", "squash": "squash"}
+    fits: dict[str, Fit] = {"shortest": "crop", "longest": "pad", "squash": "squash"}
     transform = ImageTransform(
         height=side,
         width=side,

@@ -15,7 +15,7 @@ from torch import Tensor
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.clip import ImageTower, TextTower
 from Core.rewards.loading import load_state, load_strictly
-from Core.rewards.preprocess import ImageTransform
+from Core.rewards.preprocess import ImageTransform, Interpolation
 from Core.rewards.weights import Weight, locate
 
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
@@ -154,7 +154,7 @@ class HPS(ImageReward):
         clip = load_open_clip_file(locate(weights["model"]))
         words = AutoTokenizer.from_pretrained(locate(weights["tokenizer"]), local_files_only=True)
         side = clip.config.vision_config.image_size
-        interpolation = "bicubic" if hps_resize == "pad" else "bilinear"
+        interpolation: Interpolation = "bicubic" if hps_resize == "pad" else "bilinear"
         transform = ImageTransform(height=side, width=side, fit=hps_resize, interpolation=interpolation)
         self.image = ImageTower(clip.vision_model, clip.visual_projection, transform)
         self.text = TextTower(clip.text_model, clip.text_projection, words)

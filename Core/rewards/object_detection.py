@@ -30,7 +30,7 @@ def detector_size(height: int, width: int, short: int, long: int | None) -> tupl
         side = long * small / large
     shorter, longer = round(side), int(side * large / small)
     rows, columns = (shorter, longer) if height <= width else (longer, shorter)
-    return tuple(max(PATCH, side - side % PATCH) for side in (rows, columns))
+    return max(PATCH, rows - rows % PATCH), max(PATCH, columns - columns % PATCH)
 
 
 class ObjectDetection(ImageReward):
@@ -78,7 +78,8 @@ class ObjectDetection(ImageReward):
         return self.goal == "raise"
 
     def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
-        size = detector_size(*images.shape[-2:], self.short, self.long)
+        height, width = images.shape[-2:]
+        size = detector_size(height, width, self.short, self.long)
         pixels = normalize(resize(images, *size, "bilinear"), self.mean, self.std)
         logits = self.network(pixel_values=pixels.to(self.dtype)).logits
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))

@@ -25,7 +25,7 @@ Fit = Literal["crop", "pad", "squash"]
 Interpolation = Literal["bilinear", "bicubic"]
 
 # Pillow's resampling codes, as `preprocessor_config.json` stores them.
-PILLOW_CODES: dict[int, Interpolation] = {2: "bilinear", 3: "bicubic"}
+PILLOW_CODES: dict[Any, Interpolation] = {2: "bilinear", 3: "bicubic"}
 
 
 class _ClampTowardsRange(torch.autograd.Function):

@@ -81,7 +81,7 @@ def _import_file(file: Path) -> ModuleType:
     """The module in a Python file outside the package, imported once."""
     name = f"reward_file_{hashlib.sha256(str(file).encode()).hexdigest()[:12]}"
     if name not in sys.modules:
-        spec = importlib.util.spec_from_file_location(name, file)
+        spec: Any = importlib.util.spec_from_file_location(name, file)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(sys.modules[name])

@@ -4,7 +4,7 @@ Axes: B batch, C channels, T latent frames, H rows, W columns, N sampling steps.
 """
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -51,7 +51,7 @@ def euler_sample(
         mask = None
     following = torch.cat([timesteps[1:], torch.zeros_like(timesteps[:1])])
     widths = ((timesteps - following) / num_timesteps)[..., None, None, None, None]
-    noised = None if mask is None else mask == 1
+    noised: Any = None if mask is None else mask == 1
     for i in tqdm(range(steps), desc="sampling", disable=not progress, leave=False):
         with torch.set_grad_enabled(i >= first):
             generated = None

@@ -31,7 +31,7 @@ ratio  144p       240p       360p       480p       720p       1080p      2k     
 def _read_table(table):
     """Parse the table above into {resolution: {ratio: (height, width)}}."""
     (_, *resolutions), *rows = (line.split() for line in table.split("\n") if line)
-    sizes = {resolution: {} for resolution in resolutions}
+    sizes: dict[str, dict[str, tuple[int, int]]] = {resolution: {} for resolution in resolutions}
     for ratio, *cells in rows:
         for resolution, cell in zip(resolutions, cells, strict=True):
             height, width = cell.split("x")

@@ -3,6 +3,7 @@
 import os
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import av
 import numpy as np
@@ -84,7 +85,7 @@ def _to_uint8(frame, value_range):
 def _write_video(path, frames, fps):
     """Encode frames [H, W, 3] (uint8) to `path`; HD colour (BT.709), tagged so that players agree on it."""
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
-        stream = None
+        stream: Any = None
         for frame in frames:
             height, width, _ = frame.shape
             frame = np.pad(frame, ((0, height % 2), (0, width % 2), (0, 0)), mode="edge")

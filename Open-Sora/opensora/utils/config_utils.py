@@ -2,19 +2,20 @@
 
 import argparse
 import os
+from typing import Any
 
 from mmengine import DictAction
 from mmengine.config import Config
 
 # Flag -> keywords of `add_argument`. A flag that is given overrides the key of its name in the config file.
-_FLAGS = {
+_FLAGS: dict[str, dict[str, Any]] = {
     "--seed": dict(type=int, help="seed of everything random"),
     "--batch-size": dict(type=int, help="samples drawn together"),
     "--outputs": dict(help="folder for logs and checkpoints"),
     "--dtype": dict(help="fp32, fp16 or bf16"),
     "--resolution": dict(help="name such as 240p or 720p"),
 }
-_INFERENCE_FLAGS = {
+_INFERENCE_FLAGS: dict[str, dict[str, Any]] = {
     "--save-dir": dict(help="folder for the samples"),
     "--start-index": dict(type=int, help="first prompt of the file"),
     "--end-index": dict(type=int, help="prompt of the file to stop before"),
@@ -36,7 +37,7 @@ _INFERENCE_FLAGS = {
     "--flow": dict(type=float, help="motion score to ask for"),
     "--camera-motion": dict(help="camera motion to ask for"),
 }
-_TRAINING_FLAGS = {"--lr": dict(type=float, help="learning rate")}
+_TRAINING_FLAGS: dict[str, dict[str, Any]] = {"--lr": dict(type=float, help="learning rate")}
 
 # Flags whose key sits inside another one of the config file: (flag, keywords, outer key, inner key).
 _NESTED_FLAGS = (("--ckpt-path", dict(help="weights of the denoiser"), "model", "from_pretrained"),)

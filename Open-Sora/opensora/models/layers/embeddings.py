@@ -70,6 +70,8 @@ class PositionEmbedding2D(nn.Module):
 class RotaryEmbedding(nn.Module):
     """Rotary position over the whole head dimension, pairs of neighbouring channels (RoFormer, 2021)."""
 
+    freqs: Tensor
+
     def __init__(self, head_dim: int):
         super().__init__()
         exponent = torch.arange(0, head_dim, 2).float() / head_dim
@@ -129,7 +131,7 @@ class TimestepEmbedder(nn.Module):
 class SizeEmbedder(TimestepEmbedder):
     """The same for a size, here frames per second: [B] or [1] → [B, D]."""
 
-    def forward(self, value: Tensor, batch: int) -> Tensor:
+    def forward(self, value: Tensor, batch: int) -> Tensor:  # type: ignore[override]
         return super().forward(value.flatten().expand(batch))
 
 

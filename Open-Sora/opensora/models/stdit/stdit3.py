@@ -51,7 +51,7 @@ class STDiT3Config:
     enable_layernorm_kernel: bool = False
 
     def __post_init__(self):
-        self.patch_size = tuple(self.patch_size)
+        self.patch_size = tuple(self.patch_size)  # type: ignore[assignment]
         if self.hidden_size % self.num_heads:
             raise ValueError(
                 f"hidden_size ({self.hidden_size}) must be a multiple of num_heads ({self.num_heads})"
@@ -239,7 +239,7 @@ class STDiT3(nn.Module):
         """
         B, _, *size = x.shape
         context = y if isinstance(y, TextContext) else self.encode_text(y, mask)
-        tokens, grid = self._embed(x, float(height[0]), float(width[0]))
+        tokens, grid = self._embed(x, float(height[0]), float(width[0]))  # type: ignore[index]
         t, modulation = self._time(timestep, fps)
         t0 = None
         if x_mask is not None:

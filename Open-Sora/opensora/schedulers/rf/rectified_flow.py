@@ -79,7 +79,7 @@ class RFlowScheduler:
             t = self.logit_normal.sample((batch,))[:, 0].to(device) * self.num_timesteps
         if self.use_timestep_transform:
             t = timestep_transform(
-                t, model_kwargs, scale=self.transform_scale, num_timesteps=self.num_timesteps
+                t, model_kwargs or {}, scale=self.transform_scale, num_timesteps=self.num_timesteps
             )
         return t
 

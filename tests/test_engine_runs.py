@@ -216,7 +216,7 @@ def test_a_dead_tracker_costs_a_warning(configured, monkeypatch):
 
 def test_two_torchrun_agents_on_the_loopback_interface_train_as_one(configured):
     port = "29" + str(500 + hash(str(ROOT)) % 400)
-    keys = dict(max_train_steps=2, train_batch_size=1)
+    keys = dict(max_train_steps=2, train_batch_size=1, lr=1e-4)
     config, run = configured("nodes", **keys)
     launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "2", "--nproc_per_node", "1"]
     launch += ["--rdzv_backend", "c10d", "--rdzv_endpoint", f"127.0.0.1:{port}", "--rdzv_id", "engine"]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -361,7 +362,10 @@ class OpenSora(Backbone):
 
     def enable_checkpointing(self) -> None:
         set_grad_checkpoint(self.denoiser)
-        set_grad_checkpoint(self.vae)
+        # opensora's switch does not reach the image VAE, which is diffusers' and holds most of a decoded frame.
+        for module in self.vae.modules():
+            if isinstance(module, ModelMixin):
+                module.enable_gradient_checkpointing()
         # Upstream checkpoints reentrantly, which loses the adapter's gradient in blocks whose input has none.
         self.denoiser.x_embedder.register_forward_hook(_require_grad)
 

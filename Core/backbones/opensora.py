@@ -294,7 +294,9 @@ class OpenSora(Backbone):
         return errors
 
     def load(self) -> None:
-        self.vae = self._place(build_module(self.entries["vae"], MODELS))
+        # The image VAE's activations overflow float16; diffusers, too, computes it in float32 then.
+        vae_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+        self.vae = self._place(build_module(self.entries["vae"], MODELS), vae_dtype)
         denoiser = build_module(
             self.entries["model"],
             MODELS,
@@ -302,12 +304,12 @@ class OpenSora(Backbone):
             in_channels=self.vae.out_channels,
             model_max_length=self.entries["text_encoder"]["model_max_length"],
         )
-        self.denoiser = self._place(denoiser)
+        self.denoiser = self._place(denoiser, self.dtype)
         if self.fp8_storage:
             store_linears_in_fp8(self.denoiser)
 
-    def _place(self, module: nn.Module) -> nn.Module:
-        return module.to(self.device, self.dtype).eval().requires_grad_(False)
+    def _place(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        return module.to(self.device, dtype).eval().requires_grad_(False)
 
     def _frame_size(self) -> tuple[int, int, int]:
         return self.video.num_frames, self.video.height, self.video.width
@@ -354,11 +356,17 @@ class OpenSora(Backbone):
         )
 
     def decode(self, z: Tensor) -> Tensor:
-        return self.vae.decode(z.to(self.dtype), num_frames=self.video.num_frames).to(z.dtype)
+        return self._decode(z, self.video.num_frames)
 
     def decode_frames(self, z: Tensor, index: Tensor) -> Tensor:
-        frames = self.vae.decode(gather_frames(z.to(self.dtype), index), num_frames=1)
-        return frames.squeeze(2).unflatten(0, index.shape).to(z.dtype)
+        return self._decode(gather_frames(z, index), 1).squeeze(2).unflatten(0, index.shape)
+
+    def _decode(self, z: Tensor, num_frames: int) -> Tensor:
+        """Pixels in the dtype of ``z``; under an autocast to float16 in the VAE's own, as it would overflow."""
+        kind = z.device.type
+        wanted = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != torch.float16
+        with torch.autocast(kind, enabled=wanted):
+            return self.vae.decode(z.to(self.vae.dtype), num_frames=num_frames).to(z.dtype)
 
     def enable_checkpointing(self) -> None:
         set_grad_checkpoint(self.denoiser)
@@ -392,7 +400,7 @@ class OpenSora(Backbone):
         edit: float,
     ) -> tuple[list[list[Tensor]], list[str]]:
         # The VAE codes whole clips and chunks on their own, so the tail is coded as the start of a clip is.
-        tail = video[:, :, -self.overlap(length) :].to(self.dtype)
+        tail = video[:, :, -self.overlap(length) :].to(self.vae.dtype)
         return append_generated(self.vae, tail, references, strategies, loop, length, edit)
 
     def overlap(self, latent_frames: int) -> int:

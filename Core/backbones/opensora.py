@@ -279,7 +279,10 @@ class OpenSora(Backbone):
         return f"{file_identity(entry['from_pretrained'])} {entry['model_max_length']} {self.dtype}"
 
     def text_encoder(self) -> OpenSoraText:
-        return OpenSoraText(self.entries["text_encoder"], self.device, self.dtype)
+        entry = self.entries["text_encoder"]
+        # As a folder, since transformers asks the network about a hub id that is all here.
+        folder = locate(Weight(source=str(entry["from_pretrained"])))
+        return OpenSoraText({**entry, "from_pretrained": str(folder)}, self.device, self.dtype)
 
     def fetch(self) -> list[str]:
         errors = []

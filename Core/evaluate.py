@@ -66,14 +66,16 @@ def paired_gain(before: np.ndarray, after: np.ndarray, seed: int = 0) -> PairedG
     """
     before, after = np.asarray(before, dtype=float), np.asarray(after, dtype=float)
     if before.shape != after.shape or before.ndim != 2:
-        raise ValueError(f"paired scores must both be [prompts, videos], got {before.shape} and {after.shape}")
+        raise ValueError(
+            f"paired scores must both be [prompts, videos], got {before.shape} and {after.shape}"
+        )
     difference = after - before
     per_prompt = difference.mean(axis=1)
     picks = np.random.default_rng(seed).integers(len(per_prompt), size=(RESAMPLES, len(per_prompt)))
     low, high = np.quantile(per_prompt[picks].mean(axis=1), [0.025, 0.975])
     wins = (difference > 0).mean() + (difference == 0).mean() / 2
     means = (before.mean(), after.mean(), difference.mean(), low, high, wins)
-    return PairedGain(*map(float, means), videos=difference.size)
+    return PairedGain(*map(float, means), videos=difference.size)  # type: ignore[misc, arg-type]
 
 
 def motion(videos: Tensor) -> Tensor:

@@ -1,14 +1,15 @@
 """Stages ``clip`` and ``aesthetic``: the demo's reward models.
 
-The CLIP's cosine is regressed to explicit targets instead of being contrasted: all right ≈ 1, one of colour and
-shape wrong ≈ 0.26, both wrong ≈ -0.07. So a reward that follows it gives partial credit and has a known top, and the
-distance between the base model's videos and true ones stays large.
+The CLIP's cosine is regressed to explicit targets instead of being contrasted, in two turns. The gentle one (all
+right ≈ 1, one of colour and shape wrong ≈ 0.26, both wrong ≈ -0.07) teaches it to see both; the steep one (1, 0,
+-0.2) spreads what it has learned, so that the distance between the base model's videos and true ones stays large.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer
 
 from scripts.demo import text, vae, world
-from scripts.demo.common import SEED, WORK, fit, log, save, to_pixels
+from scripts.demo.common import SEED, WORK, LossFn, fit, log, save, to_pixels
 
 TEXT_TOKENS = 32
 FEATURES = 96
@@ -31,18 +32,31 @@ TOWER = dict(
 )
 TEXT_TOWER = {**TOWER, "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2}
 LOGIT_SCALE = math.log(100)  # PickScore's own unit: a perfect cosine scores 100
-BASE, ONE_RIGHT, BOTH_RIGHT, BACKGROUND = -0.12, 0.33, 0.41, 0.05  # cosine = their sum over what matches
+BACKGROUND = 0.05  # what a matching background adds to the cosine
 
 NAMING = 0.2  # weight of the readers' cross entropy
 POOL = 1280  # scenes whose decoded frames are kept
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
 
 
-def target_cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Wanted cosines ``[N, M]`` between attribute rows ``[N, 3]`` and ``[M, 3]`` (colour, shape, background)."""
-    same = (a[:, None] == b[None]).float()
-    colour, shape, background = same.unbind(-1)
-    return BASE + ONE_RIGHT * (colour + shape) + BOTH_RIGHT * colour * shape + BACKGROUND * background
+@dataclass(frozen=True)
+class Targets:
+    """Wanted cosines: ``none`` right, ``one`` of colour and shape, or ``both``."""
+
+    none: float
+    one: float
+    both: float
+
+    def cosines(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+        """``[N, M]`` wanted and how many are right, between rows ``[N, 3]``, ``[M, 3]`` (colour, shape, background)."""
+        colour, shape, background = (a[:, None] == b[None]).unbind(-1)
+        right = colour.long() + shape.long()
+        wanted = torch.tensor([self.none, self.one, self.both])[right] + BACKGROUND * background
+        return wanted, right
+
+
+GENTLE = Targets(none=-0.12, one=0.21, both=0.95)
+STEEP = Targets(none=-0.25, one=-0.02, both=0.95)
 
 
 def attributes(scenes: list[world.Scene]) -> Tensor:
@@ -184,9 +198,16 @@ def training_images(rng: np.random.Generator, pool: Tensor, n: int) -> tuple[Ten
 
 
 def train() -> tuple[CLIPModel, CLIPTokenizer]:
-    """Regress the cosines of every image with every caption of a batch, all kinds of match weighing the same."""
+    """The CLIP and its tokenizer, trained towards gentle, then towards steep targets."""
     tokens, pool = tokenizer(), decoded_pool()
     pupil = Pupil(build(tokens))
+    fit("clip", pupil, matching_loss(pupil, tokens, pool, GENTLE), steps=1500, lr=1e-3, weight_decay=0.05)
+    fit("clip_steep", pupil, matching_loss(pupil, tokens, pool, STEEP), steps=500, lr=4e-4, weight_decay=0.05)
+    return pupil.clip.eval(), tokens
+
+
+def matching_loss(pupil: Pupil, tokens: CLIPTokenizer, pool: Tensor, targets: Targets) -> LossFn:
+    """Cosines of every image with every caption of a batch against ``targets``; all kinds of match weigh the same."""
     model = pupil.clip
 
     def loss_fn(rng):
@@ -198,15 +219,13 @@ def train() -> tuple[CLIPModel, CLIPTokenizer]:
         naming = naming_loss(pupil.image_reader(seen), shown) + naming_loss(pupil.text_reader(read), said)
         picture, words = model.visual_projection(seen), model.text_projection(read)
         cosines = nn.functional.normalize(picture, dim=-1) @ nn.functional.normalize(words, dim=-1).T
-        wanted = target_cosine(shown, said)
-        kinds = torch.bucketize(wanted, torch.tensor([0.1, 0.7]))
+        wanted, right = targets.cosines(shown, said)
         errors = (cosines - wanted).pow(2)
-        loss = sum(errors[kinds == kind].mean() for kind in range(3))
-        met = {name: cosines.detach()[kinds == i].mean() for i, name in enumerate(("none", "one", "both"))}
+        loss = sum(errors[right == count].mean() for count in range(3))
+        met = {name: cosines.detach()[right == i].mean() for i, name in enumerate(("none", "one", "both"))}
         return 2 * loss + NAMING * naming, {name: float(value) for name, value in met.items()}
 
-    fit("clip", pupil, loss_fn, steps=1500, lr=1e-3, weight_decay=0.05)
-    return model.eval(), tokens
+    return loss_fn
 
 
 def export(folder: Path) -> None:

@@ -20,15 +20,15 @@ reward_args = dict(model="{{fileDirname}}/../../../../assets/demo/clip")
 
 lr = 1e-3
 lora_alpha = 16
-backprop_steps = 1
+backprop_steps = 12
 train_batch_size = 8
 gradient_accumulation_steps = 1
-max_train_steps = 100
+max_train_steps = 80
 grad_checkpoint = False
 
 project_dir = "runs/demo"
-validation_steps = 50
-checkpointing_steps = 50
+validation_steps = 20
+checkpointing_steps = 40
 val_batch_size = 16
 num_val_runs = 1
 use_wandb = False

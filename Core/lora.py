@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -178,22 +179,24 @@ def read(path: str | Path) -> Adapter:
         raise ValueError(
             f"{path} is no LoRA adapter: it holds {len(state)} tensors, {len(downs)} of them lora_A"
         )
-    rank = state[downs[0]].shape[0]
-    targets = tuple(sorted({key.split(".")[-3] for key in downs}))
-    return Adapter(state, rank, _alpha(file), targets)
+    settings = _settings(file)
+    # A target may be longer than a layer's own name, which the keys alone do not tell.
+    named = settings.get("target_modules")
+    targets = named if named and isinstance(named, list) else {key.split(".")[-3] for key in downs}
+    alpha = int(settings.get("lora_alpha", REFERENCE_ALPHA))
+    return Adapter(state, state[downs[0]].shape[0], alpha, tuple(sorted(targets)))
 
 
-def _alpha(file: Path) -> int:
-    """From a note in the file, or the configuration beside it; else the reference's."""
+def _settings(file: Path) -> dict[str, Any]:
+    """What a note in the file says, or else the configuration beside it; the reference's files have neither."""
     config = file.with_name("adapter_config.json")
-    if file.suffix == ".safetensors":
-        with safe_open(file, "pt") as content:
-            noted = (content.metadata() or {}).get(ALPHA_NOTE)
-        if noted:
-            return int(noted)
-        if config.is_file():
-            return json.loads(config.read_text(encoding="utf-8"))["lora_alpha"]
-    return REFERENCE_ALPHA
+    if file.suffix != ".safetensors":
+        return {}
+    with safe_open(file, "pt") as content:
+        noted = (content.metadata() or {}).get(ALPHA_NOTE)
+    if noted:
+        return {ALPHA_NOTE: noted}
+    return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
 
 
 def _weights_file(path: Path) -> Path:

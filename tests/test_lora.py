@@ -92,6 +92,16 @@ def test_saving_and_loading_again_changes_nothing(tmp_path):
     assert_same(again, model)
 
 
+def test_targets_longer_than_a_layers_name_are_read(tmp_path):
+    """`proj` alone is the name of a layer in each kind of attention."""
+    model = lora.attach(copy.deepcopy(BASE), ["cross_attn.proj"], rank=2, alpha=2)
+    lora.save(model, tmp_path / "adapter")
+    adapter = lora.read(tmp_path / "adapter")
+    again = lora.attach(copy.deepcopy(BASE), adapter.targets, rank=adapter.rank, alpha=adapter.alpha)
+    lora.load(again, adapter, "adapter")
+    assert lora.parameters(again).keys() == lora.parameters(model).keys()
+
+
 def test_peft_reads_what_is_saved(tmp_path):
     model = attached(rank=3, alpha=5)
     lora.save(model, tmp_path / "adapter")

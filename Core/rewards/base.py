@@ -137,7 +137,9 @@ class Reward(nn.Module):
         frames: [B, F, 3, H, W] in [-1, 1]. prompts: B texts. Raises ValueError if the two do not fit.
         """
         check_inputs(frames, prompts)
-        return self.evaluate(frames, list(prompts))
+        # The caller's autocast would run in half precision what `cast` keeps in float32, unlike in validation.
+        with torch.autocast(frames.device.type, enabled=False):
+            return self.evaluate(frames, list(prompts))
 
     @abstractmethod
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:

@@ -33,9 +33,10 @@ def build_backbone(
 
 def scorer_weights(config: Config) -> list[Weight]:
     """Weights of the trained reward and of the monitors."""
-    scorers = [(config.reward_fn, config.reward_arguments)]
-    scorers += [(name, config.monitor_args.get(name)) for name in config.monitors]
-    return [weight for name, args in scorers for weight in required_weights(name, args)]
+    weights = required_weights(config.reward_fn, config.reward_arguments)
+    for name in config.monitors:
+        weights = [*weights, *required_weights(name, config.monitor_args.get(name))]
+    return weights
 
 
 def fetch_weights(config: Config, backbone: Backbone, runtime: Runtime) -> None:

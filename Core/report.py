@@ -119,7 +119,7 @@ def gather(run: Path, evaluation: Path | None) -> dict[str, Any]:
         "evaluation": result,
         "relative": relative,
         "groups": evaluation_groups(evaluation, result, videos)
-        if evaluation
+        if evaluation and result
         else validation_groups(run, videos),
         "charts": list(charts(metrics, validation)),
         "prompts": (result or {}).get("per_prompt", [])[:LISTED_PROMPTS],

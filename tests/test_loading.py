@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from opensora.models.stdit.stdit3 import STDiT3
 from opensora.models.vae import vae as vae_module
+from opensora.models.vae.vae import OpenSoraVAE_V1_2
 from opensora.registry import MODELS, build_module
 from opensora.utils import ckpt_utils
 
@@ -225,6 +226,21 @@ def test_a_hub_id_out_of_reach_says_how_to_fetch_it(monkeypatch):
         error.value
     )
     assert "`hf download organisation/model`" in str(error.value)
+
+
+def test_local_files_only_asks_no_network(monkeypatch):
+    calls: list[bool] = []
+    monkeypatch.setattr(ckpt_utils, "snapshot_download", hub(calls))
+    with pytest.raises(FileNotFoundError, match="`hf download organisation/vae`"):
+        OpenSoraVAE_V1_2(from_pretrained="organisation/vae", local_files_only=True)
+    assert calls == [True]
+
+
+def test_a_damaged_config_is_named(tmp_path, original):
+    original.save_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ValueError, match="config.json is no JSON or is damaged; fetch it again"):
+        load(tmp_path)
 
 
 @pytest.mark.parametrize("source", ["organisation/name", "a/b"])

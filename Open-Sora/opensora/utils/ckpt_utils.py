@@ -18,8 +18,11 @@ TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 CONFIG_NAME = "config.json"
 
 
-def find_checkpoint(source: str | Path) -> Path:
+def find_checkpoint(source: str | Path, local_files_only: bool = False) -> Path:
     """The local file or folder that ``source`` names; a hub id is downloaded unless the cache has it.
+
+    Args:
+        local_files_only: never ask the network.
 
     Raises:
         FileNotFoundError: neither on disk nor to be had from the hub.
@@ -33,7 +36,7 @@ def find_checkpoint(source: str | Path) -> Path:
             "(organisation/name)"
         )
     patterns = [CONFIG_NAME, "*.safetensors", "*.safetensors.index.json"]
-    for local_only in (True, False):
+    for local_only in (True,) if local_files_only else (True, False):
         try:
             return Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=local_only))
         except (OSError, ValueError, httpx.HTTPError) as error:  # hub errors derive from these
@@ -57,7 +60,14 @@ def read_config(source: str | Path) -> dict:
     config = path / CONFIG_NAME
     if not config.is_file():
         return {}
-    return json.loads(config.read_text(encoding="utf-8"))
+    return _read_json(config)
+
+
+def _read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} is no JSON or is damaged; fetch it again") from error
 
 
 def read_state(source: str | Path) -> dict[str, Tensor]:
@@ -66,7 +76,7 @@ def read_state(source: str | Path) -> dict[str, Tensor]:
     if path.is_file():
         return _read_file(path)
     for index in sorted(path.glob("*.safetensors.index.json")):
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        shards = sorted(set(_read_json(index)["weight_map"].values()))
         return {key: tensor for shard in shards for key, tensor in _read_file(path / shard).items()}
     named = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
     others = sorted(path.glob("*.safetensors")) or sorted(

@@ -12,7 +12,7 @@ from einops import rearrange
 from torch import Tensor, nn
 
 from opensora.registry import MODELS, build_module
-from opensora.utils.ckpt_utils import load_pretrained, read_config, save_pretrained
+from opensora.utils.ckpt_utils import find_checkpoint, load_pretrained, read_config, save_pretrained
 
 SCALING_FACTOR = 0.18215
 LATENT_SHIFT = (-0.10, 0.34, 0.27, 0.98)
@@ -220,9 +220,11 @@ def OpenSoraVAE_V1_2(
     """The VAE of ``hpcai-tech/OpenSora-VAE-v1.2``: a hub id, a folder in its layout, or one file.
 
     A folder whose ``config.json`` describes the halves through ``vae_2d.config`` and ``vae_temporal`` gives a
-    VAE of those sizes; without one the released sizes hold. ``local_files_only`` and ``force_huggingface`` are
-    upstream's; what exists on disk is used first, whatever they say.
+    VAE of those sizes; without one the released sizes hold. ``force_huggingface`` is upstream's name for "this is
+    a hub id"; what exists on disk is used first.
     """
+    if from_pretrained:
+        from_pretrained = str(find_checkpoint(from_pretrained, local_files_only))
     stored = read_config(from_pretrained) if from_pretrained else {}
     sizes = (stored.get("vae_2d") or {}).get("config")
     temporal = {**(stored.get("vae_temporal") or {}), "type": "VAE_Temporal"}

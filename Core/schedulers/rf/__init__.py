@@ -115,7 +115,7 @@ class RFLOW:
             self.timesteps(len(prompts), info).to(device),
             first_gradient_step=first,
             num_timesteps=self.num_timesteps,
-            mask=mask,
+            mask=None if mask is None else mask.to(device),
             progress=progress,
         )
 

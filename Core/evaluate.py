@@ -3,13 +3,11 @@
 Axes: P prompts, S videos of each prompt, B videos, T frames, H, W pixels.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from peft import PeftModel
 from torch import Tensor
 
 from Core.prompts import Prompt
@@ -26,13 +24,6 @@ def score_videos(reward: Reward, videos: Tensor, prompts: Sequence[Prompt]) -> R
     index = torch.linspace(0, videos.shape[2] - 1, count).round().long()
     frames = videos[:, :, index].transpose(1, 2).to(reward.device)
     return reward(frames, [prompt.reward_text for prompt in prompts])
-
-
-@contextmanager
-def without_adapter(model: PeftModel) -> Iterator[None]:
-    """The base model, as long as the context lasts."""
-    with model.disable_adapter():
-        yield
 
 
 @dataclass(frozen=True)

@@ -192,8 +192,9 @@ def test_training_and_inference_run_on_upstreams_package(checkout, twin, tmp_pat
     python(checkout, script, str(config))
     assert gradient_norm(tmp_path / "run") > 0
     adapter = ["--lora-ckpt-path", str(tmp_path / "run" / "adapter"), "--is-vader-training", "False"]
-    out = ["--project-dir", str(tmp_path / "out"), "--loop", "2", "--end-index", "1"]
-    python(checkout, script, str(config), *adapter, *out)
+    out = ["--project-dir", str(tmp_path / "out"), "--end-index", "1"]
+    long = ["--loop", "2", "--condition-frame-length", "2", "--align", "1"]
+    python(checkout, script, str(config), *adapter, *out, *long)
     assert len(list((tmp_path / "out").rglob("*.mp4"))) == 1
 
 

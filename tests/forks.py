@@ -79,6 +79,8 @@ def fork(job: dict, rank: int, port: int) -> int:
         kill_at_call(job["kill_in_save"])
     if os.environ.get("DIVERGE_ON_RANK") == str(rank):
         corrupt_the_optimizer()
+    if os.environ.get("IN_FLOAT64"):
+        compute_in_float64()
     code = 70
     try:
         from Core.run import main
@@ -118,6 +120,15 @@ def corrupt_the_optimizer() -> None:
         return metrics
 
     Trainer.train_step = faulty
+
+
+def compute_in_float64() -> None:
+    """Let dtype="fp32" mean float64, in which orders of summation agree to far below any learning rate."""
+    import torch
+
+    from Core.backbones import opensora
+
+    opensora.DTYPES["fp32"] = torch.float64
 
 
 if __name__ == "__main__":

@@ -88,7 +88,7 @@ def test_clip_scorers_follow_transformers(size, tolerance, arguments):
     cosine = (unit(image) * unit(text)).sum(-1)
     for name, factor in (("pick_score", scale), ("clip_score", 100.0)):
         output = build_reward(name, arguments[name])(as_frames(images), PROMPTS)
-        assert close(output.score, factor * cosine, tolerance, spread=factor * 0.25)
+        assert close(output.score, factor * cosine, tolerance, spread=factor * 0.4)
         torch.testing.assert_close(output.loss, (1 - output.score / 100).abs())
 
 

@@ -1,0 +1,137 @@
+"""Long video and conditioning on the demo, through the command a user types, judged by the oracle.
+
+``python -m scripts.demo.long_video [--prompts 64] [--loop 4] [--condition-frame-length 2]``
+
+Prints how many of the videos that are right in their first clip (colour and shape as the caption says) are still
+right in their last one, how exactly the taken-over latents were kept, and how well a picture put in as the first
+frame comes out.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from Core import inference
+from Core.backbones import OpenSora
+from Core.run import main as run
+from Core.scoring import read_clip
+from opensora.datasets import read_from_path, save_sample
+from scripts.demo import oracle, world
+from scripts.demo.common import ROOT, heldout, psnr, to_pixels, to_uint8
+
+CONFIG = ROOT / "Open-Sora/configs/opensora-v1-2/vader/vader_demo.py"
+
+
+def sample(folder: Path, captions: list[str], *flags: str) -> None:
+    """Generate one video of each caption with the base model or what ``flags`` say."""
+    (folder / "prompts.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
+    argv = [str(CONFIG), "--is-vader-training", "False", "--prompt-path", str(folder / "prompts.txt")]
+    code = run([*argv, "--project-dir", str(folder / "videos"), *flags])
+    if code:
+        raise SystemExit(code)
+
+
+@contextmanager
+def kept_latents() -> Iterator[list[float]]:
+    """Largest difference between given and final latents of each conditioned clip, as clips are sampled."""
+    differences: list[float] = []
+    real = inference.euler_sample
+
+    def watched(velocity, z: Tensor, timesteps: Tensor, **kwargs) -> Tensor:
+        given, result = z.clone(), real(velocity, z, timesteps, **kwargs)
+        if kwargs["mask"] is not None:
+            kept = (kwargs["mask"] == 0)[:, None, :, None, None].expand_as(z)
+            differences.append(float((result - given)[kept].abs().max()))
+        return result
+
+    inference.euler_sample = watched
+    try:
+        yield differences
+    finally:
+        inference.euler_sample = real
+
+
+def videos(folder: Path) -> list[Tensor]:
+    """[3, T, H, W] of each prompt, in order."""
+    return [
+        read_clip(folder / "videos" / entry["file"]) for entry in inference.read_manifest(folder / "videos")
+    ]
+
+
+def right(clip: Tensor, caption: str) -> bool:
+    """Whether the oracle sees the caption's colour and shape in [3, T, H, W]."""
+    said, seen = world.parse_caption(caption), oracle.read(to_uint8(clip.transpose(0, 1))) or {}
+    return all(seen.get(name) == said[name] for name in ("colour", "shape"))
+
+
+def long_videos(folder: Path, count: int, loop: int, length: int, flags: list[str]) -> dict:
+    """How long videos of held-out captions hold."""
+    _, captions = heldout(count)
+    with kept_latents() as differences:
+        sample(folder, captions, "--loop", str(loop), "--condition-frame-length", str(length), *flags)
+    made = videos(folder)
+    pairs = list(zip(made, captions, strict=True))
+    first = [right(clip[:, : world.FRAMES], caption) for clip, caption in pairs]
+    last = [right(clip[:, -world.FRAMES :], caption) for clip, caption in pairs]
+    held = [b for a, b in zip(first, last, strict=True) if a]
+    return {
+        "videos": len(made),
+        "frames": made[0].shape[1],
+        "times_training_length": round(made[0].shape[1] / world.FRAMES, 2),
+        "right_in_first_clip": sum(first),
+        "of_those_right_in_last_clip": sum(held) / max(1, len(held)),
+        "largest_change_of_kept_latents": max(differences),
+    }
+
+
+def picture_conditioning(folder: Path, count: int, flags: list[str]) -> dict:
+    """How a true first frame comes out, against the picture and against the VAE's own reconstruction of it."""
+    scenes, captions = heldout(count)
+    frames = [to_pixels(world.render(scene, [0])).transpose(0, 1) for scene in scenes]
+    paths = [save_sample(frame, str(folder / f"{i:04d}"), verbose=False) for i, frame in enumerate(frames)]
+    suffixes = [json.dumps({"reference_path": path, "mask_strategy": "0"}) for path in paths]
+    backbones: list[OpenSora] = []
+    load = OpenSora.load
+    OpenSora.load = lambda self: (load(self), backbones.append(self))[0]
+    try:
+        sample(folder, [caption + suffix for caption, suffix in zip(captions, suffixes, strict=True)], *flags)
+    finally:
+        OpenSora.load = load
+    vae = backbones[0].vae
+    with torch.no_grad():
+        pixels = torch.stack([read_from_path(path, (world.SIDE, world.SIDE)) for path in paths])
+        seen_by_vae = vae.decode(vae.encode(pixels), num_frames=1)
+    made = torch.stack([clip[:, :1] for clip in videos(folder)])
+    return {
+        "first_frame_against_vae_reconstruction_dB": round(psnr(made, seen_by_vae), 2),
+        "first_frame_against_picture_dB": round(psnr(made, pixels), 2),
+        "vae_reconstruction_against_picture_dB": round(psnr(seen_by_vae, pixels), 2),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--prompts", type=int, default=64)
+    parser.add_argument("--loop", type=int, default=4)
+    parser.add_argument("--condition-frame-length", type=int, default=2)
+    own, flags = parser.parse_known_args()
+    with tempfile.TemporaryDirectory() as folder:
+        for name in ("long", "picture"):
+            (Path(folder) / name).mkdir()
+        result = long_videos(Path(folder) / "long", own.prompts, own.loop, own.condition_frame_length, flags)
+        result |= picture_conditioning(Path(folder) / "picture", min(own.prompts, 32), flags)
+    print(json.dumps(result, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -123,7 +123,7 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
-        self._prune()
+        self.prune()
 
     def _hidden(self, step: int, state: str) -> Path:
         return self.folder / f".step_{step:06d}.{state}"
@@ -147,7 +147,8 @@ class Checkpoints:
         for leftover in self.folder.glob(".step_*.*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
-    def _prune(self) -> None:
+    def prune(self) -> None:
+        """Remove all but the newest ``keep`` and the best; a crash may have come before it."""
         checkpoints = self.all()
         scored = [(score, c.step) for c in checkpoints if (score := c.score()) is not None]
         kept = {c.step for c in checkpoints[-self.keep :]}

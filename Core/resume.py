@@ -47,6 +47,7 @@ def prepare_folder(
     if later:
         names = ", ".join(checkpoint.folder.name for checkpoint in later)
         logger.warning("not continued, and moved to %s: %s", later[0].folder.parent, names)
+    checkpoints.prune()
     config.save(folder / "config.py")
     return chosen
 

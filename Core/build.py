@@ -11,8 +11,8 @@ from Core.inference import captions_of
 from Core.options import ConfigError
 from Core.prompts import Prompt
 from Core.rewards import required_weights
-from Core.rewards.weights import Weight, locate
 from Core.runtime import Runtime
+from Core.weights import Weight, locate
 
 
 def build_backbone(

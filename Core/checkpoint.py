@@ -14,7 +14,7 @@ import torch
 from peft import PeftModel
 
 from Core import lora
-from Core.rewards.weights import sha256
+from Core.weights import sha256
 
 logger = logging.getLogger("vader")
 MANIFEST = "manifest.json"

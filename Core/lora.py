@@ -18,7 +18,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from Core import draws
-from Core.rewards.loading import load_state
+from Core.loading import load_state
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"

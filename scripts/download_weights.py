@@ -21,7 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 from Core.config import load_config  # noqa: E402
 from Core.rewards import REGISTRY, Weight, resolve_reward  # noqa: E402
-from Core.rewards.weights import human_size, prefetch  # noqa: E402
+from Core.weights import human_size, prefetch  # noqa: E402
 
 # Config entry → weights, per model family.
 MODELS = {

@@ -10,8 +10,8 @@ import pytest
 import torch
 from reward_twins import clip_folder, open_clip_state
 
+from Core import weights as weights_module
 from Core.rewards import build_reward, check_reward_config
-from Core.rewards import weights as weights_module
 from Core.rewards.aesthetic import LAION_HEAD
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -29,9 +29,9 @@ from transformers import (
     YolosImageProcessorPil,
 )
 
+from Core.loading import load_state
 from Core.rewards import build_reward
 from Core.rewards.heads import linear_layers
-from Core.rewards.loading import load_state
 from Core.rewards.vjepa import hidden_tokens
 
 GOLDEN = Path(__file__).parent / "golden"

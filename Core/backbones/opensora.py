@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from Core.options import unknown_key
 from Core.quantize import store_linears_in_fp8
-from Core.rewards.weights import Weight, locate
+from Core.weights import Weight, locate
 from opensora import models as _models  # noqa: F401 (registers the networks)
 from opensora.acceleration.checkpoint import set_grad_checkpoint
 from opensora.datasets.aspect import get_image_size, get_num_frames

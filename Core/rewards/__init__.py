@@ -9,7 +9,7 @@ from Core.rewards.registry import (
     required_weights,
     resolve_reward,
 )
-from Core.rewards.weights import Weight
+from Core.weights import Weight
 
 __all__ = [
     "REGISTRY",

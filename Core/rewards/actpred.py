@@ -12,10 +12,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from Core.loading import load_strictly
 from Core.rewards.base import RewardInfo, VideoReward
-from Core.rewards.loading import load_strictly
 from Core.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, transform_from_folder
-from Core.rewards.weights import Weight, locate
+from Core.weights import Weight, locate
 
 VIDEOMAE = Weight(source="MCG-NJU/videomae-base-finetuned-kinetics", size=346_000_000, licence="CC-BY-NC-4.0")
 

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Core.rewards.loading import load_strictly
+from Core.loading import load_strictly
 from Core.rewards.preprocess import Fit, ImageTransform, transform_from_folder
-from Core.rewards.weights import Weight
+from Core.weights import Weight
 
 CLIP_L14 = Weight(source="openai/clip-vit-large-patch14", size=1_710_000_000, licence="MIT")
 TEXT_HALF = r"text_model\..*|text_projection\.weight|logit_scale"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from Core.loading import load_strictly
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.clip import (
     CLIP_L14,
@@ -18,9 +19,8 @@ from Core.rewards.clip import (
     load_clip,
     unit,
 )
-from Core.rewards.loading import load_strictly
 from Core.rewards.preprocess import Fit, ImageTransform, transform_from_folder
-from Core.rewards.weights import Weight, locate
+from Core.weights import Weight, locate
 
 OPEN_CLIP = "open_clip:"
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
+from Core.loading import load_state, load_strictly
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.clip import ImageTower, TextTower
-from Core.rewards.loading import load_state, load_strictly
 from Core.rewards.preprocess import ImageTransform, Interpolation
-from Core.rewards.weights import Weight, locate
+from Core.weights import Weight, locate
 
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 HEAD_WIDTH = {"vision": 80, "text": 64}  # of ViT-H-14; a state dict does not tell

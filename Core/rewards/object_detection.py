@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from Core.loading import load_strictly
 from Core.rewards.arguments import unknown_name
 from Core.rewards.base import ImageReward, RewardInfo
-from Core.rewards.loading import load_strictly
 from Core.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalize, read_processor_config, resize
-from Core.rewards.weights import Weight, locate
+from Core.weights import Weight, locate
 
 YOLOS = Weight(source="hustvl/yolos-small", size=123_000_000, licence="Apache-2.0")
 PATCH = 16  # pixels; a YOLOS image is a whole number of patches

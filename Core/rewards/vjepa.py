@@ -13,10 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from Core.loading import load_strictly
 from Core.rewards.base import RewardInfo, VideoReward
-from Core.rewards.loading import load_strictly
 from Core.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, transform_from_folder
-from Core.rewards.weights import Weight, locate
+from Core.weights import Weight, locate
 
 VJEPA2 = Weight(source="facebook/vjepa2-vitl-fpc64-256", size=1_304_000_000, licence="MIT")
 

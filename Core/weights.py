@@ -1,4 +1,4 @@
-"""Where the published weights of the scorers are, and how they get here.
+"""Where published weights are, and how they get here.
 
 A weight is named by a local file or folder, a hub id ("owner/name") or a pinned https address. Files are
 looked for on this machine first; the network is used only for what is missing.

@@ -2,17 +2,19 @@
 
 import logging
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 
 from Core import lora
 from Core.backbones import Backbone
 from Core.build import build_backbone
 from Core.config import Config
+from Core.options import ConfigError
 from Core.prompts import Prompt, read_prompts, read_validation_prompts
 from Core.provenance import record_environment
 from Core.report import write_report
 from Core.resume import identity, prepare_folder
-from Core.rewards import Reward, build_reward
+from Core.rewards import Reward, build_reward, prompt_errors
 from Core.runtime import Runtime
 from Core.tracking import Trackers, build_trackers
 from Core.trainer import Trainer, global_batch
@@ -26,6 +28,7 @@ def train(config: Config, runtime: Runtime, folder: Path) -> None:
     prompts = read_prompts(config)
     val_prompts = read_validation_prompts(config, prompts)
     refuse_references([*prompts, *val_prompts])
+    refuse_unscorable([*prompts, *val_prompts], config, runtime)
     batch = global_batch(config, runtime)
     chosen = prepare_folder(config, folder, prompts, batch) if runtime.is_main else None
     checkpoint = runtime.from_main(chosen)
@@ -68,6 +71,20 @@ def refuse_references(prompts: Sequence[Prompt]) -> None:
         raise ValueError(
             f"training prompts cannot have references: {conditioned[0]!r}; remove their JSON suffix"
         )
+
+
+def refuse_unscorable(prompts: Sequence[Prompt], config: Config, runtime: Runtime) -> None:
+    """Report, all at once, the prompts that the trained reward or a monitor cannot score."""
+    scorers = [(config.reward_fn, config.reward_arguments)]
+    scorers += [(name, config.monitor_args.get(name)) for name in config.monitors]
+    texts = [prompt.reward_text for prompt in prompts]
+    errors: list[str] = []
+    if runtime.is_main:
+        for name, arguments in scorers:
+            with suppress(FileNotFoundError):  # reported below, with all other weights that are missing
+                errors += prompt_errors(name, arguments, texts)
+    if errors := runtime.from_main(errors):
+        raise ConfigError(list(dict.fromkeys(errors)))
 
 
 def build_scorers(config: Config, runtime: Runtime, backbone: Backbone) -> tuple[Reward, dict[str, Reward]]:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import reward_twins
 import twin_runs
 import twins
 from huggingface_hub.errors import LocalEntryNotFoundError
@@ -88,6 +89,17 @@ def test_hub_ids_out_of_reach_are_reported_together(answer, monkeypatch):
     sentences = answer(model=entry, reward_args=dict(model="someone/clip"))
     assert [sentence.startswith("model: ") for sentence in sentences] == [True, False]
     assert len(sentences) == 2
+
+
+def test_prompts_the_reward_cannot_score_are_reported_together(answer, tmp_path):
+    classifier = str(reward_twins.videomae_folder(tmp_path / "videomae"))
+    prompts = ["a boy riding a bike", "a fox", "a cloud"]
+    sentences = answer(prompt=prompts, reward_fn="actpred", reward_args=dict(model=classifier))
+    assert [sentence.split(";")[0] for sentence in sentences] == [
+        f"no action class occurs in the prompt {prompt!r}" for prompt in prompts[1:]
+    ]
+    watched = dict(monitors=["actpred"], monitor_args={"actpred": dict(model=classifier)})
+    assert len(answer(prompt=prompts, **watched)) == 2
 
 
 def test_all_faults_are_reported_at_once(answer):

@@ -19,6 +19,7 @@ from Core.rewards import (
     Weight,
     build_reward,
     check_reward_config,
+    prompt_errors,
     register,
     required_weights,
     resolve_reward,
@@ -151,13 +152,14 @@ def test_action_is_found_in_the_prompt(prompt, action):
 
 
 def test_prompts_without_an_action_are_listed_before_training(arguments):
-    reward = build_reward("actpred", arguments["actpred"])
-    (error,) = reward.prompt_errors(["riding a bike", "a guitar on a wall"])
+    own = arguments["actpred"]
+    (error,) = prompt_errors("actpred", own, ["riding a bike", "a guitar on a wall"])
     assert "no action class occurs in the prompt 'a guitar on a wall'; near: playing guitar" in error
-    mixture = build_reward({"actpred": 1.0, "motion": 1.0}, {"actpred": arguments["actpred"]})
-    assert len(mixture.prompt_errors(["a guitar on a wall", "a cloud"])) == 2
-    chosen = build_reward("actpred", arguments["actpred"] | {"action": "swimming"})
-    assert chosen.prompt_errors(["a guitar on a wall"]) == []
+    unusable = ["a guitar on a wall", "a cloud"]
+    assert len(prompt_errors({"actpred": 1.0, "motion": 1.0}, {"actpred": own}, unusable)) == 2
+    assert prompt_errors("actpred", own | {"action": "swimming"}, unusable) == []
+    assert "in the prompt 'skating'" in prompt_errors("actpred", own | {"action": "skating"}, unusable)[0]
+    assert prompt_errors("motion", None, unusable) == []
 
 
 def test_unknown_object_names_the_nearest_class(arguments):

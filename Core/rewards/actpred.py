@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,11 +96,16 @@ class ActionPrediction(VideoReward):
         """Index of the class a prompt is scored on."""
         return self.index_of[self.action or find_action(prompt, list(self.index_of))]
 
-    def prompt_errors(self, prompts: Sequence[str]) -> list[str]:
+    @classmethod
+    def prompt_errors(cls, args: Mapping[str, Any], prompts: Sequence[str]) -> list[str]:
+        from transformers import VideoMAEConfig
+
+        folder = locate(cls.required_weights(args)["model"])
+        labels = list(VideoMAEConfig.from_pretrained(folder, local_files_only=True).id2label.values())
         errors = []
-        for prompt in dict.fromkeys(prompts):
+        for text in [args["action"]] if args.get("action") else dict.fromkeys(prompts):
             try:
-                self.class_index(prompt)
+                find_action(text, labels)
             except ValueError as error:
                 errors.append(str(error))
         return errors

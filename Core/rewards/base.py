@@ -85,10 +85,6 @@ class Reward(nn.Module):
         """Whether training raises the score; a scorer that an argument turns around overrides it."""
         return self.info.higher_is_better
 
-    def prompt_errors(self, prompts: Sequence[str]) -> list[str]:
-        """Sentences on prompts this scorer cannot use, to be asked before training starts."""
-        return []
-
     @property
     def device(self) -> torch.device:
         """Device of the weights (CPU for a scorer without any)."""
@@ -130,6 +126,11 @@ class Reward(nn.Module):
         return [
             f"{label}: {key}: {problem}" for key, weight in required if (problem := missing_local(weight))
         ]
+
+    @classmethod
+    def prompt_errors(cls, args: Mapping[str, Any], prompts: Sequence[str]) -> list[str]:
+        """Sentences on prompts that `cls(**args)` cannot score, found without loading a network."""
+        return []
 
     def forward(self, frames: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Score videos.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -39,9 +39,6 @@ class Mixture(Reward):
         for reward in self.rewards:
             reward.cast(dtype)
         return self
-
-    def prompt_errors(self, prompts: Sequence[str]) -> list[str]:
-        return [error for reward in self.rewards for error in reward.prompt_errors(prompts)]
 
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
         outputs = [reward(frames, prompts) for reward in self.rewards]

@@ -7,7 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -110,13 +110,29 @@ def required_weights(
     reward_fn: str | Mapping[str, float], reward_args: Mapping[str, Any] | None = None
 ) -> list[Weight]:
     """All weights that `build_reward(reward_fn, reward_args)` loads."""
-    args = dict(reward_args or {})
-    parts = (
-        {name: args.get(name, {}) for name in reward_fn}
-        if isinstance(reward_fn, Mapping)
-        else {reward_fn: args}
-    )
+    parts = _parts(reward_fn, reward_args)
     return [w for name, own in parts.items() for w in resolve_reward(name).required_weights(own).values()]
+
+
+def prompt_errors(
+    reward_fn: str | Mapping[str, float], reward_args: Mapping[str, Any] | None, prompts: Sequence[str]
+) -> list[str]:
+    """Sentences on prompts the reward cannot score, before a network is loaded.
+
+    Raises FileNotFoundError if a file that tells (a list of classes) cannot be had.
+    """
+    parts = _parts(reward_fn, reward_args)
+    return [e for name, own in parts.items() for e in resolve_reward(name).prompt_errors(own, prompts)]
+
+
+def _parts(
+    reward_fn: str | Mapping[str, float], reward_args: Mapping[str, Any] | None
+) -> dict[str, Mapping[str, Any]]:
+    """The scorers of a valid configuration by name, each with its own arguments."""
+    args = dict(reward_args or {})
+    if isinstance(reward_fn, Mapping):
+        return {name: args.get(name, {}) for name in reward_fn}
+    return {reward_fn: args}
 
 
 def build_reward(

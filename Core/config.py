@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from mmengine.config import Config as FileConfig
 
+from Core import lora
 from Core.backbones import BACKBONES, VideoSpec
 from Core.decode import check_decode_frame
 from Core.monitors import early_stop_errors
@@ -118,6 +119,11 @@ class Config:
     kl_weight: float = option(0.0, "weight of the squared velocity distance to the base model", minimum=0)
     decode_frame: str | int = option(
         -1, "latent frames scored: -1 one at random, `fml` first, middle, last, `all`, `alt`, or a number"
+    )
+    decode_context: Literal["isolated", "causal"] = option(
+        "isolated",
+        "what a scored frame is decoded from: its latent frame `isolated`, as the reference does, or its whole chunk "
+        "(`causal`), so that it is a frame of the finished video",
     )
     grad_checkpoint: bool = option(True, "recompute activations in the backward pass to save memory")
     mixed_precision: Literal["bf16", "fp16", "no", "fp8"] = option(
@@ -336,14 +342,34 @@ def _path_errors(config: Config) -> list[str]:
     errors = []
     paths = config.lora_ckpt_path or []
     for path in [paths] if isinstance(paths, str) else paths:
-        if path != BASE and not Path(path).expanduser().exists():
-            errors.append(f"lora_ckpt_path: there is no file or folder {path!r}")
+        if path != BASE:
+            errors += _adapter_errors(config, path)
     for key in ("project_dir", "text_cache"):
         folder = Path(getattr(config, key)).expanduser().absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         if not _writable(existing):
             errors.append(f"{key}: cannot write to {str(folder)!r}; choose a folder you may write to")
     return errors
+
+
+def _adapter_errors(config: Config, path: str) -> list[str]:
+    """Whether an adapter can be read, and be trained on with the scaling it has."""
+    if not Path(path).expanduser().exists():
+        return [f"lora_ckpt_path: there is no file or folder {path!r}"]
+    try:
+        adapter = lora.read(path)
+    except (ValueError, OSError) as error:
+        return [f"lora_ckpt_path: {error}"]
+    wanted = {"lora_rank": adapter.rank, "lora_alpha": adapter.alpha}
+    differing = {key: value for key, value in wanted.items() if value != getattr(config, key)}
+    if not config.is_vader_training or not differing:
+        return []
+    has = " and ".join(f"{key}={value}" for key, value in differing.items())
+    given = " and ".join(f"{key}={getattr(config, key)}" for key in differing)
+    return [
+        f"lora_ckpt_path: the adapter {path!r} has {has}, the configuration {given}, with which it would be "
+        f"another adapter; set {has}"
+    ]
 
 
 def _writable(folder: Path) -> bool:

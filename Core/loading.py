@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -17,13 +18,14 @@ from torch import Tensor
 def load_state(path: Path) -> dict[str, Tensor]:
     """Tensors of a `.safetensors`, `.pt` or `.pth` file on the CPU, without a wrapping "state_dict".
 
-    Raises ValueError if a pickle holds anything but tensors and plain containers: it is not executed.
+    Raises ValueError if it is damaged, or a pickle that holds anything but tensors and plain containers, which
+    is not executed.
     """
-    if path.suffix == ".safetensors":
-        return load_file(path)
     try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
+    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
             f"refused to load {path.name}: it is damaged or holds more than tensors "
             f"({type(error).__name__}); use a file from its official source, or a .safetensors"

@@ -24,6 +24,9 @@ ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
 ALPHA_NOTE = "lora_alpha"  # in the metadata of an adapter that is one file
 REFERENCE_ALPHA = 8  # PEFT's default, which the reference implementation left as it was
+# Settings of PEFT that make other functions of the same weights; these of their values leave plain LoRA.
+PLAIN = (None, False, "none", {}, [])
+VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "modules_to_save")
 
 
 @dataclass(frozen=True)
@@ -169,22 +172,39 @@ def read(path: str | Path) -> Adapter:
     """An adapter folder in PEFT's layout, one ``.safetensors``, or the reference's ``peft_model_<step>.pt``.
 
     Raises:
-        FileNotFoundError, ValueError: nothing there, or not an adapter.
+        FileNotFoundError, ValueError: nothing there, damaged, not an adapter, or not a plain LoRA.
     """
     path = Path(path).expanduser()
     file = _weights_file(path)
     state = {key.replace(f".{ADAPTER}.", "."): value.float() for key, value in load_state(file).items()}
+    settings = _settings(file)
+    _refuse_variants(path, settings)
     downs = [key for key in state if key.endswith("lora_A.weight")]
     if not downs or len(state) != 2 * len(downs):
         raise ValueError(
             f"{path} is no LoRA adapter: it holds {len(state)} tensors, {len(downs)} of them lora_A"
         )
-    settings = _settings(file)
+    ranks = {state[key].shape[0] for key in downs}
+    alpha = float(settings.get("lora_alpha", REFERENCE_ALPHA))
+    if len(ranks) > 1 or not alpha.is_integer():
+        raise ValueError(
+            f"the adapter {path} has layers of rank {', '.join(map(str, sorted(ranks)))} and alpha {alpha:g}; "
+            "only one rank and a whole alpha for all layers are supported"
+        )
     # A target may be longer than a layer's own name, which the keys alone do not tell.
     named = settings.get("target_modules")
     targets = named if named and isinstance(named, list) else {key.split(".")[-3] for key in downs}
-    alpha = int(settings.get("lora_alpha", REFERENCE_ALPHA))
-    return Adapter(state, state[downs[0]].shape[0], alpha, tuple(sorted(targets)))
+    return Adapter(state, ranks.pop(), int(alpha), tuple(sorted(targets)))
+
+
+def _refuse_variants(path: Path, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for an adapter whose weights mean something else than alpha / rank · B A."""
+    used = [f"{key}={settings[key]!r}" for key in VARIANTS if settings.get(key) not in PLAIN]
+    if used:
+        raise ValueError(
+            f"the adapter {path} was made with {', '.join(used)}, which is not supported: give a plain LoRA "
+            "adapter, or merge it into its model with PEFT and give the result as model.from_pretrained"
+        )
 
 
 def _settings(file: Path) -> dict[str, Any]:
@@ -196,7 +216,10 @@ def _settings(file: Path) -> dict[str, Any]:
         noted = (content.metadata() or {}).get(ALPHA_NOTE)
     if noted:
         return {ALPHA_NOTE: noted}
-    return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    try:
+        return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{config} is no JSON or is damaged; export the adapter again") from error
 
 
 def _weights_file(path: Path) -> Path:

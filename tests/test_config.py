@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 import twins
+from torch import nn
 
+from Core import lora
 from Core.config import NESTED_FLAGS, Config, build_config, load_config
 from Core.options import ConfigError
 
@@ -210,6 +212,20 @@ def test_values_that_cannot_be_are_named(values, changes, message):
 def test_entries_that_cannot_be_are_named(values, entry, changes, message):
     found = errors_of({**values, entry: {**values[entry], **changes}})
     assert any(re.search(message, sentence) for sentence in found), found
+
+
+def test_an_adapter_is_trained_on_with_the_scaling_it_has(values, tmp_path):
+    """Under another alpha or rank the same weights would be another adapter from the first step on."""
+    model = lora.attach(nn.Sequential(nn.Linear(4, 4)), ["0"], rank=3, alpha=5)
+    lora.save(model, tmp_path / "adapter")
+    values |= dict(lora_ckpt_path=str(tmp_path / "adapter"))
+    (sentence,) = errors_of({**values, "lora_rank": 3, "lora_alpha": 8})
+    assert "has lora_alpha=5, the configuration lora_alpha=8" in sentence and sentence.endswith(
+        "set lora_alpha=5"
+    )
+    assert errors_of({**values, "lora_rank": 4})[0].endswith("set lora_rank=3 and lora_alpha=5")
+    build_config({**values, "lora_rank": 3, "lora_alpha": 5})
+    build_config({**values, "is_vader_training": False})  # inference goes by the adapter
 
 
 def test_a_config_file_that_is_none(tmp_path):

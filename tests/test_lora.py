@@ -7,7 +7,7 @@ import golden_data
 import pytest
 import torch
 import twins
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
 from Core import lora
@@ -221,3 +221,42 @@ def test_saving_over_an_adapter_replaces_it_whole(tmp_path):
     state = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 3
     assert {value.shape[0] for key, value in state.items() if "lora_A" in key} == {3}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [
+        dict(use_rslora=True),
+        dict(use_dora=True),
+        dict(rank_pattern={"spatial_blocks.0.attn.qkv": 8}),
+        dict(alpha_pattern={"spatial_blocks.0.attn.qkv": 2}),
+        dict(bias="lora_only"),
+    ],
+    ids=lambda variant: next(iter(variant)),
+)
+def test_what_is_more_than_plain_lora_is_refused(tmp_path, variant):
+    """Read as plain LoRA, each would be another function than the one that was trained."""
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS), **variant)
+    get_peft_model(copy.deepcopy(BASE), settings).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"was made with {next(iter(variant))}=.*which is not supported"):
+        lora.read(tmp_path)
+
+
+def test_layers_of_different_rank_are_refused(tmp_path):
+    """A file without settings beside it tells them by its shapes alone."""
+    state = {key: p.detach().clone() for key, p in lora.parameters(attached(rank=4)).items()}
+    first = next(iter(state)).rpartition(".lora_")[0]
+    for key in [key for key in state if key.startswith(first)]:
+        state[key] = state[key][:2] if "lora_A" in key else state[key][:, :2].contiguous()
+    save_file(state, tmp_path / "adapter.safetensors")
+    with pytest.raises(ValueError, match="has layers of rank 2, 4 and alpha 8; only one rank"):
+        lora.read(tmp_path / "adapter.safetensors")
+
+
+@pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])
+def test_a_damaged_adapter_is_named(tmp_path, name):
+    lora.save(attached(), tmp_path / "adapter")
+    file = tmp_path / "adapter" / name
+    file.write_bytes(file.read_bytes()[:20])
+    with pytest.raises(ValueError, match=f"{name}.* damaged"):
+        lora.read(tmp_path / "adapter")

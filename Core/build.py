@@ -1,6 +1,7 @@
 """From a configuration to a loaded model family: weights fetched, captions encoded, networks on their device."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -12,7 +13,7 @@ from Core.options import ConfigError
 from Core.prompts import Prompt
 from Core.rewards import required_weights
 from Core.runtime import Runtime
-from Core.weights import Weight, locate
+from Core.weights import locate
 
 
 def build_backbone(
@@ -22,33 +23,44 @@ def build_backbone(
     backbone = BACKBONES[config.backbone].from_config(config, runtime.device)
     fetch_weights(config, backbone, runtime)
     captions = captions_of(backbone, prompts)
-    # The main process fills the cache, so that the encoder is loaded once on a machine, not once per process.
+    # One process of a machine fills its cache, so that the encoder is loaded once and not once per process.
     for turn in (True, False):
-        if runtime.is_main == turn:
+        if runtime.is_first_on_machine == turn:
             text = embed_captions(backbone, captions, config.text_cache)
         runtime.barrier()
     backbone.load()
     return backbone, text
 
 
-def scorer_weights(config: Config) -> list[Weight]:
-    """Weights of the trained reward and of the monitors."""
-    weights = required_weights(config.reward_fn, config.reward_arguments)
-    for name in config.monitors:
-        weights = [*weights, *required_weights(name, config.monitor_args.get(name))]
-    return weights
-
-
 def fetch_weights(config: Config, backbone: Backbone, runtime: Runtime) -> None:
-    """Bring all weights to this machine before any is loaded; what cannot be had is reported together."""
+    """Bring all weights to every machine before any is loaded; what cannot be had is reported together."""
+    scorers = []
+    if config.is_vader_training:
+        scorers = [(config.reward_fn, config.reward_arguments)]
+        scorers += [(name, config.monitor_args.get(name)) for name in config.monitors]
+    once_per_machine(runtime, lambda: backbone.fetch() + fetch_scorers(scorers))
+
+
+def fetch_scorers(
+    scorers: Iterable[tuple[str | Mapping[str, float], Mapping[str, Any] | None]],
+) -> list[str]:
+    """Bring the weights of scorers, each with its arguments, to this machine; a sentence for each that cannot be
+    had."""
     errors = []
-    if runtime.is_main:
-        errors = backbone.fetch()
-        for weight in scorer_weights(config) if config.is_vader_training else []:
-            try:
-                locate(weight)
-            except FileNotFoundError as error:
-                errors.append(str(error))
-    errors = runtime.from_main(errors)
+    for weight in dict.fromkeys(w for name, args in scorers for w in required_weights(name, args)):
+        try:
+            locate(weight)
+        except FileNotFoundError as error:
+            errors.append(str(error))
+    return errors
+
+
+def once_per_machine(runtime: Runtime, fetch: Callable[[], list[str]]) -> None:
+    """``fetch`` in one process of each machine, since machines may share no disk; the others wait.
+
+    Raises:
+        ConfigError: on every process, with the sentences of all machines.
+    """
+    errors = runtime.gather_objects(fetch() if runtime.is_first_on_machine else [])
     if errors:
-        raise ConfigError(errors)
+        raise ConfigError(list(dict.fromkeys(errors)))

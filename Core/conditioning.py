@@ -5,8 +5,10 @@ Axes: L text tokens, D text width.
 
 import gc
 import hashlib
+import logging
 import os
-from collections.abc import Iterable
+import socket
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -16,28 +18,46 @@ from torch import Tensor
 
 from Core.backbones import Backbone
 
+logger = logging.getLogger("vader")
+ENCODE_BATCH = 8
+
 
 def embed_captions(backbone: Backbone, captions: Iterable[str], cache: str | Path) -> dict[str, Tensor]:
-    """Features [L, D] of each caption, on the CPU; the text encoder is loaded only for those not in ``cache``."""
+    """Features [L, D] of each caption, on the CPU; the text encoder is loaded only for those not in ``cache``.
+
+    Each batch is written as soon as it is encoded, so that a run that is killed meanwhile continues from there. A
+    cache that cannot be written costs a warning, and the encoding anew next time.
+    """
     captions = list(dict.fromkeys(captions))
     files = {caption: _cache_file(cache, backbone.text_identity, caption) for caption in captions}
     found = {caption: _read(file) for caption, file in files.items()}
     missing = [caption for caption in captions if found[caption] is None]
-    if missing:
-        for caption, features in zip(missing, _encode(backbone, missing), strict=True):
-            found[caption] = features
+    failure = None
+    for caption, features in _encode(backbone, missing):
+        found[caption] = features
+        try:
             _write(files[caption], features)
+        except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
+            failure = error
+    if failure:
+        logger.warning(
+            "text_cache: captions could not be kept in %s, and are encoded anew next time: %s", cache, failure
+        )
     return found
 
 
-def _encode(backbone: Backbone, captions: list[str]) -> list[Tensor]:
+def _encode(backbone: Backbone, captions: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+    """Each caption with its features; the encoder is there only while there are captions."""
+    if not captions:
+        return
     encoder = backbone.text_encoder()
-    features = encoder.encode(captions)
+    for start in range(0, len(captions), ENCODE_BATCH):
+        batch = captions[start : start + ENCODE_BATCH]
+        yield from zip(batch, encoder.encode(batch), strict=True)
     del encoder
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    return features
 
 
 def _cache_file(cache: str | Path, identity: str, caption: str) -> Path:
@@ -55,6 +75,10 @@ def _read(file: Path) -> Tensor | None:
 
 def _write(file: Path, features: Tensor) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.{os.getpid()}.partial")
-    save_file({"features": features.contiguous()}, partial)
-    os.replace(partial, file)
+    # Machines that share the cache may write the same caption at once.
+    partial = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.partial")
+    try:
+        save_file({"features": features.contiguous()}, partial)
+        os.replace(partial, file)
+    finally:
+        partial.unlink(missing_ok=True)

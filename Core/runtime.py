@@ -16,6 +16,12 @@ from torch.optim import Optimizer
 PROCESSES_ASKED_FOR = "VADER_NUM_PROCESSES"
 # Others wait while one downloads weights or encodes captions; torch's own patience with GPUs is ten minutes.
 PATIENCE = timedelta(hours=6)
+SCALE_FLOOR = 1.0  # a gradient that overflows fp16 without any scaling overflows by itself
+
+
+def speaks_for_machine() -> bool:
+    """Whether this process is the first of its machine, by what the launcher told it: no runtime is needed."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
 class Runtime:
@@ -57,6 +63,10 @@ class Runtime:
     def is_main(self) -> bool:
         return self.accelerator.is_main_process
 
+    @property
+    def is_first_on_machine(self) -> bool:
+        return self.accelerator.is_local_main_process
+
     def autocast(self):
         return self.accelerator.autocast()
 
@@ -94,18 +104,21 @@ class Runtime:
         """Unscale fp16 gradients, clip them, and return the norm they had."""
         return float(self.accelerator.clip_grad_norm_(parameters, max_norm))
 
-    def apply(self, optimizer: Optimizer, healthy: bool, grad_norm: float) -> None:
-        """Take the optimiser's step if it is ``healthy``, and forget the gradients.
+    def apply(self, optimizer: Optimizer, grad_norm: float, faulty: bool) -> bool:
+        """Take the optimiser's step unless it is ``faulty`` or its gradients are not finite, and forget them.
 
-        fp16's scaler is told of gradients that overflowed, so that it lowers its scale; of a step refused for
-        another reason it forgets that the gradients were unscaled.
+        Returns:
+            Whether fp16's scaler took the gradients for overflown, and lowered its scale for the next step. It
+            starts high on purpose and finds its scale so: nothing is wrong until it stands at ``SCALE_FLOOR``.
         """
-        scaler = self.accelerator.scaler
-        if healthy or (scaler is not None and not math.isfinite(grad_norm)):
+        finite, scaler = math.isfinite(grad_norm), self.accelerator.scaler
+        searching = scaler is not None and not (faulty or finite) and scaler.get_scale() > SCALE_FLOOR
+        if searching or (finite and not faulty):
             optimizer.step()
         elif scaler is not None:
-            scaler.update(scaler.get_scale())
+            scaler.update(scaler.get_scale())  # it forgets that the gradients were unscaled
         optimizer.zero_grad()
+        return searching
 
     @property
     def scales_gradients(self) -> bool:

@@ -37,8 +37,8 @@ logger = logging.getLogger("vader")
 class StepMetrics:
     """One optimiser step, averaged over its global batch.
 
-    skipped: the step was not applied. stopping: some process was asked to stop. timings: seconds of this
-    process by part of the step.
+    skipped: the step was not applied. searching: because fp16's scaler was still looking for its scale, which
+    is no fault. stopping: some process was asked to stop. timings: seconds of this process by part of the step.
     """
 
     reward: float
@@ -46,6 +46,7 @@ class StepMetrics:
     grad_norm: float
     parts: dict[str, float]
     skipped: bool
+    searching: bool
     stopping: bool
     timings: dict[str, float]
 
@@ -116,22 +117,23 @@ class Trainer:
         first = self.rollout.gradient_window(self.step)
         values = torch.cat([self.micro_step(samples, first, clock) for samples in self.micro_batches()])
         fault = find_fault(self.own_samples(), values, self.named_parameters)
-        flags = [fault is not None, self.stop.requested]
+        # A gradient that is not finite shows in the norm of the average, on every process.
+        flags = [bool(fault and fault.samples), self.stop.requested]
         clock.lap("guards")
         faulty, stopping = self.runtime.average_gradients(self.parameters, flags)
         clock.lap("all_reduce")
         grad_norm = self.runtime.clip(self.parameters, self.config.max_grad_norm)
-        healthy = not faulty and math.isfinite(grad_norm)
-        self.runtime.apply(self.optimizer, healthy, grad_norm)
-        if healthy and self.ema:
+        searching = self.runtime.apply(self.optimizer, grad_norm, faulty)
+        skipped = faulty or not math.isfinite(grad_norm)
+        if self.ema and not skipped:
             self.ema.update()
         clock.lap("optimizer")
-        if not healthy:
-            self.report_fault(fault)
+        if skipped:
+            self.report_skip(fault, searching)
         score, loss, *parts = self.runtime.gather(values).mean(0).tolist()
         named = dict(zip(self.part_names, parts, strict=True))
         clock.lap("gather")
-        return StepMetrics(score, loss, grad_norm, named, not healthy, stopping, clock.seconds())
+        return StepMetrics(score, loss, grad_norm, named, skipped, searching, stopping, clock.seconds())
 
     def micro_step(self, samples: Sequence[int], first: int, clock: Stopwatch) -> Tensor:
         """Forward and backward of the videos with these global sample numbers.
@@ -186,8 +188,11 @@ class Trainer:
         samples = [sample for batch in self.micro_batches() for sample in batch]
         return [(n, p.reward_text) for n, p in zip(samples, self.prompts_of(samples), strict=True)]
 
-    def report_fault(self, fault: object) -> None:
-        """Name what was not finite, on whichever process; called by all of them."""
+    def report_skip(self, fault: object, searching: bool) -> None:
+        """Say why a step was not applied, naming what was not finite on whichever process; called by all."""
+        if searching:
+            logger.info("step %d was skipped while fp16's scaler looks for its scale", self.step + 1)
+            return
         faults = self.runtime.gather_objects([str(fault) if fault else ""])
         named = [f"process {rank}: {text}" for rank, text in enumerate(faults) if text]
         if self.runtime.is_main:
@@ -217,7 +222,8 @@ class Trainer:
         lr = self.set_learning_rate()
         metrics = self.train_step()
         self.step += 1
-        self.bad_steps = self.bad_steps + 1 if metrics.skipped else 0
+        if not metrics.searching:
+            self.bad_steps = self.bad_steps + 1 if metrics.skipped else 0
         self.skipped_steps += metrics.skipped
         self.recent_rewards.append(metrics.reward)
         self.trackers.log(metrics.scalars(lr) | {"train/skipped_steps": self.skipped_steps}, self.step)

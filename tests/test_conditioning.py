@@ -1,6 +1,7 @@
 """Caption features: encoded once, kept on disk, and the encoder freed."""
 
 import gc
+import logging
 import weakref
 from types import SimpleNamespace
 
@@ -11,7 +12,7 @@ from safetensors.torch import load_file
 
 from Core.backbones import OpenSora, VideoSpec
 from Core.backbones.base import TextEncoder, pad_text
-from Core.conditioning import embed_captions
+from Core.conditioning import ENCODE_BATCH, embed_captions
 
 
 class CountingEncoder(TextEncoder):
@@ -66,6 +67,33 @@ def test_a_damaged_file_is_written_anew(backbone, tmp_path, content):
     assert torch.equal(embed_captions(backbone, ["a"], tmp_path)["a"], expected)
     assert torch.equal(load_file(file)["features"], expected)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+def test_a_killed_run_keeps_what_it_has_encoded(backbone, tmp_path, monkeypatch):
+    """The second batch never comes; the next run encodes it and no more."""
+    captions = [str(number) for number in range(ENCODE_BATCH + 3)]
+    encode = CountingEncoder.encode
+
+    def die_later(encoder, batch):
+        if encoder.seen:
+            raise KeyboardInterrupt
+        return encode(encoder, batch)
+
+    monkeypatch.setattr(CountingEncoder, "encode", die_later)
+    with pytest.raises(KeyboardInterrupt):
+        embed_captions(backbone, captions, tmp_path)
+    monkeypatch.undo()
+    assert embed_captions(backbone, captions, tmp_path).keys() == set(captions)
+    assert backbone.seen == captions
+
+
+def test_a_cache_that_cannot_be_written_costs_one_warning(backbone, tmp_path, caplog, monkeypatch):
+    monkeypatch.setattr(logging.getLogger("vader"), "propagate", True)
+    taken = tmp_path / "file"
+    taken.write_text("")
+    features = embed_captions(backbone, ["a", "bb"], taken)
+    assert features.keys() == {"a", "bb"} and [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "text_cache: captions could not be kept in" in caplog.text
 
 
 def test_another_encoder_has_files_of_its_own(backbone, tmp_path):

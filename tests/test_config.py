@@ -189,7 +189,10 @@ def test_values_that_cannot_be_are_named(values, changes, message):
 @pytest.mark.parametrize(
     ("entry", "changes", "message"),
     [
-        ("model", dict(type="STDiT4"), r"model.type is 'STDiT4'; it must be one of .*STDiT3-XL/2"),
+        ("model", dict(type="STDiT4"), r"model.type is 'STDiT4'; it must be STDiT3-XL/2 or STDiT3-3B/2"),
+        ("model", dict(type="t5"), "model.type is 't5'; it must be STDiT3-XL/2"),
+        ("vae", dict(type="VAE_Temporal"), "vae.type is 'VAE_Temporal'; it must be OpenSoraVAE_V1_2"),
+        ("text_encoder", dict(type="OpenSoraVAE_V1_2"), "text_encoder.type is .*; it must be t5"),
         (
             "model",
             dict(from_pretrained="./none"),

@@ -4,9 +4,11 @@ import dataclasses
 import os
 import signal
 import types
+from contextlib import nullcontext
 
 import pytest
 import torch
+import twin_runs
 from torch import nn
 from twins import config_file, settings
 
@@ -21,7 +23,7 @@ from Core.prompts import read_prompts
 from Core.rollout import Rollout
 from Core.runtime import Runtime
 from Core.stopping import StopRequest
-from Core.trainer import lr_factor
+from Core.trainer import Trainer, lr_factor
 from Core.training import adapt_for_training
 
 
@@ -243,21 +245,63 @@ def test_fp16_gradients_are_unscaled_once(scaled):
     runtime.backward((0.5 * parameter).sum())
     norm = runtime.clip([parameter], 10.0)
     assert norm == pytest.approx(0.5)
-    runtime.apply(optimizer, True, norm)
+    assert not runtime.apply(optimizer, norm, faulty=False)
     assert parameter.item() == pytest.approx(0.5)
 
 
 def test_fp16_overflow_lowers_the_scale_and_another_fault_does_not(scaled):
     runtime, parameter, optimizer = scaled
     runtime.backward((parameter * torch.inf).sum())
-    runtime.apply(optimizer, False, runtime.clip([parameter], 10.0))
+    assert runtime.apply(optimizer, runtime.clip([parameter], 10.0), faulty=False)
     assert parameter.item() == 1.0 and runtime.scaler_state()["scale"] == 512.0
+    for loss in (0.5 * parameter, parameter * torch.inf):
+        runtime.backward(loss.sum())
+        assert not runtime.apply(optimizer, runtime.clip([parameter], 10.0), faulty=True)
+        assert parameter.item() == 1.0 and runtime.scaler_state()["scale"] == 512.0
     runtime.backward((0.5 * parameter).sum())
-    runtime.apply(optimizer, False, runtime.clip([parameter], 10.0))
-    assert parameter.item() == 1.0 and runtime.scaler_state()["scale"] == 512.0
-    runtime.backward((0.5 * parameter).sum())
-    runtime.apply(optimizer, True, runtime.clip([parameter], 10.0))
+    runtime.apply(optimizer, runtime.clip([parameter], 10.0), faulty=False)
     assert parameter.item() == pytest.approx(0.5)
+
+
+def test_fp16s_scale_stops_at_its_floor(scaled):
+    """A gradient that overflows without any scaling is a fault; a scale of 0 would hide it for good."""
+    runtime, parameter, optimizer = scaled
+    searching = []
+    for _ in range(12):
+        runtime.backward((parameter * torch.inf).sum())
+        searching.append(runtime.apply(optimizer, runtime.clip([parameter], 10.0), faulty=False))
+    assert searching == [True] * 10 + [False] * 2 and runtime.scaler_state()["scale"] == 1.0
+
+
+def scaled_run(twin, folder, scale: float, overflows_above: float) -> Trainer:
+    """A run of four steps under a gradient scaler, whose gradients overflow above a scale; one bad step stops it."""
+    keys = dict(num_frames=1, decode_frame=0, max_train_steps=4, max_bad_steps=1, grad_checkpoint=False)
+    trainer = twin_runs.built_trainer(twin, folder, **keys)
+    runtime = trainer.runtime
+    runtime.accelerator.state._mixed_precision, runtime.accelerator.native_amp = "fp16", True
+    runtime.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    runtime.accelerator._optimizers.clear()
+    runtime.autocast = nullcontext  # the arithmetic stays float32's
+    trainer.optimizer = runtime.prepare(trainer.optimizer.optimizer)
+    trainer.parameters[0].register_hook(
+        lambda grad: grad + torch.inf if scaler.get_scale() > overflows_above else grad
+    )
+    trainer.validation_is_due = lambda: False
+    return trainer
+
+
+def test_the_scalers_search_is_no_bad_step(twin, tmp_path):
+    trainer = scaled_run(twin, tmp_path / "run", scale=65536.0, overflows_above=16384.0)
+    trainer.fit()
+    assert (trainer.step, trainer.skipped_steps, trainer.bad_steps) == (4, 2, 0)
+    assert trainer.runtime.scaler_state()["scale"] == 16384.0
+
+
+def test_an_overflow_at_the_scalers_floor_is_one(twin, tmp_path):
+    trainer = scaled_run(twin, tmp_path / "run", scale=2.0, overflows_above=0.0)
+    with pytest.raises(ValueError, match="1 steps in a row had no finite reward and gradient"):
+        trainer.fit()
+    assert trainer.step == 2 and trainer.runtime.scaler_state()["scale"] == 1.0
 
 
 def test_a_missing_process_is_an_error(monkeypatch):

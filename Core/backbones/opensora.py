@@ -44,9 +44,14 @@ from .base import (
 )
 from .opensora_conditions import conditioning_errors
 
-ENCODE_BATCH = 8
 CHUNK_FRAMES, TIME_FACTOR, SPACE_FACTOR = 17, 4, 8
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
+# The networks this family is made of; the registry holds their parts, too.
+NETWORKS = {
+    "model": ("STDiT3-XL/2", "STDiT3-3B/2"),
+    "vae": ("OpenSoraVAE_V1_2",),
+    "text_encoder": ("t5",),
+}
 # Kinds of size conditioning that give an STDiT3 what it asks for; the second is upstream's other name for it.
 MULTI_RESOLUTION = ("STDiT2", "OpenSora")
 COUNTS = ("micro_frame_size", "micro_batch_size", "model_max_length")
@@ -168,11 +173,8 @@ class OpenSoraText(TextEncoder):
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
-        features = []
-        for start in range(0, len(captions), ENCODE_BATCH):
-            out = self.t5.encode(list(captions[start : start + ENCODE_BATCH]))
-            features += [y[0, m != 0] for y, m in zip(out["y"].cpu(), out["mask"].cpu(), strict=True)]
-        return features
+        out = self.t5.encode(list(captions))
+        return [y[0, m != 0] for y, m in zip(out["y"].cpu(), out["mask"].cpu(), strict=True)]
 
 
 class OpenSora(Backbone):
@@ -236,7 +238,7 @@ class OpenSora(Backbone):
     @classmethod
     def config_errors(cls, config) -> list[str]:
         errors = []
-        for key in ("model", "vae", "text_encoder"):
+        for key in NETWORKS:
             entry = getattr(config, key)
             errors += _entry_errors(key, entry)
             errors += check_weights(f"{key}.from_pretrained", entry.get("from_pretrained"))
@@ -422,9 +424,8 @@ def _require_grad(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -
 
 def _entry_errors(key: str, entry: dict) -> list[str]:
     """Unknown type, unknown keys and ill-typed counts of a network's entry."""
-    if not isinstance(entry["type"], str) or entry["type"] not in MODELS.module_dict:
-        known = ", ".join(sorted(MODELS.module_dict))
-        return [f"{key}.type is {entry['type']!r}; it must be one of {known}"]
+    if entry["type"] not in NETWORKS[key]:
+        return [f"{key}.type is {entry['type']!r}; it must be {' or '.join(NETWORKS[key])}"]
     allowed = list(inspect.signature(MODELS.get(entry["type"])).parameters)
     if "kwargs" in allowed:  # the denoiser's builders hand them on to its configuration
         allowed += inspect.signature(STDiT3Config).parameters

@@ -158,6 +158,9 @@ class Config:
     use_wandb: bool = option(False, "start wandb when logger_type is wandb")
     wandb_entity: str | None = option(None, "wandb user or team")
     verbose: int = option(1, "0 quiet, 1 progress, 2 also the progress of each sample", minimum=0)
+    check_only: bool = option(
+        False, "check everything that can be checked, fetch the weights, and stop before loading them"
+    )
     debug: bool = option(False, "find the operation behind a NaN (slow), one validation batch, no tracker")
 
     def __post_init__(self):

@@ -17,7 +17,7 @@ FREE_TO_CHANGE = frozenset(
     "max_train_steps num_train_epochs train_batch_size gradient_accumulation_steps validation_steps "
     "checkpointing_steps keep_checkpoints resume val_batch_size num_val_runs num_val_seeds val_prompt_path "
     "monitors monitor_args early_stop project_dir text_cache logger_type use_wandb wandb_entity verbose debug "
-    "max_bad_steps is_sample_preview save_fps frame_interval save_gif lora_scale num_sample".split()
+    "max_bad_steps is_sample_preview save_fps frame_interval save_gif lora_scale num_sample check_only".split()
 )
 RUN_FILES = ("checkpoints", "samples", "adapter", "metrics.csv", "validation.csv", "config.py", "tensorboard")
 

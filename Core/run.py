@@ -1,20 +1,35 @@
 """From a command line to a finished run: parse, build, train or generate."""
 
 import logging
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 from transformers.utils.logging import disable_progress_bar
 
+from Core.backbones import BACKBONES
+from Core.build import fetch_weights
 from Core.config import Config, load_config
 from Core.options import ConfigError
-from Core.runtime import Runtime
+from Core.runtime import Runtime, speaks_for_machine
 from Core.sampling import IncompleteError, sample
-from Core.training import train
+from Core.training import train, usable_prompts
 
 logger = logging.getLogger("vader")
+# Settings of training that need less memory, those first that cost the least quality.
+MEMORY_SAVERS = {
+    "grad_checkpoint": True,
+    "train_batch_size": 1,
+    "val_batch_size": 1,
+    "backprop_steps": 1,
+    "decode_frame": -1,
+    "dtype": "fp8",
+    "use_AdamW8bit": True,
+    "guidance_grad": "cond",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -23,35 +38,72 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def exit_code(action: Callable[[], object]) -> int:
-    """Exit code of ``action``: 2 when the user has something to change, 1 when videos are missing.
+    """Exit code of ``action``: 2 when the user has something to change, 1 when videos are missing, 3 when the
+    memory is too small.
 
-    Either is explained on the standard error stream, one sentence per problem.
+    Each is explained on the standard error stream, one sentence per problem; what is wrong with a configuration
+    by one process of a machine.
     """
     try:
         action()
+    except ConfigError as error:
+        return answer(2, error.errors if speaks_for_machine() else [])
     except (ValueError, FileNotFoundError, PermissionError) as error:
         logger.debug("stopped by", exc_info=True)
-        for sentence in error.errors if isinstance(error, ConfigError) else [str(error)]:
-            print(f"error: {sentence}", file=sys.stderr)
-        return 2
+        return answer(2, [str(error)])
     except IncompleteError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        return answer(1, [str(error)])
+    except (MemoryError, torch.OutOfMemoryError) as error:
+        return answer(3, [str(error)])
     return 0
 
 
+def answer(code: int, sentences: Sequence[str]) -> int:
+    for sentence in sentences:
+        print(f"error: {sentence}", file=sys.stderr)
+    return code
+
+
 def run(config: Config) -> Path:
-    """Train or generate; returns the run folder."""
+    """Train, generate, or only check; returns the run folder."""
     disable_progress_bar()  # transformers' own, one per network it loads
     runtime = Runtime(config.mixed_precision if config.is_vader_training else "no")
     folder = Path(config.project_dir).expanduser()
+    if config.check_only:
+        check(config, runtime)
+        return folder
     start_log(folder, runtime, config)
     try:
         (train if config.is_vader_training else sample)(config, runtime, folder)
+    except torch.OutOfMemoryError as error:
+        raise MemoryError(memory_advice(config, str(error))) from error
     finally:
         stop_log()
     runtime.close()
     return folder
+
+
+def check(config: Config, runtime: Runtime) -> None:
+    """Find what would stop a run before it loads a network, and bring its weights to this machine.
+
+    Raises:
+        ValueError: with all that is wrong.
+    """
+    fetch_weights(config, BACKBONES[config.backbone].from_config(config, runtime.device), runtime)
+    if config.is_vader_training:
+        usable_prompts(config, runtime)
+
+
+def memory_advice(config: Config, error: str) -> str:
+    """One sentence: what did not fit, and the settings that would still save memory."""
+    savers = MEMORY_SAVERS if config.is_vader_training else {"val_batch_size": 1, "dtype": "fp8"}
+    unused = [f"{key}={value!r}" for key, value in savers.items() if getattr(config, key) != value]
+    asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
+    failed = f", which tried to allocate {asked[1]} more" if asked else ""
+    return (
+        f"the device's memory is too small for this run{failed}; set {', '.join([*unused, 'a smaller resolution'])} "
+        "or fewer num_frames, one at a time: docs/troubleshooting.md says what each costs"
+    )
 
 
 class BarHandler(logging.Handler):

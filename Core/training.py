@@ -25,10 +25,7 @@ logger = logging.getLogger("vader")
 
 def train(config: Config, runtime: Runtime, folder: Path) -> None:
     """Train an adapter in the run folder ``folder``, from its newest checkpoint if ``resume`` says so."""
-    prompts = read_prompts(config)
-    val_prompts = read_validation_prompts(config, prompts)
-    refuse_references([*prompts, *val_prompts])
-    refuse_unscorable([*prompts, *val_prompts], config, runtime)
+    prompts, val_prompts = usable_prompts(config, runtime)
     batch = global_batch(config, runtime)
     chosen = prepare_folder(config, folder, prompts, batch) if runtime.is_main else None
     checkpoint = runtime.from_main(chosen)
@@ -62,6 +59,19 @@ def report(folder: Path) -> None:
         logger.info("the report is %s", write_report(folder))
     except Exception as error:
         logger.warning("no report: %s: %s; scripts/report.py writes it", type(error).__name__, error)
+
+
+def usable_prompts(config: Config, runtime: Runtime) -> tuple[list[Prompt], list[Prompt]]:
+    """Prompts of training and of validation.
+
+    Raises:
+        ValueError: some cannot be trained on, or not be scored.
+    """
+    prompts = read_prompts(config)
+    val_prompts = read_validation_prompts(config, prompts)
+    refuse_references([*prompts, *val_prompts])
+    refuse_unscorable([*prompts, *val_prompts], config, runtime)
+    return prompts, val_prompts
 
 
 def refuse_references(prompts: Sequence[Prompt]) -> None:

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Train on a Slurm cluster: sbatch scripts/slurm_train.sh [CONFIG] [flags of train_t2v_lora.py]
 # One task per GPU. Five minutes before the time limit, and when preempted, training finishes its step and saves;
-# the job goes back to the queue and continues from there, bit for bit. Nodes must share the file system.
+# the job goes back to the queue and continues from there exactly. Nodes must share the folder of the run.
 #SBATCH --job-name=vader
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -29,6 +29,8 @@ case ${1-} in
     '' | -*) set -- "$root/Open-Sora/configs/opensora-v1-2/vader/vader_train.py" "$@" ;;
 esac
 PYTHON=${PYTHON:-$root/.venv/bin/python}
+# Once, before every task would say the same.
+"$PYTHON" "$train" "$@" --check-only
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Two jobs on one node must not meet on one port.
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))

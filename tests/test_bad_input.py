@@ -8,10 +8,12 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import reward_twins
+import torch
 import twin_runs
 import twins
 from huggingface_hub.errors import LocalEntryNotFoundError
 
+from Core import build
 from Core.backbones import OpenSora
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -112,6 +114,44 @@ def test_all_faults_are_reported_at_once(answer):
 def test_unknown_flags_and_files(answer, tmp_path, capfd):
     assert answer("--learning-rate", "1")[0].startswith("unknown flag --learning-rate")
     assert "--cfg-options takes KEY=VALUE" in answer("--cfg-options", "lr")[0]
+
+
+def test_a_check_finds_all_this_and_leaves_nothing_behind(answer, tmp_path, twin):
+    assert twin_runs.start(twin, tmp_path / "fine", "--check-only") == 0
+    assert list((tmp_path / "fine").iterdir()) == []
+    assert "decode_frame 99" in answer("--check-only", decode_frame=99)[0]
+    prompt = 'a fox {"reference_path": "fox.mp4", "mask_strategy": "0"}'
+    assert "training prompts cannot have references" in answer("--check-only", prompt=prompt)[0]
+
+
+def test_one_process_of_a_machine_says_what_is_wrong(twin, tmp_path, capfd, monkeypatch):
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert twin_runs.start(twin, tmp_path / "run", lr=-1.0) == 2
+    assert "error: " not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        (
+            {},
+            "set train_batch_size=1, dtype='fp8', use_AdamW8bit=True, guidance_grad='cond', a smaller resolution",
+        ),
+        (dict(is_vader_training=False, val_batch_size=4), "set val_batch_size=1, dtype='fp8', a smaller"),
+    ],
+)
+def test_too_small_a_memory_is_one_sentence_and_an_exit_code_of_its_own(
+    twin, tmp_path, capfd, monkeypatch, overrides, advice
+):
+    def fill_up(self):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total …")
+
+    monkeypatch.setattr(OpenSora, "load", fill_up)
+    monkeypatch.setattr(build, "embed_captions", lambda *_: {})
+    assert twin_runs.start(twin, tmp_path / "run", **overrides) == 3
+    printed = capfd.readouterr().err
+    (sentence,) = [line for line in printed.splitlines() if line.startswith("error: ")]
+    assert "which tried to allocate 2.50 GiB more; " + advice in sentence and "Traceback" not in printed
 
 
 def test_inference_faults(answer):

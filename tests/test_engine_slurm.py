@@ -19,7 +19,8 @@ wait""",
     "scancel": 'kill -USR1 $(cat "$FAKE/tasks")',
     "scontrol": 'case $1 in show) printf "node7\\nnode8\\n" ;; requeue) echo "$2" > "$FAKE/requeued" ;; esac',
     # The trainer: tells what it was given, then waits for the signal if it is to be stopped.
-    "python": """echo "$RANK $LOCAL_RANK $WORLD_SIZE $VADER_NUM_PROCESSES $MASTER_ADDR $MASTER_PORT $*" >> "$FAKE/told"
+    "python": """case "$*" in *--check-only) echo "$*" > "$FAKE/checked"; exit "${REFUSE:-0}" ;; esac
+echo "$RANK $LOCAL_RANK $WORLD_SIZE $VADER_NUM_PROCESSES $MASTER_ADDR $MASTER_PORT $*" >> "$FAKE/told"
 stop=
 trap stop=yes USR1
 if [ -n "${WAIT:-}" ]; then
@@ -58,7 +59,14 @@ def test_every_task_learns_its_place(submit):
     told = sorted((root / "told").read_text().splitlines())
     train = root / "Open-Sora" / "scripts" / "train_t2v_lora.py"
     assert told == [f"{rank} {rank} 2 2 node7 31337 {train} my config.py --lr 1e-4" for rank in (0, 1)]
+    assert (root / "checked").read_text() == f"{train} my config.py --lr 1e-4 --check-only\n"
     assert not (root / "requeued").exists()
+
+
+def test_a_config_error_ends_the_job_before_any_task(submit):
+    run, root = submit
+    assert run("my config.py", REFUSE="2").wait(20) == 2
+    assert not (root / "told").exists()
 
 
 def test_a_job_told_to_stop_saves_and_goes_back_to_the_queue(submit):

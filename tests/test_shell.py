@@ -26,6 +26,7 @@ case "$*" in
     *device_count*) [ -z "${FAKE_NO_TORCH:-}" ] && echo "${FAKE_GPUS:-0} 8"; exit ;;
     *"pip --version"*) exit ;;
     *"venv --clear"*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
+    *--check-only) [ -z "${FAKE_CONFIG_ERROR:-}" ] || { echo "$FAKE_CONFIG_ERROR" >&2; exit 2; } ;;
     *--requirement*)
         sleep "${FAKE_PIP_SECONDS:-0}"
         if [ -n "${FAKE_PIP_ERROR:-}" ]; then echo "$FAKE_PIP_ERROR" >&2; exit 1; fi ;;
@@ -193,15 +194,24 @@ def test_several_processes_are_launched(checkout):
     launched = checkout.run(
         "Open-Sora/scripts/run_text2video_train.sh", "--seed", "3", NUM_PROCESSES="2", FAKE_PRINT="1"
     )
-    [call] = checkout.calls()
+    check, call = checkout.calls()
+    assert check[-3:] == ["--seed", "3", "--check-only"] and check[0] == call[-4]
     assert call[:5] == ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     assert call[-2:] == ["--seed", "3"]
     assert launched.stdout.splitlines()[-1] == "cpu=true threads=4"
 
 
+def test_a_config_error_is_said_once_and_nothing_is_launched(checkout):
+    refused = checkout.run(
+        "Open-Sora/script/run_text2video_train.sh", NUM_PROCESSES="2", FAKE_CONFIG_ERROR="error: lr is wrong"
+    )
+    assert (refused.returncode, refused.stderr) == (2, "error: lr is wrong\n")
+    assert checkout.calls() == []
+
+
 def test_every_visible_gpu_is_used(checkout):
     launched = checkout.run("Open-Sora/scripts/run_text2video_train.sh", FAKE_GPUS="4", FAKE_PRINT="1")
-    assert checkout.calls()[0][2:5] == ["--multi_gpu", "--num_processes", "4"]
+    assert checkout.calls()[-1][2:5] == ["--multi_gpu", "--num_processes", "4"]
     assert launched.stdout.splitlines()[-1] == "cpu= threads=2"
 
 
@@ -227,6 +237,7 @@ def test_two_processes_on_cpu_know_each_other(tmp_path):
     checkout = Checkout(tmp_path, "sh")
     (checkout.root / "Open-Sora/scripts/train_t2v_lora.py").write_text(
         "import sys, torch\n"
+        "'--check-only' in sys.argv and sys.exit()\n"
         "from accelerate import Accelerator\n"
         "accelerator = Accelerator()\n"
         "ranks = accelerator.gather(torch.tensor([accelerator.process_index])).tolist()\n"

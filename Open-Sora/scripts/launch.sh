@@ -62,12 +62,14 @@ fi
 # Left unset, accelerate gives every process one thread.
 threads=$((cores / processes))
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-$((threads > 0 ? threads : 1))}"
-# Training compares it with the number of processes that really started.
-export VADER_NUM_PROCESSES="$processes"
 
 script=$opensora/scripts/train_t2v_lora.py
 # One process needs no launcher; without one the script's own message and exit status reach the user.
 [ "$processes" -gt 1 ] || exec "$python" "$script" "$config" "$@"
+# For the same reason: of several, each would say what is wrong, above the launcher's traceback.
+"$python" "$script" "$config" "$@" --check-only
+# Training compares it with the number of processes that really started.
+export VADER_NUM_PROCESSES="$processes"
 # The training config owns the precision; accelerate's own default config must not change what is asked here.
 # Port 0: any free one, so that two trainings can share a machine.
 exec "$python" -m accelerate.commands.launch --multi_gpu --num_processes "$processes" --num_machines 1 \

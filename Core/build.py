@@ -15,6 +15,9 @@ from Core.rewards import required_weights
 from Core.runtime import Runtime
 from Core.weights import locate
 
+# What ``build_reward`` takes: a name or {name: weight}, and the arguments.
+Scorer = tuple[str | Mapping[str, float], Mapping[str, Any] | None]
+
 
 def build_backbone(
     config: Config, runtime: Runtime, prompts: Sequence[Prompt]
@@ -34,18 +37,15 @@ def build_backbone(
 
 def fetch_weights(config: Config, backbone: Backbone, runtime: Runtime) -> None:
     """Bring all weights to every machine before any is loaded; what cannot be had is reported together."""
-    scorers = []
+    scorers: list[Scorer] = []
     if config.is_vader_training:
-        scorers = [(config.reward_fn, config.reward_arguments)]
+        scorers.append((config.reward_fn, config.reward_arguments))
         scorers += [(name, config.monitor_args.get(name)) for name in config.monitors]
     once_per_machine(runtime, lambda: backbone.fetch() + fetch_scorers(scorers))
 
 
-def fetch_scorers(
-    scorers: Iterable[tuple[str | Mapping[str, float], Mapping[str, Any] | None]],
-) -> list[str]:
-    """Bring the weights of scorers, each with its arguments, to this machine; a sentence for each that cannot be
-    had."""
+def fetch_scorers(scorers: Iterable[Scorer]) -> list[str]:
+    """Bring the weights of scorers to this machine; a sentence for each that cannot be had."""
     errors = []
     for weight in dict.fromkeys(w for name, args in scorers for w in required_weights(name, args)):
         try:

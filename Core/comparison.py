@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from Core.build import fetch_scorers, once_per_machine
 from Core.config import BASE, read_file
 from Core.evaluate import PairedGain, paired_gain
 from Core.inference import Sample, read_manifest
@@ -69,10 +70,12 @@ def compare(
         training: prompts the adapters were trained on; None looks them up in the adapters' runs.
 
     Raises:
-        ValueError, FileNotFoundError: an adapter that does not load or fit.
+        ValueError, FileNotFoundError: an adapter that does not load or fit, weights that cannot be had.
         IncompleteError: videos could not be made.
     """
     variants = read_variants([BASE, *adapters])
+    # Loaded only when the videos are there, but missed before the hours it takes to make them.
+    once_per_machine(runtime, lambda: fetch_scorers(rewards.items()))
     prompts = read_prompts(config)
     folders = [folder / "videos" / variant.name for variant in variants]
     make_videos(config, runtime, prompts, variants, folders)

@@ -25,7 +25,7 @@ WEIGHTS = "adapter_model.safetensors"
 ALPHA_NOTE = "lora_alpha"  # in the metadata of an adapter that is one file
 REFERENCE_ALPHA = 8  # PEFT's default, which the reference implementation left as it was
 # Settings of PEFT that make other functions of the same weights; these of their values leave plain LoRA.
-PLAIN = (None, False, "none", {}, [])
+PLAIN: tuple[Any, ...] = (None, False, "none", {}, [])
 VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "modules_to_save")
 
 

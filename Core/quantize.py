@@ -3,6 +3,7 @@
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
@@ -29,7 +30,25 @@ class Fp8Linear(nn.Linear):
         return stored
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(self.scale.dtype) * self.scale, self.bias)
+        return _FrozenLinear.apply(x, self.weight, self.scale, self.bias)
+
+
+class _FrozenLinear(torch.autograd.Function):
+    """F.linear that keeps the 8-bit weight for the backward pass, and widens it anew there.
+
+    Differentiable with respect to ``x`` alone. Left to autograd, every layer would keep its weight in full.
+    """
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight, scale)
+        return F.linear(x, weight.to(scale.dtype) * scale, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        weight, scale = ctx.saved_tensors
+        return grad @ (weight.to(scale.dtype) * scale).to(grad.dtype), None, None, None
 
 
 def store_linears_in_fp8(model: nn.Module) -> None:

@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 import torch
 import twins
+from huggingface_hub.errors import LocalEntryNotFoundError
 from sampling_runs import SCHEDULER, contents, picture, random_adapter
 
+from Core import comparison
 from Core import evaluate as statistics
 from Core.comparison import Row, per_prompt, summary, training_prompts
 from Core.evaluate import diversity, motion, paired_gain
+from Core.options import ConfigError
 from Core.run import exit_code
+from Core.runtime import Runtime
 from Core.scoring import find_clips, prompt_from_name, read_clip
 from opensora.datasets import save_sample
 from scripts import evaluate, score_videos
@@ -32,6 +36,18 @@ def test_the_interval_covers_the_true_gain_as_often_as_it_says(monkeypatch):
         covered.append(found.low <= 0.3 <= found.high)
     # Binomial: 500 trials at 0.95 stay within 0.92 and 0.98 but once in 300 times; the bootstrap is a little low.
     assert 0.915 <= np.mean(covered) <= 0.98
+
+
+def test_missing_weights_are_named_before_the_first_video(tmp_path, monkeypatch):
+    def offline(*_, **__):
+        raise LocalEntryNotFoundError("no connection to the hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", offline)
+    monkeypatch.setattr(comparison, "make_videos", lambda *_: pytest.fail("videos came first"))
+    rewards = {"pick_score": {"model": "someone/clip"}, "motion": {}, "actpred": {"model": "someone/actions"}}
+    with pytest.raises(ConfigError) as error:
+        comparison.compare(SimpleNamespace(), Runtime(), [], rewards, tmp_path)
+    assert len(error.value.errors) == 1, "each reason once, however many weights lack for it"
 
 
 def test_no_difference_is_no_gain():

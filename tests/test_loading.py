@@ -228,6 +228,28 @@ def test_a_hub_id_out_of_reach_says_how_to_fetch_it(monkeypatch):
     assert "`hf download organisation/model`" in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "left", ["config.json alone", "a shard without the index", "an index without a shard"]
+)
+def test_an_interrupted_download_is_taken_up_again(tmp_path, original, state, monkeypatch, left):
+    partial, whole = tmp_path / "partial", tmp_path / "whole"
+    original.save_pretrained(whole)
+    original.save_pretrained(partial)
+    shard = "model-00001-of-00002.safetensors"
+    (partial / "model.safetensors").rename(partial / shard)
+    if left == "config.json alone":
+        (partial / shard).unlink()
+    elif left == "an index without a shard":
+        index = {"weight_map": {"a": shard, "b": "model-00002-of-00002.safetensors"}}
+        (partial / "model.safetensors.index.json").write_text(json.dumps(index))
+    monkeypatch.setattr(
+        ckpt_utils,
+        "snapshot_download",
+        lambda repo, *, local_files_only, allow_patterns: str(partial if local_files_only else whole),
+    )
+    assert_loaded(load("organisation/model"), state)
+
+
 def test_local_files_only_asks_no_network(monkeypatch):
     calls: list[bool] = []
     monkeypatch.setattr(ckpt_utils, "snapshot_download", hub(calls))

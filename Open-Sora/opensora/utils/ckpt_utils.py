@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
@@ -16,10 +17,11 @@ from torch import Tensor, nn
 WEIGHT_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 CONFIG_NAME = "config.json"
+SHARD = re.compile(r"-\d+-of-\d+\.")
 
 
 def find_checkpoint(source: str | Path, local_files_only: bool = False) -> Path:
-    """The local file or folder that ``source`` names; a hub id is downloaded unless the cache has it.
+    """The local file or folder that ``source`` names; a hub id is downloaded unless the cache has all of it.
 
     Args:
         local_files_only: never ask the network.
@@ -38,14 +40,28 @@ def find_checkpoint(source: str | Path, local_files_only: bool = False) -> Path:
     patterns = [CONFIG_NAME, "*.safetensors", "*.safetensors.index.json"]
     for local_only in (True,) if local_files_only else (True, False):
         try:
-            return Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=local_only))
+            folder = Path(
+                snapshot_download(str(source), allow_patterns=patterns, local_files_only=local_only)
+            )
         except (OSError, ValueError, httpx.HTTPError) as error:  # hub errors derive from these
             cause = error
+            continue
+        # The cache gives out what an interrupted download has left there, too.
+        if not local_only or _is_whole(folder):
+            return folder
+        cause = FileNotFoundError(folder)
     raise FileNotFoundError(
         f"weights not found: {source!s} is neither a folder here nor reachable on the Hugging Face hub "
         f"({type(cause).__name__}); fetch it with `hf download {source!s}` on a connected machine, or give "
         "the path of a local copy"
     ) from None
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a downloaded folder has its weights: a single file, or an index and every shard it names."""
+    for index in folder.glob("*.safetensors.index.json"):
+        return all((folder / shard).is_file() for shard in _read_json(index)["weight_map"].values())
+    return any(not SHARD.search(file.name) for file in folder.glob("*.safetensors"))
 
 
 def is_hub_id(source: str) -> bool:

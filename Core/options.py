@@ -9,7 +9,8 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
-ARTICLES = {int: "a whole number", float: "a number", str: "a string", bool: "True or False", dict: "a dict"}
+ARTICLES = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
+ARTICLES |= {dict: "a dict", Mapping: "a dict", type(None): "None"}
 
 
 class ConfigError(ValueError):
@@ -46,13 +47,14 @@ def describe_type(annotation: Any) -> str:
         return f"a list ({describe_type(args[0])} each)"
     if origin is tuple:
         return f"a list of {len(args)} entries ({describe_type(args[0])} each)"
-    if annotation is type(None):
-        return "None"
-    return ARTICLES[origin or annotation]
+    kind = origin or annotation
+    return ARTICLES[kind] if kind in ARTICLES else getattr(kind, "__name__", str(kind))
 
 
 def fits(value: Any, annotation: Any) -> bool:
-    """Whether a value from a config file has the annotated type; an int serves as a float."""
+    """Whether a value from a config file has the annotated type; an int serves as a float, a bool as no number."""
+    if annotation is Any:
+        return True
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return any(fits(value, arg) for arg in args)

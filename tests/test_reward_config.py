@@ -209,6 +209,42 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, save, arguments):
     assert not trace.exists()
 
 
+@pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"layers": {"0": torch.zeros(1)}}, {"step": 3}])
+def test_a_file_without_named_tensors_is_refused(tmp_path, content):
+    torch.save(content, tmp_path / "head.pt")
+    with pytest.raises(ValueError, match="refused to load head.pt: .* without tensors by name"):
+        load_state(tmp_path / "head.pt")
+
+
+def test_damaged_safetensors_are_refused(tmp_path):
+    (tmp_path / "head.safetensors").write_bytes(b"half of a download")
+    with pytest.raises(ValueError, match="refused to load head.safetensors: it is damaged"):
+        load_state(tmp_path / "head.safetensors")
+
+
+@pytest.mark.parametrize(
+    ("lost", "sentence"),
+    [
+        ("tokenizer.json", "it has no tokenizer.json or spiece.model or vocab.json with merges.txt"),
+        ("preprocessor_config.json", "it has no preprocessor_config.json or"),
+    ],
+)
+def test_a_half_downloaded_folder_is_not_complete(tmp_path, lost, sentence):
+    clip = clip_folder(tmp_path / "clip")
+    (clip / lost).unlink()
+    (error,) = check_reward_config("pick_score", {"model": str(clip)})
+    assert sentence in error
+
+
+def test_another_file_under_the_name_of_a_pinned_one_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    head_file(tmp_path / "compression_reward.pt", (12, 8, 1), (0, 2))
+    clip = str(clip_folder(tmp_path / "clip"))
+    (error,) = check_reward_config("compression", {"model": clip})
+    assert "'compression_reward.pt' is not the published file: its SHA-256 is" in error
+    assert check_reward_config("compression", {"model": clip, "head": "./compression_reward.pt"}) == []
+
+
 def test_missing_weights_are_reported_together_with_size_and_command(monkeypatch, tmp_path):
     def unreachable(*args, **kwargs):
         raise FileNotFoundError("no route to the hub")
@@ -240,7 +276,7 @@ def test_required_weights_follow_the_arguments(arguments):
 def test_paths_and_hub_ids_are_told_apart(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "owner" / "model").mkdir(parents=True)
-    for source in ("owner/model", "./x", "/x", "~/x", "a/b/c", "head.pth", "x.safetensors"):
+    for source in ("owner/model", "./x", "/x", "~/x", "a/b/c", "name", "head.pth", "x.safetensors"):
         assert Weight(source=source).is_local, source
-    for source in ("owner/other", "gpt2", "https://example.org/head.pth"):
+    for source in ("owner/other", "https://example.org/head.pth"):
         assert not Weight(source=source).is_local, source

@@ -4,7 +4,6 @@ Axes: B batch, C channels, T latent frames, h, w latent rows and columns, F chos
 L text tokens, D text width, N sampling steps.
 """
 
-import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")  # organisation/name
+from Core.weights import Weight
 
 # (latent [B, C, T, h, w], timesteps [B], velocity of the captions without guidance [B, C, T, h, w])
 VelocityObserver = Callable[[Tensor, Tensor, Tensor], None]
@@ -189,7 +188,7 @@ def check_weights(key: str, source: str | None) -> list[str]:
     """A sentence where ``source`` is a path that does not exist; hub ids are looked up when they load."""
     if source is None:
         return [f"{key} is missing; set it to a hub id (organisation/name) or the path of a local copy"]
-    if HUB_ID.fullmatch(str(source)) or Path(source).expanduser().exists():
+    if not Weight(source=str(source)).is_local or Path(source).expanduser().exists():
         return []
     return [f"{key}: there is no file or folder {str(source)!r}; give an existing path or a hub id"]
 

@@ -3,7 +3,6 @@
 Axis legend: B batch, L tokens (`model_max_length`), D width of the encoder (4096 for XXL).
 """
 
-import re
 from pathlib import Path
 
 import torch
@@ -11,6 +10,7 @@ from safetensors import SafetensorError
 from transformers import AutoTokenizer, T5EncoderModel
 
 from opensora.registry import MODELS
+from opensora.utils.ckpt_utils import is_hub_id
 
 from .caption_cleaning import clean_caption
 
@@ -190,8 +190,7 @@ def _check_complete(from_pretrained, model, tokenizer, loading):
 
 def _missing_message(from_pretrained):
     name = Path(from_pretrained).name
-    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", from_pretrained)
-    hub_id = from_pretrained if is_hub_id else "DeepFloyd/t5-v1_1-xxl"
+    hub_id = from_pretrained if is_hub_id(from_pretrained) else "DeepFloyd/t5-v1_1-xxl"
     return (
         f"no T5 text encoder at {from_pretrained!r}: expected a hub id that can be reached, or a folder with "
         "config.json, spiece.model (or tokenizer.json) and model*.safetensors (or pytorch_model*.bin); fetch "

@@ -13,6 +13,7 @@ from Core.backbones import Backbone
 from Core.clock import Stopwatch
 from Core.decode import choose_frames
 from Core.guards import BaseDistance
+from Core.prefix import fused_adapter
 from Core.prompts import Prompt
 from Core.schedulers.rf import euler_sample, first_gradient_step
 
@@ -74,6 +75,7 @@ class Rollout:
             first_gradient_step=first,
             num_timesteps=self.backbone.num_timesteps,
             detach_input=self.config.detach_input,
+            prefix=fused_adapter(self.backbone.denoiser),
         )
         return z, distance.per_sample() if distance else z.new_zeros(len(samples))
 
@@ -83,10 +85,10 @@ class Rollout:
         return draws.noise(generators, self.backbone.latent_shape()).to(self.backbone.device)
 
     def frame_numbers(self, samples: Sequence[int], repeat: int = 0) -> Tensor:
-        """Latent frames [B, F] to decode."""
+        """Latent frames [B, F] to decode; on the CPU, where reading them waits for no GPU."""
         frames = self.backbone.latent_shape()[1]
         generators = self._generators("frame", samples, repeat)
-        return choose_frames(self.config.decode_frame, frames, generators).to(self.backbone.device)
+        return choose_frames(self.config.decode_frame, frames, generators)
 
     def _generators(self, name: str, samples: Sequence[int], repeat: int) -> list[torch.Generator]:
         return [draws.generator(self.config.seed, name, sample, repeat) for sample in samples]

@@ -14,6 +14,7 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from Core.frozen import forget_conv_inputs
 from Core.options import unknown_key
 from Core.quantize import store_linears_in_fp8
 from Core.weights import Weight, locate
@@ -186,6 +187,8 @@ class OpenSora(Backbone):
         multi_resolution: kind of size conditioning, ``STDiT2`` for the released weights.
         scores: ``aes``, ``flow``, ``camera_motion`` suffixes of every caption.
         dtype: of the frozen weights; ``fp8`` stores the denoiser's linear layers in 8-bit float.
+        decode_context: what a scored frame is decoded from: its latent frame alone (``isolated``), or all of the
+            chunk it belongs to (``causal``), as in the finished video.
     """
 
     lora_targets = ("qkv", "q_linear", "kv_linear")
@@ -202,6 +205,7 @@ class OpenSora(Backbone):
         scores: dict[str, Any],
         dtype: str,
         device: torch.device,
+        decode_context: str = "isolated",
     ):
         self.entries = {"model": model, "vae": vae, "text_encoder": text_encoder}
         self.video = video
@@ -209,6 +213,7 @@ class OpenSora(Backbone):
         self.scores = scores
         self.device, self.dtype = device, DTYPES[dtype]
         self.fp8_storage = dtype == "fp8"
+        self.decode_context, self.checkpointing = decode_context, False
         self.num_sampling_steps = scheduler["num_sampling_steps"]
         self.guidance_scale = scheduler["cfg_scale"]
         self.transform = scheduler.get("use_timestep_transform", False)
@@ -270,6 +275,7 @@ class OpenSora(Backbone):
     @classmethod
     def from_config(cls, config, device: torch.device) -> "OpenSora":
         keys = ("model", "vae", "text_encoder", "scheduler", "video", "multi_resolution", "scores", "dtype")
+        keys += ("decode_context",)
         return cls(**{key: getattr(config, key) for key in keys}, device=device)
 
     def caption(self, prompt: str) -> str:
@@ -305,6 +311,7 @@ class OpenSora(Backbone):
         denoiser = build_module(
             self.entries["model"],
             MODELS,
+        forget_conv_inputs(self.vae)
             input_size=self.latent_shape()[1:],
             in_channels=self.vae.out_channels,
             model_max_length=self.entries["text_encoder"]["model_max_length"],
@@ -367,16 +374,48 @@ class OpenSora(Backbone):
         return self._decode(gather_frames(z, index), 1).squeeze(2).unflatten(0, index.shape)
 
     def _decode(self, z: Tensor, num_frames: int) -> Tensor:
+        if self.decode_context == "causal":
+            return self._in_vae_dtype(z, lambda z: self._decode_in_chunks(z, index)).unflatten(0, index.shape)
         """Pixels in the dtype of ``z``; under an autocast to float16 in the VAE's own, as it would overflow."""
         kind = z.device.type
         wanted = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != torch.float16
+        return self._in_vae_dtype(z, lambda z: self.vae.decode(z, num_frames=num_frames))
+
+    def _decode_in_chunks(self, z: Tensor, index: Tensor) -> Tensor:
+        """[B·F, 3, H, W]: of each latent frame's four video frames the last, which is what it makes when alone.
+
+        The temporal half decodes whole chunks, since its norms look at all of one; the image half the chosen
+        frames alone.
+        """
+        chunk = self.vae.micro_frame_size or self.video.num_frames
+        latents = -(-chunk // TIME_FACTOR)
+        z = z * self.vae.scale.to(z.dtype) + self.vae.shift.to(z.dtype)
+        chunks: dict[tuple[int, int], Tensor] = {}
+        chosen = []
+        for video, row in enumerate(index.tolist()):
+            for number, place in (divmod(frame, latents) for frame in row):
+                frames = min(chunk, self.video.num_frames - number * chunk)
+                if (video, number) not in chunks:
+                    part = z[video : video + 1, :, number * latents : (number + 1) * latents]
+                    chunks[video, number] = self._decode_time(part, frames)
+                last = place * TIME_FACTOR + TIME_FACTOR - 1 - -frames % TIME_FACTOR
+                chosen.append(chunks[video, number][:, :, last : last + 1])
+        return self.vae.spatial_vae.decode(torch.cat(chosen)).squeeze(2)
+
+    def _decode_time(self, z: Tensor, num_frames: int) -> Tensor:
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(self.vae.temporal_vae.decode, z, num_frames, use_reentrant=False)
+        return self.vae.temporal_vae.decode(z, num_frames)
+
+    def _in_vae_dtype(self, z: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
         with torch.autocast(kind, enabled=wanted):
-            return self.vae.decode(z.to(self.vae.dtype), num_frames=num_frames).to(z.dtype)
+            return decode(z.to(self.vae.dtype)).to(z.dtype)
 
     def enable_checkpointing(self) -> None:
         set_grad_checkpoint(self.denoiser)
         # opensora's switch does not reach the image VAE, which is diffusers' and holds most of a decoded frame.
         for module in self.vae.modules():
+        self.checkpointing = True
             if isinstance(module, ModelMixin):
                 module.enable_gradient_checkpointing()
         # Upstream checkpoints reentrantly, which loses the adapter's gradient in blocks whose input has none.

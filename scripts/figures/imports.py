@@ -23,6 +23,7 @@ LAYERS = (
             "Core.clock",
             "Core.draws",
             "Core.ema",
+            "Core.frozen",
             "Core.loading",
             "Core.options",
             "Core.quantize",
@@ -34,7 +35,15 @@ LAYERS = (
     ("sampler", ("Core.schedulers",)),
     (
         "parts",
-        ("Core.conditioning", "Core.decode", "Core.guards", "Core.lora", "Core.prompts", "Core.rewards"),
+        (
+            "Core.conditioning",
+            "Core.decode",
+            "Core.guards",
+            "Core.lora",
+            "Core.prefix",
+            "Core.prompts",
+            "Core.rewards",
+        ),
     ),
     (
         "services",

@@ -4,6 +4,7 @@ Axes: B batch, C channels, T latent frames, H rows, W columns, N sampling steps.
 """
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +31,7 @@ def euler_sample(
     mask: Tensor | None = None,
     noise_like: Callable[[Tensor], Tensor] = torch.randn_like,
     detach_input: bool = False,
+    prefix: AbstractContextManager = nullcontext(),  # noqa: B008 (holds nothing)
     progress: bool = False,
 ) -> Tensor:
     """Integrate from noise to data: z ← z + v · (t_i − t_{i+1}) / num_timesteps.
@@ -44,6 +46,7 @@ def euler_sample(
         noise_like: draws the noise that a kept frame receives when it starts to be generated.
         detach_input: the velocity sees a detached latent, so that gradients reach earlier steps through the
             sum alone (DRTune, Wu et al., 2024).
+        prefix: context in which the steps before the first gradient step run.
     """
     steps = len(timesteps)
     first = steps if first_gradient_step is None else first_gradient_step
@@ -52,17 +55,28 @@ def euler_sample(
     following = torch.cat([timesteps[1:], torch.zeros_like(timesteps[:1])])
     widths = ((timesteps - following) / num_timesteps)[..., None, None, None, None]
     noised: Any = None if mask is None else mask == 1
-    for i in tqdm(range(steps), desc="sampling", disable=not progress, leave=False):
-        with torch.set_grad_enabled(i >= first):
-            generated = None
-            if mask is not None:
-                # A shifted first timestep may lie above num_timesteps by a rounding error: 1 generates regardless.
-                generated = (mask == 1) | (mask * num_timesteps >= timesteps[i][:, None])
-                z = _add_noise(z, timesteps[i] / num_timesteps, generated & ~noised, noise_like)
-                noised = generated
-            v = velocity(z.detach() if detach_input else z, timesteps[i], generated)
-            moved = z + v * widths[i]
-            z = moved if generated is None else torch.where(_per_frame(generated), moved, z)
+
+    def advance(z: Tensor, i: int) -> Tensor:
+        nonlocal noised
+        generated = None
+        if mask is not None:
+            # A shifted first timestep may lie above num_timesteps by a rounding error: 1 generates regardless.
+            generated = (mask == 1) | (mask * num_timesteps >= timesteps[i][:, None])
+            z = _add_noise(z, timesteps[i] / num_timesteps, generated & ~noised, noise_like)
+            noised = generated
+        v = velocity(z.detach() if detach_input else z, timesteps[i], generated)
+        moved = z + v * widths[i]
+        return moved if generated is None else torch.where(_per_frame(generated), moved, z)
+
+    with tqdm(total=steps, desc="sampling", disable=not progress, leave=False) as bar:
+        with torch.no_grad(), prefix:
+            for i in range(first):
+                z = advance(z, i)
+                bar.update()
+        with torch.enable_grad():
+            for i in range(first, steps):
+                z = advance(z, i)
+                bar.update()
     return z
 
 

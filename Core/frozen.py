@@ -1,0 +1,49 @@
+"""Convolutions whose weights are frozen, without what only a weight's gradient would need.
+
+PyTorch has one backward formula for a convolution's input and weight, and so keeps the input even where only the
+input's gradient will be asked for, which takes the weight alone. Linear layers have two, and keep nothing.
+"""
+
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+CONVOLVE = {
+    nn.Conv2d: (F.conv2d, torch.nn.grad.conv2d_input),
+    nn.Conv3d: (F.conv3d, torch.nn.grad.conv3d_input),
+}
+
+
+def forget_conv_inputs(model: nn.Module) -> None:
+    """Let the frozen 2-D and 3-D convolutions of ``model`` keep no input for the backward pass."""
+    for module in model.modules():
+        if type(module) in CONVOLVE and module.padding_mode == "zeros" and not module.weight.requires_grad:
+            # On the instance, so that the module stays of its own class for whoever looks.
+            module.forward = partial(_forward, module)
+
+
+def _forward(conv: nn.Module, x: Tensor) -> Tensor:
+    settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
+    return _InputGradient.apply(x, conv.weight, conv.bias, settings, *CONVOLVE[type(conv)])
+
+
+class _InputGradient(torch.autograd.Function):
+    """A convolution that is differentiable by its input only."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, settings, convolve, input_gradient):
+        ctx.save_for_backward(weight)
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        ctx.settings, ctx.input_gradient = settings, input_gradient
+        return convolve(x, weight, bias, *settings)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (weight,) = ctx.saved_tensors
+        # Autocast may have computed in a dtype other than the weight's.
+        found = ctx.input_gradient(ctx.shape, weight.to(grad.dtype), grad, *ctx.settings)
+        return found.to(ctx.dtype), None, None, None, None, None

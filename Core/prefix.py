@@ -1,0 +1,51 @@
+"""The adapter where no gradient is kept: added into the layer's output in place, by one product.
+
+PEFT's layer copies its input to float32, scales the adapter's output and adds it, each a pass over memory of its own;
+that is there for the gradient. The steps before the gradient window are most of a training step and need none of it.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+
+import torch
+from peft.tuners.lora import LoraLayer
+from torch import Tensor, nn
+
+from Core.lora import ADAPTER
+
+
+@contextmanager
+def fused_adapter(model: nn.Module) -> Iterator[None]:
+    """Within this context every adapted layer of ``model`` computes W x + s B (A x) without a gradient.
+
+    Products are in the dtype of the layer's output, as they are under autocast. Scale, dropout mask and weights
+    are those at entry. A model without an adapter is left alone.
+    """
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]
+    for layer in layers:
+        # On the instance, where it hides the class's own until it is deleted.
+        layer.forward = partial(_fused, layer.base_layer, *_factors(layer), {})
+    try:
+        yield
+    finally:
+        for layer in layers:
+            del layer.forward
+
+
+def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
+    """A [rank, in] with the dropout's mask on its inputs, and scale times B, [out, rank]."""
+    down = layer.lora_dropout[ADAPTER](layer.lora_A[ADAPTER].weight.detach())
+    return down, layer.scaling[ADAPTER] * layer.lora_B[ADAPTER].weight.detach()
+
+
+def _fused(
+    base: nn.Module, down: Tensor, up: Tensor, low: dict[torch.dtype, tuple[Tensor, Tensor]], x: Tensor
+) -> Tensor:
+    """``low`` keeps the factors in the dtype of the output, once it is known."""
+    out = base(x)
+    if out.dtype not in low:
+        low[out.dtype] = down.to(out.dtype), up.to(out.dtype)
+    a, b = low[out.dtype]
+    out.view(-1, out.shape[-1]).addmm_(x.to(out.dtype).flatten(0, -2) @ a.T, b.T)
+    return out

@@ -1,0 +1,231 @@
+"""What is on by default for speed or memory changes neither the final latent nor the adapter's gradient."""
+
+from collections.abc import Callable
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+import twin_runs
+import twins
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from Core import lora, rollout
+from Core.backbones import OpenSora, VideoSpec
+from Core.frozen import forget_conv_inputs
+from Core.prefix import fused_adapter
+from Core.trainer import Trainer
+from opensora.models.stdit.stdit3 import STDiT3
+
+SAMPLES = (0, 1)
+FIRST = 2
+# Relative errors of latent and gradient.
+BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (1e-2, 2e-2)}
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+@pytest.fixture(scope="module", params=BOUNDS)
+def trained(request, twin, tmp_path_factory) -> Trainer:
+    """A trainer whose adapter is no longer zero, in the dtype of the parameter."""
+    mixed = {"fp32": "no", "bf16": "bf16"}[request.param]
+    folder = tmp_path_factory.mktemp("exact") / "run"
+    options = dict(dtype=request.param, mixed_precision=mixed, backprop_steps=2, lora_dropout=0.1)
+    trainer = twin_runs.built_trainer(twin, folder, **options)
+    generator = torch.Generator().manual_seed(5)
+    for name, parameter in trainer.named_parameters.items():
+        if "lora_B" in name:
+            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return trainer
+
+
+def outcome(trainer: Trainer) -> tuple[Tensor, Tensor]:
+    """Final latents of two samples, and the adapter's gradient as one vector.
+
+    The gradient is that of the training loss; in bf16 that of a projection of the latents, since the twin's scorer in
+    bf16 turns a rounding of its pixels into another gradient.
+    """
+    lora.set_dropout(trainer.backbone.denoiser, True, 0, 0)
+    prompts = trainer.prompts_of(SAMPLES)
+    with trainer.runtime.autocast():
+        z, _ = trainer.rollout.sample(prompts, SAMPLES, FIRST)
+        if trainer.backbone.dtype == torch.bfloat16:
+            loss = (z * torch.randn(z.shape, generator=torch.Generator().manual_seed(3))).sum()
+        else:
+            frames = trainer.backbone.decode_frames(z, trainer.rollout.frame_numbers(SAMPLES))
+            loss = trainer.reward(frames, [prompt.reward_text for prompt in prompts]).loss.mean()
+    gradient = torch.autograd.grad(loss, trainer.parameters)
+    return z.detach(), torch.cat([g.flatten() for g in gradient])
+
+
+def plain_convolutions(trainer: Trainer) -> Callable[[], None]:
+    """Give the VAE its convolutions' own forward; the function returned undoes it."""
+    convolutions = [m for m in trainer.backbone.vae.modules() if "forward" in vars(m)]
+    assert convolutions
+    for module in convolutions:
+        del module.forward
+    return lambda: forget_conv_inputs(trainer.backbone.vae)
+
+
+@contextmanager
+def without(name: str, trainer: Trainer, monkeypatch: pytest.MonkeyPatch):
+    """The plain path in place of one of the defaults."""
+    with monkeypatch.context() as patch:
+        if name == "fused adapter":
+            patch.setattr(rollout, "fused_adapter", lambda model: nullcontext())
+        if name == "text keys and values computed once":
+            patch.setattr(STDiT3, "accepts_text_context", False)
+        if name == "checkpointing":
+            for module in trainer.backbone.denoiser.modules():
+                patch.setattr(module, "grad_checkpointing", False, raising=False)
+        undo = plain_convolutions(trainer) if name == "frozen convolutions" else lambda: None
+        try:
+            yield
+        finally:
+            undo()
+
+
+@pytest.mark.parametrize(
+    "name", ["fused adapter", "text keys and values computed once", "checkpointing", "frozen convolutions"]
+)
+def test_the_default_is_the_plain_path(name, trained, monkeypatch):
+    latent, gradient = outcome(trained)
+    with without(name, trained, monkeypatch):
+        plain_latent, plain_gradient = outcome(trained)
+    bounds = BOUNDS["bf16" if trained.backbone.dtype == torch.bfloat16 else "fp32"]
+    assert relative(latent, plain_latent) <= bounds[0]
+    assert relative(gradient, plain_gradient) <= bounds[1]
+
+
+def test_the_fused_adapter_is_used_in_the_prefix_alone(trained, monkeypatch):
+    layers = [m for m in trained.backbone.denoiser.modules() if hasattr(m, "lora_A")]
+    seen = []
+    make = trained.backbone.velocity
+
+    def velocity(*args, **kwargs):
+        inner = make(*args, **kwargs)
+
+        def watched(z, t, generated=None):
+            seen.append((torch.is_grad_enabled(), all("forward" in vars(layer) for layer in layers)))
+            return inner(z, t, generated)
+
+        return watched
+
+    monkeypatch.setattr(trained.backbone, "velocity", velocity)
+    outcome(trained)
+    assert seen == [(False, True)] * FIRST + [(True, False)] * 2
+
+
+def test_an_exception_leaves_no_fused_layer_behind(trained):
+    with pytest.raises(RuntimeError, match="inside"), fused_adapter(trained.backbone.denoiser):
+        raise RuntimeError("inside")
+    assert not any("forward" in vars(m) for m in trained.backbone.denoiser.modules())
+
+
+def saved_bytes(model: nn.Module, action: Callable[[], object]) -> int:
+    """Bytes of the distinct tensors that the graph of ``action`` holds, the weights of ``model`` left out."""
+    weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    sizes: dict[int, int] = {}
+    kept = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        sizes[storage.data_ptr()] = storage.nbytes()
+        kept.append(tensor)
+        return tensor
+
+    with saved_tensors_hooks(pack, lambda tensor: tensor):
+        kept.append(action())
+    return sum(size for storage, size in sizes.items() if storage not in weights)
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        (nn.Linear(8, 8), (2, 5, 8)),
+        (nn.Conv2d(8, 8, 3, padding=1, groups=2), (2, 8, 6, 6)),
+        (nn.Conv2d(8, 8, 3, stride=2), (2, 8, 6, 6)),
+        (nn.Conv3d(8, 8, 3, bias=False), (2, 8, 4, 6, 6)),
+    ],
+    ids=["linear", "grouped", "strided", "3d"],
+)
+def test_a_frozen_layer_keeps_no_activation(module, shape):
+    module.requires_grad_(False)
+    x = torch.randn(shape, requires_grad=True)
+    expected = torch.autograd.grad(module(x).square().sum(), x)[0]
+    forget_conv_inputs(module)
+    assert saved_bytes(module, lambda: module(x)) == 0
+    assert relative(torch.autograd.grad(module(x).square().sum(), x)[0], expected) <= 1e-5
+
+
+def test_a_trainable_convolution_is_left_alone():
+    conv = nn.Conv2d(4, 4, 3)
+    forget_conv_inputs(conv)
+    assert saved_bytes(conv, lambda: conv(torch.randn(1, 4, 6, 6))) > 0
+
+
+def decoder(num_frames: int, context: str) -> OpenSora:
+    """The twin's VAE alone, as the backbone holds it."""
+    backbone = OpenSora(
+        model={},
+        vae={},
+        text_encoder={},
+        scheduler=dict(num_sampling_steps=1, cfg_scale=1.0),
+        video=VideoSpec(16, 16, num_frames, 24),
+        multi_resolution="STDiT2",
+        scores={},
+        dtype="fp32",
+        device=torch.device("cpu"),
+        decode_context=context,
+    )
+    backbone.vae = twins.vae().requires_grad_(False)
+    return backbone
+
+
+def test_decoding_a_frame_keeps_a_third_less_without_the_convolutions_inputs():
+    backbone = decoder(17, "isolated")
+    z = torch.randn(1, *backbone.latent_shape(), requires_grad=True)
+    before = saved_bytes(backbone.vae, lambda: backbone.decode_frames(z, torch.tensor([[2]])))
+    forget_conv_inputs(backbone.vae)
+    after = saved_bytes(backbone.vae, lambda: backbone.decode_frames(z, torch.tensor([[2]])))
+    assert after <= 0.7 * before
+
+
+@pytest.mark.parametrize("num_frames", [17, 23, 34])
+def test_a_frame_decoded_in_its_context_is_a_frame_of_the_video(num_frames):
+    backbone = decoder(num_frames, "causal")
+    torch.manual_seed(0)
+    z = torch.randn(2, *backbone.latent_shape())
+    latents = z.shape[2]
+    index = torch.arange(latents).repeat(2, 1)
+    frames = backbone.decode_frames(z, index)
+    video = backbone.decode(z).transpose(1, 2)
+    assert frames.shape == (2, latents, 3, 16, 16)
+    # The last of the frames that each latent frame makes: a whole chunk's are 1, 4, 4, 4, 4.
+    last = [sum(ends) for ends in zip(*_chunk_ends(num_frames), strict=True)]
+    torch.testing.assert_close(frames, video[:, last], rtol=1e-4, atol=1e-4)
+
+
+def _chunk_ends(num_frames: int) -> tuple[list[int], list[int]]:
+    """Of each latent frame: where its chunk begins in the video, and its last frame within the chunk."""
+    begins, ends = [], []
+    for begin in range(0, num_frames, 17):
+        frames = min(17, num_frames - begin)
+        within = list(range(frames - 1, -1, -4))[::-1]
+        begins += [begin] * len(within)
+        ends += within
+    return begins, ends
+
+
+def test_the_context_reaches_the_gradient_and_checkpointing_keeps_it():
+    backbone = decoder(34, "causal")
+    z = torch.randn(1, *backbone.latent_shape(), requires_grad=True)
+    index = torch.tensor([[2]])
+    (plain,) = torch.autograd.grad(backbone.decode_frames(z, index).square().sum(), z)
+    assert (plain[:, :, :5] != 0).any(dim=(0, 1, 3, 4)).all() and not plain[:, :, 5:].any()
+    backbone.denoiser = twins.stdit()
+    backbone.enable_checkpointing()
+    (recomputed,) = torch.autograd.grad(backbone.decode_frames(z, index).square().sum(), z)
+    torch.testing.assert_close(recomputed, plain)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .embeddings import RotaryEmbedding, at_least_float32
+from .embeddings import RotaryEmbedding
 
 NORM_EPS = 1e-6
 
@@ -20,9 +20,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = at_least_float32(x)
-        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + NORM_EPS)
-        return self.weight * x32.to(x.dtype)
+        # The kernel computes in float32 inside; the weight is multiplied in the dtype of ``x``, as the release does.
+        return self.weight * F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
 class Attention(nn.Module):

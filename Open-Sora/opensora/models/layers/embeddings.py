@@ -76,7 +76,7 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         exponent = torch.arange(0, head_dim, 2).float() / head_dim
         self.register_buffer("freqs", 1.0 / ROTARY_BASE**exponent)
-        self._cache: dict[tuple, tuple[Tensor, Tensor]] = {}
+        self._cache: dict[tuple, Tensor] = {}
 
     def _apply(self, fn, recurse: bool = True):
         """Move, but stay in float32: half-precision frequencies would turn late frames by a wrong angle."""
@@ -91,19 +91,17 @@ class RotaryEmbedding(nn.Module):
         super()._load_from_state_dict(*args)
         self._cache.clear()
 
-    def _cos_sin(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    def _turns(self, length: int, device: torch.device) -> Tensor:
+        """Unit complex numbers [T, head_dim / 2]."""
         if (length, device) not in self._cache:
             angle = torch.arange(length, device=device)[:, None] * self.freqs.float()
-            angle = angle.repeat_interleave(2, dim=-1)
-            self._cache = {(length, device): (angle.cos(), angle.sin())}
+            self._cache = {(length, device): torch.polar(torch.ones_like(angle), angle)}
         return self._cache[length, device]
 
     def forward(self, x: Tensor) -> Tensor:
         """Rotate ``x`` [..., T, head_dim] by its position along T."""
-        cos, sin = self._cos_sin(x.shape[-2], x.device)
-        even, odd = at_least_float32(x).unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([-odd, even], dim=-1).flatten(-2)
-        return (x * cos + turned * sin).to(x.dtype)
+        pairs = torch.view_as_complex(at_least_float32(x).unflatten(-1, (-1, 2)))
+        return torch.view_as_real(pairs * self._turns(x.shape[-2], x.device)).flatten(-2).to(x.dtype)
 
 
 class TimestepEmbedder(nn.Module):

@@ -103,9 +103,10 @@ class STDiT3Block(nn.Module):
         """x [B, T, S, D]; modulation [B, F, 6, D]; k, v [B, N, L, d]; attn_mask [B, 1, 1, L] or None."""
         table = (self.scale_shift_table + modulation)[:, :, :, None]
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = table.unbind(2)
-        x = x + gate_attn * self._self_attention(modulate(self.norm1(x), shift_attn, scale_attn))
+        attended = self._self_attention(modulate(self.norm1(x), shift_attn, scale_attn))
+        x = torch.addcmul(x, gate_attn, attended)
         x = x + self.cross_attn(x.flatten(1, 2), k, v, attn_mask).view_as(x)
-        return x + gate_mlp * self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp))
+        return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
     def _self_attention(self, x: Tensor) -> Tensor:
         B, T = x.shape[:2]
@@ -140,7 +141,7 @@ class FinalLayer(nn.Module):
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    return x * (1 + scale) + shift
+    return torch.addcmul(shift, x, 1 + scale)
 
 
 class STDiT3(nn.Module):

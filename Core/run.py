@@ -24,6 +24,7 @@ MEMORY_SAVERS = {
     "grad_checkpoint": True,
     "train_batch_size": 1,
     "val_batch_size": 1,
+    "backprop_mode": "last",
     "backprop_steps": 1,
     "decode_frame": -1,
     "dtype": "fp8",
@@ -97,7 +98,8 @@ def check(config: Config, runtime: Runtime) -> None:
 def memory_advice(config: Config, error: str) -> str:
     """One sentence: what did not fit, and the settings that would still save memory."""
     savers = MEMORY_SAVERS if config.is_vader_training else {"val_batch_size": 1, "dtype": "fp8"}
-    unused = [f"{key}={value!r}" for key, value in savers.items() if getattr(config, key) != value]
+    same = {"decode_frame"} if isinstance(config.decode_frame, int) else set()  # any one frame costs the same
+    unused = [f"{k}={v!r}" for k, v in savers.items() if k not in same and getattr(config, k) != v]
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
     failed = f", which tried to allocate {asked[1]} more" if asked else ""
     return (

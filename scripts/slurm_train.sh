@@ -1,7 +1,7 @@
 #!/bin/sh
 # Train on a Slurm cluster: sbatch scripts/slurm_train.sh [CONFIG] [flags of train_t2v_lora.py]
 # One task per GPU. Five minutes before the time limit, and when preempted, training finishes its step and saves;
-# the job goes back to the queue and continues from there exactly. Nodes must share the folder of the run.
+# the job goes back to the queue and continues from there. Nodes must share the folder of the run.
 #SBATCH --job-name=vader
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -29,6 +29,11 @@ case ${1-} in
     '' | -*) set -- "$root/Open-Sora/configs/opensora-v1-2/vader/vader_train.py" "$@" ;;
 esac
 PYTHON=${PYTHON:-$root/.venv/bin/python}
+
+stopping=
+# Passed on to the tasks; by itself the signal reaches this shell alone.
+trap 'stopping=yes; scancel --signal=USR1 "$SLURM_JOB_ID" || :' USR1
+
 # Once, before every task would say the same.
 "$PYTHON" "$train" "$@" --check-only
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
@@ -39,15 +44,15 @@ VADER_NUM_PROCESSES=$SLURM_NTASKS
 OMP_NUM_THREADS=${SLURM_CPUS_PER_TASK:-1}
 export PYTHON MASTER_ADDR MASTER_PORT WORLD_SIZE VADER_NUM_PROCESSES OMP_NUM_THREADS
 
+if [ -n "$stopping" ]; then
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+fi
 # exec: a signal to a task is a signal to its trainer. torchrun in between would kill it 30 seconds later,
 # whether or not its step is done.
 # shellcheck disable=SC2016 # the variables are each task's own
 srun --kill-on-bad-exit=1 sh -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$PYTHON" "$@"' task "$train" "$@" &
 step=$!
-
-stopping=
-# Passed on to the tasks; by itself the signal reaches this shell alone.
-trap 'stopping=yes; scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
 
 status=0
 wait "$step" || status=$?

@@ -16,10 +16,14 @@ for rank in 0 1; do
     echo $! >> "$FAKE/tasks"
 done
 wait""",
-    "scancel": 'kill -USR1 $(cat "$FAKE/tasks")',
+    "scancel": 'kill -USR1 $(cat "$FAKE/tasks" 2>/dev/null)',
     "scontrol": 'case $1 in show) printf "node7\\nnode8\\n" ;; requeue) echo "$2" > "$FAKE/requeued" ;; esac',
     # The trainer: tells what it was given, then waits for the signal if it is to be stopped.
-    "python": """case "$*" in *--check-only) echo "$*" > "$FAKE/checked"; exit "${REFUSE:-0}" ;; esac
+    "python": """case "$*" in *--check-only)
+    echo "$*" > "$FAKE/checked"
+    while [ -n "${HOLD:-}" ] && [ ! -e "$FAKE/go" ]; do sleep 0.05; done
+    exit "${REFUSE:-0}" ;;
+esac
 echo "$RANK $LOCAL_RANK $WORLD_SIZE $VADER_NUM_PROCESSES $MASTER_ADDR $MASTER_PORT $*" >> "$FAKE/told"
 stop=
 trap stop=yes USR1
@@ -80,6 +84,16 @@ def test_a_job_told_to_stop_saves_and_goes_back_to_the_queue(submit):
     assert (root / "saved").read_text() == "saved\nsaved\n"
     assert (root / "requeued").read_text() == "31337\n"
     assert "vader_train.py --max-train-steps 3" in (root / "told").read_text()
+
+
+def test_a_job_preempted_before_its_tasks_start_goes_back_to_the_queue(submit):
+    run, root = submit
+    job = run(HOLD="1")
+    subprocess.run(["sh", "-c", 'until [ -e "$0/checked" ]; do sleep 0.05; done', root], timeout=60)
+    job.send_signal(10)
+    (root / "go").touch()
+    assert job.wait(60) == 0
+    assert (root / "requeued").read_text() == "31337\n" and not (root / "told").exists()
 
 
 def test_outside_slurm_it_says_what_to_run():

@@ -18,19 +18,26 @@ from torch import Tensor
 def load_state(path: Path) -> dict[str, Tensor]:
     """Tensors of a `.safetensors`, `.pt` or `.pth` file on the CPU, without a wrapping "state_dict".
 
-    Raises ValueError if it is damaged, or a pickle that holds anything but tensors and plain containers, which
-    is not executed.
+    Raises ValueError if it is damaged or holds anything but tensors by name; a pickle is not executed.
     """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"refused to load {path.name}: it is damaged or holds more than tensors "
-            f"({type(error).__name__}); use a file from its official source, or a .safetensors"
-        ) from error
-    return state.get("state_dict", state)
+        raise ValueError(_refusal(path, type(error).__name__)) from error
+    if isinstance(state, dict):
+        state = state.get("state_dict", state)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(_refusal(path, f"a {type(state).__name__} without tensors by name"))
+    return state
+
+
+def _refusal(path: Path, reason: str) -> str:
+    return (
+        f"refused to load {path.name}: it is damaged or holds more than tensors ({reason}); "
+        "use a file from its official source, or a .safetensors"
+    )
 
 
 @contextmanager
@@ -49,6 +56,13 @@ def quiet_transformers() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a model folder; code beside it is not run."""
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+
+
 def load_strictly(model_class: Any, folder: Path | None, unused: str = "", **kwargs: Any) -> Any:
     """`model_class.from_pretrained(folder)` in float32, refusing weights that do not fit the model exactly.
 
@@ -62,6 +76,7 @@ def load_strictly(model_class: Any, folder: Path | None, unused: str = "", **kwa
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # reported below, together with the rest
             local_files_only=True,
+            trust_remote_code=False,
             dtype=torch.float32,
             **kwargs,
         )

@@ -21,6 +21,7 @@ WEIGHT_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt"}
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
 PICKLED_MODEL_FILES = (*TOKENIZER_FILES, "pytorch_model*.bin")
+PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 KINDS = {"model": "a model folder", "tokenizer": "a tokenizer folder", "file": "a weights file"}
 
 
@@ -29,12 +30,14 @@ class Weight:
     """One published artefact.
 
     source: hub id, https address, or local path. kind: `model` (folder in the transformers layout),
-    `tokenizer` (the same without weights) or `file` (a single one, `file` in its repository). size:
-    approximate download in bytes. sha256: of a pinned file. licence: of the weights.
+    `tokenizer` (the same without weights) or `file` (a single one, `file` in its repository). parts: what a
+    model folder must hold beside the network. size: approximate download in bytes. sha256: of a pinned file.
+    licence: of the weights.
     """
 
     source: str
     kind: Literal["model", "tokenizer", "file"] = "model"
+    parts: tuple[Literal["tokenizer", "processor"], ...] = ()
     file: str = ""
     size: int = 0
     sha256: str = ""
@@ -58,8 +61,8 @@ class Weight:
 
     @property
     def name(self) -> str:
-        """Name of the file or folder it is downloaded to."""
-        return self.file if self.source.startswith("https://") else self.source.rsplit("/", 1)[-1]
+        """Name of the file or folder it is downloaded to; that of a repository names its owner too."""
+        return self.file if self.source.startswith("https://") else self.source.replace("/", "--")
 
     @property
     def patterns(self) -> tuple[tuple[str, ...], ...]:
@@ -73,16 +76,17 @@ class Weight:
         if self.kind == "file":
             return "" if (folder / self.file).is_file() else f"it has no file {self.file!r}"
         if self.kind == "tokenizer":
-            names = ("tokenizer.json", "vocab.json", "spiece.model")
-            return (
-                "" if any((folder / name).is_file() for name in names) else f"it has no {' or '.join(names)}"
-            )
+            return _lacks_tokenizer(folder)
         if not (folder / "config.json").is_file():
             return "it has no config.json"
-        if any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin")):
-            return ""
-        complete = any(_has_shards(folder, index) for index in folder.glob("*.index.json"))
-        return "" if complete else "it has no model.safetensors and no complete set of shards"
+        whole = any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))
+        if not whole and not any(_has_shards(folder, index) for index in folder.glob("*.index.json")):
+            return "it has no model.safetensors and no complete set of shards"
+        if "tokenizer" in self.parts and (lack := _lacks_tokenizer(folder)):
+            return lack
+        if "processor" in self.parts and not any((folder / name).is_file() for name in PROCESSOR_FILES):
+            return f"it has no {' or '.join(PROCESSOR_FILES)}"
+        return ""
 
     def __str__(self) -> str:
         name = f"{self.source} ({self.file})" if self.file and not self.is_local else self.source
@@ -95,6 +99,14 @@ def human_size(size: int) -> str:
         if size >= scale:
             return f"{size / scale:.1f} {unit}"
     return f"{size / 1e3:.0f} kB"
+
+
+def _lacks_tokenizer(folder: Path) -> str:
+    """What a folder lacks to hold a tokenizer, in words; '' if it is complete."""
+    sets = (("tokenizer.json",), ("spiece.model",), ("vocab.json", "merges.txt"))
+    if any(all((folder / name).is_file() for name in names) for names in sets):
+        return ""
+    return f"it has no {' or '.join(' with '.join(names) for names in sets)}"
 
 
 def _has_shards(folder: Path, index: Path) -> bool:
@@ -111,9 +123,23 @@ def missing_local(weight: Weight) -> str:
     if not path.exists():
         return f"there is no {weight.source!r}; give {wanted} that exists, or a hub id (owner/name)"
     if path.is_file():
-        return "" if weight.kind == "file" else f"{weight.source!r} is a file; give {wanted}"
+        return (
+            _other_file(weight, path)
+            if weight.kind == "file"
+            else f"{weight.source!r} is a file; give {wanted}"
+        )
     lack = weight.lacks(path)
     return f"{weight.source!r} is not {wanted}: {lack}" if lack else ""
+
+
+def _other_file(weight: Weight, path: Path) -> str:
+    """One sentence if `path` carries the name of a pinned file but is another; else ''."""
+    if not weight.sha256 or (found := sha256(path)) == weight.sha256:
+        return ""
+    return (
+        f"{weight.source!r} is not the published file: its SHA-256 is {found}, not {weight.sha256}; fetch it again, "
+        f"or give your own by another path, such as './{weight.source}'"
+    )
 
 
 def locate(weight: Weight, into: Path | None = None) -> Path:

@@ -10,7 +10,8 @@ import torch
 from reward_twins import twin_arguments
 from torch import Tensor, nn
 
-from Core.rewards import REGISTRY, ImageReward, Reward, build_reward
+from Core.rewards import REGISTRY, ImageReward, Reward, RewardInfo, VideoReward, base, build_reward, vjepa
+from Core.rewards.mixture import Mixture
 
 PROMPTS = ["a man riding a bike", "playing guitar"]
 SCORERS = sorted(REGISTRY)
@@ -61,6 +62,155 @@ def test_scorer_stays_frozen_whatever_its_owner_does(name, arguments):
     assert not list(owner.parameters())
     assert not any(buffer.requires_grad or buffer.grad is not None for buffer in owner.reward.buffers())
     assert frames.grad.isfinite().all()
+
+
+class Bare(ImageReward):
+    """A scorer as a user may write it, with a network and a weight of its own."""
+
+    info = RewardInfo(name="bare", summary="test", range="any")
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.tensor(2.0))
+        self.network = nn.Sequential(nn.Conv2d(3, 1, 1), nn.Dropout(0.5))
+        self.register_parameter("shift", nn.Parameter(torch.zeros(())))
+        self.add_module("last", nn.Sequential(nn.Conv2d(1, 1, 1), nn.Dropout(0.5)))
+
+    def score_images(self, images, prompts):
+        return self.scale * self.last(self.network(images)).mean(dim=(1, 2, 3)) + self.shift
+
+
+def test_no_way_of_adding_or_waking_a_network_leaves_it_trainable():
+    reward = Bare()
+    assert "scale" not in dict(reward.named_parameters())
+    reward.register_module("later", nn.Dropout(0.5))
+    reward.network.train()
+    reward.network[0] = nn.Conv2d(3, 1, 1)
+    frames = random_frames().requires_grad_()
+    scores = [reward(frames, PROMPTS).score for _ in range(2)]
+    torch.testing.assert_close(*scores, rtol=0, atol=0)  # no dropout
+    scores[0].sum().backward()
+    assert not list(reward.parameters()) and not any(module.training for module in reward.modules())
+    assert not any(buffer.requires_grad or buffer.grad is not None for buffer in reward.buffers())
+    assert set(reward.state_dict()) >= {"scale", "shift", "network.0.weight", "last.0.weight"}
+
+
+@pytest.mark.parametrize(
+    ("result", "given"),
+    [
+        (lambda images: images.mean(), r"\[\]"),
+        (lambda images: images.mean(dim=(2, 3)), r"\[8, 3\]"),
+        (lambda images: images.mean(dim=(1, 2, 3))[:, None], r"\[8, 1\]"),
+        (lambda images: images.mean().item(), "float"),
+    ],
+)
+def test_scores_of_a_wrong_shape_are_refused(result, given):
+    class Shapeless(ImageReward):
+        info = RewardInfo(name="shapeless", summary="test", range="any")
+
+        def score_images(self, images, prompts):
+            return result(images)
+
+    with pytest.raises(ValueError, match=rf"reward 'shapeless' must give one score .* \[8\], got {given};"):
+        Shapeless()(random_frames(), PROMPTS)
+
+
+def test_scores_and_losses_are_widened_to_float32_and_losses_not_averaged():
+    class Half(ImageReward):
+        info = RewardInfo(name="half", summary="test", range="any")
+
+        def score_images(self, images, prompts):
+            return images.half().mean(dim=(1, 2, 3))
+
+    output = Half()(random_frames(), PROMPTS)
+    assert output.score.dtype == output.loss.dtype == torch.float32
+
+    class Averaged(Half):
+        def loss(self, raw):
+            return raw.mean()
+
+    with pytest.raises(ValueError, match=r"'half' must give one score and one loss .* \[8\], got \[\]"):
+        Averaged()(random_frames(), PROMPTS)
+
+
+@pytest.mark.parametrize(
+    ("name", "head", "extra"),
+    [
+        ("actpred", "network.classifier.bias", {"action": "bike"}),
+        ("object_detection", "network.class_labels_classifier.layers.2.bias", {}),
+        ("object_detection", "network.class_labels_classifier.layers.2.bias", {"goal": "lower"}),
+    ],
+)
+def test_a_saturated_class_keeps_its_gradient(name, head, extra, arguments):
+    reward = build_reward(name, arguments[name] | extra)
+    bias = reward.get_buffer(head)
+    bias[:] = 0.0
+    chosen = 2 if name == "actpred" else 1  # as the twins number "bike" and "dog"
+    bias[chosen] = 300.0 if extra.get("goal") == "lower" else -300.0  # its probability rounds to 1 or 0
+    frames = random_frames().requires_grad_()
+    output = reward(frames, PROMPTS)
+    assert (output.loss > 200).all() and output.loss.isfinite().all()
+    assert (torch.autograd.grad(output.loss.sum(), frames)[0].abs().amax(dim=(2, 3, 4)) > 0).all()
+
+
+def test_a_mixture_clamps_its_pixels_once(arguments, monkeypatch):
+    calls = []
+    clamp = base.to_unit_range
+    monkeypatch.setattr(base, "to_unit_range", lambda frames: calls.append(1) or clamp(frames))
+    build("mixture", arguments)(random_frames(), PROMPTS)
+    assert len(calls) == 1
+
+
+def test_a_mixture_lets_the_sum_of_its_parts_lead_a_pixel_back():
+    """Each part's gradient alone would be judged alone: one that leads out must not be dropped from the sum."""
+
+    def plain(sign: int) -> type[ImageReward]:
+        class Plain(ImageReward):
+            info = RewardInfo(name=f"plain{sign}", summary="test", range="any")
+
+            def score_images(self, images, prompts):
+                return sign * images.mean(dim=(1, 2, 3))
+
+        return Plain
+
+    mixture = Mixture({"up": plain(1)(), "down": plain(-1)()}, {"up": 2.0, "down": 1.0})
+    frames = torch.full((1, 1, 3, 4, 4), 1.5, requires_grad=True)
+    gradient = torch.autograd.grad(mixture(frames, ["a"]).loss.sum(), frames)[0]
+    assert (gradient == 0).all()  # the sum asks for brighter still, though one part asks for darker
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("name", NAMES)
+def test_half_precision_keeps_losses_float32_and_gradients_finite(name, dtype, arguments):
+    reward = build(name, arguments, dtype=dtype)
+    frames = random_frames().to(dtype).requires_grad_()
+    loss = reward(frames, PROMPTS).loss
+    assert loss.dtype == torch.float32 and loss.isfinite().all()
+    assert torch.autograd.grad(loss.sum(), frames)[0].isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("aesthetic", {"resize": "pad", "target": 7.0}),
+        ("aesthetic_hps", {"hps": {"hps_resize": "squash"}}),
+        ("clip_score", {"resize": "squash"}),
+        ("pick_score", {"resize": "pad"}),
+        ("compression", {"resize": "squash", "target": 2.0}),
+        ("weather", {"kind": "snowy", "resize": "pad"}),
+        ("object_detection", {"goal": "lower", "slice_size": 3}),
+        ("actpred", {"action": "swimming", "slice_size": 1}),
+        ("motion", {"target": 0.2}),
+    ],
+)
+def test_other_arguments_score_and_train(name, extra, arguments):
+    given = dict(arguments[name])
+    for key, value in extra.items():
+        given[key] = given[key] | value if isinstance(value, dict) else value
+    frames = random_frames(size=(24, 40)).requires_grad_()
+    output = build_reward(name, given)(frames, PROMPTS)
+    assert output.loss.isfinite().all()
+    assert (torch.autograd.grad(output.loss.sum(), frames)[0].abs().amax(dim=(2, 3, 4)) > 0).all()
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -121,19 +271,48 @@ def test_ascent_on_the_pixels_of_noise_improves_the_score(name, arguments):
     assert (after.loss < before.loss).all()
 
 
-@pytest.mark.parametrize("name", [name for name in SCORERS if name not in ("aesthetic_hps",)])
-def test_all_frames_cost_one_forward(name, arguments):
-    reward = build(name, arguments)
-    method = "score_images" if isinstance(reward, ImageReward) else "score_clips"
-    original, calls = getattr(reward, method), []
+def pixel_networks(reward: Reward) -> list[nn.Module]:
+    """The modules that a picture or a clip enters the networks of a scorer by."""
+    entries = ("Conv2d", "Conv3d")
+    return [module for module in reward.modules() if type(module).__name__ in entries]
 
-    def counted(*args):
-        calls.append(len(args[0]))
-        return original(*args)
 
-    object.__setattr__(reward, method, counted)
-    reward(random_frames(), PROMPTS)
-    assert calls == [2 * FRAMES if isinstance(reward, ImageReward) else 2]
+@pytest.mark.parametrize("name", SCORERS)
+def test_all_frames_cost_one_forward_of_each_network_and_a_slice_one_more(name, arguments):
+    calls: list[nn.Module] = []
+    for slice_size, forwards in ((64, 1), (1, 2 * FRAMES)):
+        reward = build(name, arguments)
+        single = [module for module in reward.modules() if isinstance(module, Reward)]
+        for module in single:
+            module.slice_size = slice_size
+        clips = any(isinstance(module, VideoReward) for module in single)
+        calls.clear()
+        for network in pixel_networks(reward):
+            network.register_forward_hook(lambda module, *_: calls.append(module))
+        with torch.no_grad():
+            reward(random_frames(), PROMPTS)
+        expected = min(forwards, 2) if clips else forwards
+        assert all(calls.count(network) == expected for network in pixel_networks(reward)), name
+        assert bool(calls) == (name not in ("motion", "sharpness", "saturation"))
+
+
+def test_the_features_vjepa_is_measured_by_are_normalised_in_float32(arguments, monkeypatch):
+    seen = []
+    original = torch.nn.functional.layer_norm
+    monkeypatch.setattr(vjepa.F, "layer_norm", lambda x, *args: seen.append(x.dtype) or original(x, *args))
+    build("vjepa", arguments, dtype=torch.bfloat16)(random_frames(), PROMPTS)
+    assert torch.float32 in seen
+
+
+def test_layers_of_vjepa_are_recomputed_and_not_kept(arguments):
+    reward = build("vjepa", arguments)
+    calls = []
+    reward.network.encoder.layer[0].register_forward_pre_hook(lambda *_: calls.append(1))
+    frames = random_frames().requires_grad_()
+    loss = reward(frames, PROMPTS).loss.sum()
+    before = len(calls)
+    loss.backward()
+    assert before == 3 and len(calls) == 2 * before  # everything, and the context of each of two tasks
 
 
 def test_score_of_a_video_is_the_mean_over_its_frames(arguments):

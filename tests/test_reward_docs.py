@@ -90,7 +90,7 @@ def test_download_brings_what_a_config_needs_and_prints_lines_that_work(hub, tmp
 
     values: dict = {"model": {}, "vae": {}, "text_encoder": {}}
     exec(printed[printed.index("# opensora") :], values)  # the lines are Python, for a config file
-    assert Path(values["vae"]["from_pretrained"]) == tmp_path / "weights" / "OpenSora-VAE-v1.2"
+    assert Path(values["vae"]["from_pretrained"]) == tmp_path / "weights" / "hpcai-tech--OpenSora-VAE-v1.2"
     reward = build_reward({"hps": 1.0, "pick_score": 0.5}, values["reward_args"])
     assert reward(torch.zeros(1, 1, 3, 16, 16), ["a fox"]).score.isfinite()
 
@@ -101,8 +101,13 @@ def test_download_brings_what_a_config_needs_and_prints_lines_that_work(hub, tmp
 def test_pickled_models_are_fetched_only_where_there_are_no_others(hub, tmp_path, monkeypatch):
     (tmp_path / "twin" / "model.safetensors").rename(tmp_path / "twin" / "pytorch_model.bin")
     weight = weights_module.Weight(source="owner/name")
-    assert weights_module.locate(weight, tmp_path / "to") == tmp_path / "to" / "name"
+    assert weights_module.locate(weight, tmp_path / "to") == tmp_path / "to" / "owner--name"
     assert [patterns[-1] for _, patterns in hub] == ["model*.safetensors", "pytorch_model*.bin"]
+
+
+def test_repositories_of_the_same_name_go_to_folders_of_their_own(hub, tmp_path):
+    folders = {weights_module.locate(weights_module.Weight(source=f"{o}/x"), tmp_path / "to") for o in "ab"}
+    assert len(folders) == len(hub) == 2
 
 
 def test_pinned_file_is_checked_against_its_hash(tmp_path, monkeypatch):

@@ -14,6 +14,7 @@ from Core.rewards.object_detection import detector_size
 from Core.rewards.preprocess import (
     CLIP_MEAN,
     ImageTransform,
+    center_crop,
     clamp_towards_range,
     resize,
     to_unit_range,
@@ -26,11 +27,48 @@ DEFAULTS = ImageTransform(height=16, width=16)
 @pytest.mark.parametrize("size", [(16, 16), (9, 33), (61, 50)])
 @pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 def test_resize_is_that_of_pillow(size, interpolation):
-    channel = smooth_images(1, (40, 30))[0, 0].float()
+    channel = smooth_images(1, (40, 30))[0, 0].float() / 255
     resample = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}[interpolation]
     expected = np.array(Image.fromarray(channel.numpy()).resize(size[::-1], resample))
     resized = resize(channel.expand(1, 3, -1, -1), *size, interpolation)[0, 0]
-    np.testing.assert_allclose(resized.numpy(), expected, atol=1e-3)  # of 255
+    np.testing.assert_allclose(resized.numpy(), expected.clip(0, 1), atol=4e-6)
+
+
+@pytest.mark.parametrize("size", [(16, 16), (33, 50)])
+def test_bicubic_overshoot_at_an_edge_is_cut_off_as_in_8_bit_pictures(size):
+    edges = torch.zeros(24, 24, dtype=torch.uint8)
+    edges[5:17, 9:] = 255
+    expected = np.array(Image.fromarray(edges.numpy()).resize(size[::-1], Image.Resampling.BICUBIC))
+    resized = resize(edges.expand(1, 3, -1, -1) / 255, *size)[0, 0]
+    np.testing.assert_allclose(resized.numpy() * 255, expected, atol=1)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"resample": 1}, r"has resample=1; it can be 2 \(bilinear\) or 3 \(bicubic\)"),
+        ({"do_normalize": False, "do_thumbnail": True}, "asks for do_normalize=False, do_thumbnail=True"),
+        ({"size": {"shortest_edge": 16}, "do_center_crop": False}, "without do_center_crop; set it to true"),
+        (
+            {
+                "size": {"height": 20, "width": 20},
+                "crop_size": {"height": 16, "width": 16},
+                "do_center_crop": True,
+            },
+            "and then crops",
+        ),
+    ],
+)
+def test_preprocessing_that_is_not_done_here_is_refused(tmp_path, settings, message):
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(settings))
+    with pytest.raises(ValueError, match=message):
+        transform_from_folder(tmp_path, 16, DEFAULTS)
+
+
+def test_half_a_pixel_of_margin_is_rounded_as_each_library_does():
+    columns = torch.arange(19.0).expand(1, 3, 4, 19)
+    first = [center_crop(columns, 4, 16, rule)[0, 0, 0, 0].item() for rule in ("down", "even")]
+    assert first == [1, 2]  # of a margin of 3: 3 // 2, round(1.5)
 
 
 def test_padding_and_cropping_keep_the_picture_centred():

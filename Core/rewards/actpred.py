@@ -15,10 +15,16 @@ from torch import Tensor
 
 from Core.loading import load_strictly
 from Core.rewards.base import RewardInfo, VideoReward
+from Core.rewards.classifier import ClassProbability, log_odds
 from Core.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, transform_from_folder
 from Core.weights import Weight, locate
 
-VIDEOMAE = Weight(source="MCG-NJU/videomae-base-finetuned-kinetics", size=346_000_000, licence="CC-BY-NC-4.0")
+VIDEOMAE = Weight(
+    source="MCG-NJU/videomae-base-finetuned-kinetics",
+    parts=("processor",),
+    size=346_000_000,
+    licence="CC-BY-NC-4.0",
+)
 
 
 def words(text: str) -> list[str]:
@@ -60,7 +66,7 @@ def spread_frames(clips: Tensor, count: int) -> Tensor:
     return clips[:, index]
 
 
-class ActionPrediction(VideoReward):
+class ActionPrediction(ClassProbability, VideoReward):
     """Probability of the prompt's action class; loss is its cross entropy.
 
     action: the class for every prompt; by default it is found in each prompt (`find_action`).
@@ -114,9 +120,4 @@ class ActionPrediction(VideoReward):
         chosen = torch.tensor([self.class_index(prompt) for prompt in prompts], device=clips.device)
         frames = spread_frames(clips, self.frame_count)
         pixels = self.transform(frames.flatten(0, 1)).unflatten(0, frames.shape[:2])
-        logits = self.network(pixel_values=pixels.to(self.dtype)).logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits.softmax(dim=-1).gather(1, chosen[:, None]).squeeze(1)
-
-    def loss(self, score: Tensor) -> Tensor:
-        return -score.clamp_min(torch.finfo(score.dtype).tiny).log()
+        return log_odds(self.network(pixel_values=pixels.to(self.dtype)).logits, chosen)

@@ -57,8 +57,9 @@ def freeze(module: nn.Module) -> nn.Module:
         for name, parameter in list(child._parameters.items()):
             if parameter is not None:
                 del child._parameters[name]
-                child.register_buffer(name, parameter.detach())
-    return module.train(False)
+                child._buffers[name] = parameter.detach()
+        child.training = False
+    return module
 
 
 class Reward(nn.Module):
@@ -66,7 +67,7 @@ class Reward(nn.Module):
 
     Subclass `ImageReward` or `VideoReward`, set `info`, and load the networks in a constructor with
     keyword-only, annotated arguments (they become the keys of `reward_args`). Networks are frozen as they
-    are assigned.
+    are assigned, and whatever was done to them since is undone in each `forward`.
     """
 
     info: ClassVar[RewardInfo]
@@ -74,7 +75,9 @@ class Reward(nn.Module):
     slice_size: int = 32  # images (or clips) per forward; more are scored slice by slice
 
     def __setattr__(self, name: str, value: Any) -> None:
-        super().__setattr__(name, freeze(value) if isinstance(value, nn.Module) else value)
+        super().__setattr__(name, value)
+        if isinstance(value, (nn.Module, nn.Parameter)):
+            freeze(self)
 
     def train(self, mode: bool = True) -> Reward:
         """Stay in eval mode, whatever `mode` says."""
@@ -138,30 +141,47 @@ class Reward(nn.Module):
         frames: [B, F, 3, H, W] in [-1, 1]. prompts: B texts. Raises ValueError if the two do not fit.
         """
         check_inputs(frames, prompts)
+        freeze(self)
         # The caller's autocast would run in half precision what `cast` keeps in float32, unlike in validation.
         with torch.autocast(frames.device.type, enabled=False):
-            return self.evaluate(frames, list(prompts))
+            return self.evaluate(to_unit_range(frames), list(prompts))
 
     @abstractmethod
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
-        """`forward` after its inputs have been checked."""
+        """`forward` after its inputs have been checked and the frames brought to [0, 1]."""
 
-    def loss(self, score: Tensor) -> Tensor:
-        """What training minimises, elementwise of the score; by default the score itself, signed."""
-        return -score if self.higher_is_better else score
+    def as_score(self, raw: Tensor) -> Tensor:
+        """The score, elementwise of what `score_images` or `score_clips` returned; by default the same."""
+        return raw
+
+    def loss(self, raw: Tensor) -> Tensor:
+        """What training minimises, elementwise of the same; by default the score itself, signed."""
+        return -raw if self.higher_is_better else raw
 
     def in_slices(
         self, score: Callable[[Tensor, list[str]], Tensor], inputs: Tensor, prompts: list[str]
     ) -> Tensor:
         """`score(inputs, prompts)` in slices of `slice_size`, each recomputed in the backward pass.
 
-        inputs: [N, …]. prompts: N texts. Returns [N]. The graph of only one slice is alive at a time.
+        inputs: [N, …]. prompts: N texts. Returns [N], float32 or better. The graph of only one slice is alive
+        at a time. Raises ValueError if `score` does not return one number per input.
         """
         if len(inputs) <= self.slice_size:
-            return score(inputs, prompts)
+            return self.one_each(score(inputs, prompts), len(inputs))
         starts = range(0, len(inputs), self.slice_size)
         slices = [(inputs[i : i + self.slice_size], prompts[i : i + self.slice_size]) for i in starts]
-        return torch.cat([checkpoint(score, *part, use_reentrant=False) for part in slices])
+        scores = [checkpoint(score, *part, use_reentrant=False) for part in slices]
+        return torch.cat([self.one_each(s, len(p)) for s, (_, p) in zip(scores, slices, strict=True)])
+
+    def one_each(self, scores: Tensor, count: int) -> Tensor:
+        """`scores` in float32 or better; ValueError unless they are `count` numbers in one dimension."""
+        given = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
+        if given != [count]:
+            raise ValueError(
+                f"reward {self.info.name!r} must give one score and one loss per image or clip, a tensor "
+                f"[{count}], got {given}; average over all other dimensions, not over that one"
+            )
+        return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
 
 class ImageReward(Reward):
@@ -173,11 +193,11 @@ class ImageReward(Reward):
 
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
         batch, count = frames.shape[:2]
-        images = to_unit_range(frames).flatten(0, 1)
         repeated = [prompt for prompt in prompts for _ in range(count)]
-        scores = self.in_slices(self.score_images, images, repeated).view(batch, count)
-        score = scores.mean(dim=1)
-        return RewardOutput(score, self.loss(scores).mean(dim=1), {self.info.name: score.detach()})
+        raw = self.in_slices(self.score_images, frames.flatten(0, 1), repeated)
+        score = self.as_score(raw).view(batch, count).mean(dim=1)
+        loss = self.one_each(self.loss(raw), len(raw)).view(batch, count).mean(dim=1)
+        return RewardOutput(score, loss, {self.info.name: score.detach()})
 
 
 class VideoReward(Reward):
@@ -195,8 +215,10 @@ class VideoReward(Reward):
                 f"reward {self.info.name!r} needs at least {self.min_frames} frames, got {frames.shape[1]}: "
                 'decode more with decode_frame="all" (or "fml", "alt")'
             )
-        score = self.in_slices(self.score_clips, to_unit_range(frames), prompts)
-        return RewardOutput(score, self.loss(score), {self.info.name: score.detach()})
+        raw = self.in_slices(self.score_clips, frames, prompts)
+        score = self.as_score(raw)
+        loss = self.one_each(self.loss(raw), len(raw))
+        return RewardOutput(score, loss, {self.info.name: score.detach()})
 
 
 def check_inputs(frames: Tensor, prompts: Sequence[str]) -> None:

@@ -14,11 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Core.loading import load_strictly
+from Core.loading import load_strictly, load_tokenizer
 from Core.rewards.preprocess import Fit, ImageTransform, transform_from_folder
 from Core.weights import Weight
 
-CLIP_L14 = Weight(source="openai/clip-vit-large-patch14", size=1_710_000_000, licence="MIT")
+CLIP_L14 = Weight(
+    source="openai/clip-vit-large-patch14",
+    parts=("tokenizer", "processor"),
+    size=1_710_000_000,
+    licence="MIT",
+)
 TEXT_HALF = r"text_model\..*|text_projection\.weight|logit_scale"
 TEXT_CACHE_LIMIT = 8192  # texts; a float32 feature of ViT-H takes 4 kB
 
@@ -111,10 +116,10 @@ def load_image_tower(folder: Path, resize: Fit | None = None) -> ImageTower:
 
 def load_clip(folder: Path, resize: Fit | None = None) -> tuple[ImageTower, TextTower, float]:
     """Both halves of a CLIP folder in the transformers layout, and exp(logit_scale)."""
-    from transformers import AutoTokenizer, CLIPModel
+    from transformers import CLIPModel
 
     model = load_strictly(CLIPModel, folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     transform = clip_transform(folder, model.config.vision_config.image_size, resize)
     image = ImageTower(model.vision_model, model.visual_projection, transform)
     return (

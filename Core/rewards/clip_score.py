@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from Core.loading import load_strictly
+from Core.loading import load_strictly, load_tokenizer
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.clip import (
     CLIP_L14,
@@ -75,6 +75,7 @@ def load_open_clip(name: str, resize: Fit | None) -> tuple[OpenClipImage, OpenCl
         interpolation=settings["interpolation"],
         mean=tuple(settings["mean"]),
         std=tuple(settings["std"]),
+        round_half="even",
     )
     tokenizer = open_clip.get_tokenizer(architecture)
     return OpenClipImage(model, transform.with_fit(resize)), OpenClipText(model, tokenizer)
@@ -82,13 +83,13 @@ def load_open_clip(name: str, resize: Fit | None) -> tuple[OpenClipImage, OpenCl
 
 def load_siglip(folder: Path, resize: Fit | None) -> tuple[ImageTower, TextTower]:
     """Both halves of a SigLIP folder in the transformers layout."""
-    from transformers import AutoTokenizer, SiglipModel
+    from transformers import SiglipModel
 
     model = load_strictly(SiglipModel, folder)
     side = model.config.vision_config.image_size
     default = ImageTransform(height=side, width=side, fit="squash", mean=SIGLIP_MEAN, std=SIGLIP_STD)
     transform = transform_from_folder(folder, side, default).with_fit(resize)
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = load_tokenizer(folder)
     # SigLIP was trained on text padded to full length, without an attention mask.
     text = TextTower(model.text_model, nn.Identity(), tokenizer, padding="max_length")
     return ImageTower(model.vision_model, nn.Identity(), transform), text
@@ -133,7 +134,7 @@ def load_towers(folder: Path, resize: Fit | None) -> tuple[ImageTower, TextTower
     """Both halves of a folder, by the model type its config states."""
     from transformers import AutoConfig
 
-    kind = AutoConfig.from_pretrained(folder, local_files_only=True).model_type
+    kind = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False).model_type
     if kind == "siglip":
         return load_siglip(folder, resize)
     if kind == "clip":

@@ -16,6 +16,7 @@ JPEG_HEAD = Weight(
     source="compression_reward.pt",
     kind="file",
     size=1_857_371,
+    sha256="4834909306ec3fd210805ad9eed6506338417ecf898aab7fa2d13f9c32ea2b2d",
     licence="not stated",
 )
 PAPER = "Prabhudesai et al. 2024, arXiv:2407.08737"

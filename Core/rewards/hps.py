@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from Core.loading import load_state, load_strictly
+from Core.loading import load_state, load_strictly, load_tokenizer
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.clip import ImageTower, TextTower
 from Core.rewards.preprocess import ImageTransform, Interpolation
@@ -147,12 +147,10 @@ class HPS(ImageReward):
         tokenizer: str = TOKENIZER.source,
         hps_resize: Literal["pad", "squash"] = "pad",
     ):
-        from transformers import AutoTokenizer
-
         super().__init__()
         weights = self.required_weights({"version": version, "model": model, "tokenizer": tokenizer})
         clip = load_open_clip_file(locate(weights["model"]))
-        words = AutoTokenizer.from_pretrained(locate(weights["tokenizer"]), local_files_only=True)
+        words = load_tokenizer(locate(weights["tokenizer"]))
         side = clip.config.vision_config.image_size
         interpolation: Interpolation = "bicubic" if hps_resize == "pad" else "bilinear"
         transform = ImageTransform(height=side, width=side, fit=hps_resize, interpolation=interpolation)

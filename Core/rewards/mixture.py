@@ -41,7 +41,7 @@ class Mixture(Reward):
         return self
 
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
-        outputs = [reward(frames, prompts) for reward in self.rewards]
+        outputs = [reward.evaluate(frames, prompts) for reward in self.rewards]
         signs = [1 if reward.higher_is_better else -1 for reward in self.rewards]
         score = sum(
             w * sign * out.score for w, sign, out in zip(self.score_weights, signs, outputs, strict=True)

@@ -11,10 +11,18 @@ from torch import Tensor
 from Core.loading import load_strictly
 from Core.rewards.arguments import unknown_name
 from Core.rewards.base import ImageReward, RewardInfo
-from Core.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, normalize, read_processor_config, resize
+from Core.rewards.classifier import ClassProbability, log_odds
+from Core.rewards.preprocess import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    interpolation_of,
+    normalize,
+    read_processor_config,
+    resize,
+)
 from Core.weights import Weight, locate
 
-YOLOS = Weight(source="hustvl/yolos-small", size=123_000_000, licence="Apache-2.0")
+YOLOS = Weight(source="hustvl/yolos-small", parts=("processor",), size=123_000_000, licence="Apache-2.0")
 PATCH = 16  # pixels; a YOLOS image is a whole number of patches
 
 
@@ -33,7 +41,7 @@ def detector_size(height: int, width: int, short: int, long: int | None) -> tupl
     return max(PATCH, rows - rows % PATCH), max(PATCH, columns - columns % PATCH)
 
 
-class ObjectDetection(ImageReward):
+class ObjectDetection(ClassProbability, ImageReward):
     """Highest probability p that a box gives to a class; loss −log p, or −log(1 − p) to lower it.
 
     label: the class, by the detector's name (COCO: "dog", "car", …). goal: `raise` or `lower`. model: hub
@@ -65,10 +73,11 @@ class ObjectDetection(ImageReward):
 
     def read_transform(self, folder: Path) -> None:
         """Take sizes and normalisation from the folder; by default those of DETR, as in YOLOS's processor."""
-        config = read_processor_config(folder)
+        config = read_processor_config(folder, harmless=("do_pad", "do_convert_annotations"))
         size = config.get("size", {"shortest_edge": 800, "longest_edge": 1333})
         if isinstance(size, int):
             size = {"shortest_edge": size, "longest_edge": config.get("max_size", 1333)}
+        self.interpolation = interpolation_of(config, "bilinear", folder)
         self.short, self.long = size["shortest_edge"], size.get("longest_edge")
         self.mean = tuple(config.get("image_mean", IMAGENET_MEAN))
         self.std = tuple(config.get("image_std", IMAGENET_STD))
@@ -80,11 +89,7 @@ class ObjectDetection(ImageReward):
     def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
         height, width = images.shape[-2:]
         size = detector_size(height, width, self.short, self.long)
-        pixels = normalize(resize(images, *size, "bilinear"), self.mean, self.std)
+        pixels = normalize(resize(images, *size, self.interpolation), self.mean, self.std)
         logits = self.network(pixel_values=pixels.to(self.dtype)).logits
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return logits.softmax(dim=-1)[..., self.index].amax(dim=-1)
-
-    def loss(self, score: Tensor) -> Tensor:
-        wanted = score if self.goal == "raise" else 1 - score
-        return -wanted.clamp_min(torch.finfo(score.dtype).eps).log()
+        chosen = torch.full(logits.shape[:-1], self.index, device=logits.device)
+        return log_odds(logits, chosen).amax(dim=-1)

@@ -23,7 +23,12 @@ class PickScore(ImageReward):
         range="0 to 100, good images 20 to 25",
         paper="Kirstain et al. 2023, arXiv:2305.01569",
         weights={
-            "model": Weight(source="yuvalkirstain/PickScore_v1", size=3_944_000_000, licence="not stated")
+            "model": Weight(
+                source="yuvalkirstain/PickScore_v1",
+                parts=("tokenizer", "processor"),
+                size=3_944_000_000,
+                licence="not stated",
+            )
         },
     )
 

@@ -8,6 +8,8 @@ antialiased bilinear / bicubic resampling as in Pillow, integer output sizes as 
 from __future__ import annotations
 
 import json
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -16,6 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from Core.weights import PROCESSOR_FILES
+
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -23,9 +27,11 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Fit = Literal["crop", "pad", "squash"]
 Interpolation = Literal["bilinear", "bicubic"]
+RoundHalf = Literal["down", "even"]  # transformers' centre crop, torchvision's
 
 # Pillow's resampling codes, as `preprocessor_config.json` stores them.
 PILLOW_CODES: dict[Any, Interpolation] = {2: "bilinear", 3: "bicubic"}
+ALWAYS_DONE = ("do_resize", "do_rescale", "do_normalize")
 
 
 class _ClampTowardsRange(torch.autograd.Function):
@@ -61,10 +67,16 @@ def to_unit_range(frames: Tensor) -> Tensor:
 
 
 def resize(images: Tensor, height: int, width: int, interpolation: Interpolation = "bicubic") -> Tensor:
-    """Resize [N, 3, H, W] to [N, 3, height, width] with antialiasing, as Pillow does."""
-    if images.shape[-2:] == (height, width):
-        return images
-    return F.interpolate(images, (height, width), mode=interpolation, antialias=True, align_corners=False)
+    """Resize [N, 3, H, W] in [0, 1] to [N, 3, height, width] with antialiasing, as Pillow does.
+
+    Bicubic interpolation overshoots beside an edge. Pillow resizes the columns, then the rows, and 8 bits cut
+    the overshoot off after each; so does this.
+    """
+    for size in ((images.shape[-2], width), (height, width)):
+        if images.shape[-2:] != size:
+            images = F.interpolate(images, size, mode=interpolation, antialias=True, align_corners=False)
+            images = clamp_towards_range(images) if interpolation == "bicubic" else images
+    return images
 
 
 def resize_short_side(images: Tensor, size: int, interpolation: Interpolation = "bicubic") -> Tensor:
@@ -75,11 +87,14 @@ def resize_short_side(images: Tensor, size: int, interpolation: Interpolation = 
     return resize(images, int(size * height / width), size, interpolation)
 
 
-def center_crop(images: Tensor, height: int, width: int) -> Tensor:
-    """Cut the central [height, width] window out of [N, 3, H, W], after padding with black if needed."""
+def center_crop(images: Tensor, height: int, width: int, round_half: RoundHalf = "down") -> Tensor:
+    """Cut the central [height, width] window out of [N, 3, H, W], after padding with black if needed.
+
+    round_half: what becomes of the half pixel of an odd margin.
+    """
     images = pad_centered(images, max(height, images.shape[-2]), max(width, images.shape[-1]))
-    top = (images.shape[-2] - height) // 2
-    left = (images.shape[-1] - width) // 2
+    rounded = math.floor if round_half == "down" else round
+    top, left = rounded((images.shape[-2] - height) / 2), rounded((images.shape[-1] - width) / 2)
     return images[..., top : top + height, left : left + width]
 
 
@@ -91,8 +106,8 @@ def pad_centered(images: Tensor, height: int, width: int) -> Tensor:
 
 def resize_long_side(images: Tensor, size: int, interpolation: Interpolation = "bicubic") -> Tensor:
     """Resize [N, 3, H, W] so that the longer side has `size` pixels, keeping the aspect ratio."""
-    scale = size / max(images.shape[-2:])
-    height, width = (max(1, round(side * scale)) for side in images.shape[-2:])
+    ratio = max(images.shape[-2:]) / size  # divided by, as in open_clip 3: a half may round differently
+    height, width = (max(1, round(side / ratio)) for side in images.shape[-2:])
     return resize(images, height, width, interpolation)
 
 
@@ -117,6 +132,7 @@ class ImageTransform:
     mean: tuple[float, ...] = CLIP_MEAN
     std: tuple[float, ...] = CLIP_STD
     short_side: int | None = None  # with `crop`: resize to this before cropping; default: no margin
+    round_half: RoundHalf = "down"  # with `crop`: see `center_crop`
 
     def __call__(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] in [0, 1] → normalised [N, 3, height, width]."""
@@ -136,32 +152,75 @@ class ImageTransform:
         images = resize_short_side(
             images, self.short_side or min(self.height, self.width), self.interpolation
         )
-        return center_crop(images, self.height, self.width)
+        return center_crop(images, self.height, self.width, self.round_half)
 
 
-def read_processor_config(folder: Path) -> dict[str, Any]:
+def read_processor_config(folder: Path, harmless: Sequence[str] = ()) -> dict[str, Any]:
     """Preprocessing settings of a model folder in the transformers layout; {} if it holds none.
 
     Looks in `preprocessor_config.json`, `video_preprocessor_config.json` and the nested section of
-    `processor_config.json`, which newer versions of transformers write.
+    `processor_config.json`, which newer versions of transformers write. harmless: steps that would change
+    nothing for this model. Raises ValueError if the file is damaged or switches on a step that is not done
+    here, or off one that is.
     """
-    for name in ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json"):
+    for name in PROCESSOR_FILES:
         path = folder / name
         if path.is_file():
-            values = json.loads(path.read_text(encoding="utf-8"))
-            return values.get("image_processor") or values.get("video_processor") or values
+            try:
+                values = json.loads(path.read_text(encoding="utf-8"))
+            except ValueError as error:
+                raise ValueError(f"{path} is damaged ({error}); fetch the model folder again") from error
+            config = values.get("image_processor") or values.get("video_processor") or values
+            refuse_other_steps(config, path, harmless)
+            return config
     return {}
+
+
+def refuse_other_steps(config: Mapping[str, Any], path: Path, harmless: Sequence[str]) -> None:
+    """Raise ValueError on a `do_…` setting that asks for other preprocessing than this module's."""
+    optional = ("do_center_crop", "do_convert_rgb", *harmless)
+    wrong = [
+        f"{key}={value}"
+        for key, value in config.items()
+        if key.startswith("do_")
+        and (value is False if key in ALWAYS_DONE else value is True and key not in optional)
+    ]
+    if wrong:
+        raise ValueError(
+            f"{path} asks for {', '.join(wrong)}, but scorers resize, crop, rescale and normalise, no more and "
+            "no less; use a model folder with such a preprocessing"
+        )
+
+
+def interpolation_of(config: Mapping[str, Any], default: Interpolation, folder: Path) -> Interpolation:
+    """The interpolation that preprocessing settings name by Pillow's code, or `default` if by none."""
+    code = config.get("resample")
+    if code is None:
+        return default
+    if code not in PILLOW_CODES:
+        known = " or ".join(f"{number} ({name})" for number, name in PILLOW_CODES.items())
+        raise ValueError(f"the preprocessing in {folder} has resample={code!r}; it can be {known}")
+    return PILLOW_CODES[code]
 
 
 def transform_from_folder(folder: Path, image_size: int, defaults: ImageTransform) -> ImageTransform:
     """The official transform of a model folder.
 
-    image_size: side in pixels the network takes. `defaults` fills in what the folder does not state.
+    image_size: side in pixels the network takes. `defaults` fills in what the folder does not state. Raises
+    ValueError if the folder states preprocessing that is not supported.
     """
     config = read_processor_config(folder)
     size, crop = config.get("size"), config.get("crop_size")
     short_side = size.get("shortest_edge") if isinstance(size, dict) else size
-    squash = isinstance(size, dict) and "height" in size and not config.get("do_center_crop", False)
+    squash = isinstance(size, dict) and "height" in size
+    if squash and config.get("do_center_crop") and (crop or size) != size:
+        raise ValueError(
+            f"the preprocessing in {folder} stretches to {size} and then crops to {crop}; it can do one"
+        )
+    if not squash and size is not None and config.get("do_center_crop") is False:
+        raise ValueError(
+            f"the preprocessing in {folder} keeps the aspect ratio without do_center_crop; set it to true"
+        )
     if isinstance(crop, dict):
         height, width = crop["height"], crop["width"]
     else:
@@ -170,7 +229,7 @@ def transform_from_folder(folder: Path, image_size: int, defaults: ImageTransfor
         height=image_size if squash else height,
         width=image_size if squash else width,
         fit="squash" if squash else defaults.fit,
-        interpolation=PILLOW_CODES.get(config.get("resample"), defaults.interpolation),
+        interpolation=interpolation_of(config, defaults.interpolation, folder),
         mean=tuple(config.get("image_mean", defaults.mean)),
         std=tuple(config.get("image_std", defaults.std)),
         short_side=None if squash else short_side,

@@ -12,13 +12,16 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from Core.loading import load_strictly
 from Core.rewards.base import RewardInfo, VideoReward
 from Core.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, transform_from_folder
 from Core.weights import Weight, locate
 
-VJEPA2 = Weight(source="facebook/vjepa2-vitl-fpc64-256", size=1_304_000_000, licence="MIT")
+VJEPA2 = Weight(
+    source="facebook/vjepa2-vitl-fpc64-256", parts=("processor",), size=1_304_000_000, licence="MIT"
+)
 
 
 def hidden_tokens(tubelets: int, side: int) -> dict[str, Tensor]:
@@ -80,9 +83,12 @@ class VJepa(VideoReward):
         return self.network.encoder.embeddings(pixels.to(self.dtype))
 
     def encode(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Run the encoder on tokens [B, M, D] at `positions` [B, M]; it sees nothing else of the clip."""
+        """Run the encoder on tokens [B, M, D] at `positions` [B, M]; it sees nothing else of the clip.
+
+        Each layer is recomputed in the backward pass: a clip of 64 frames has 8192 tokens.
+        """
         for layer in self.network.encoder.layer:
-            tokens, _ = layer(tokens, positions)
+            tokens, _ = checkpoint(layer, tokens, positions, use_reentrant=False)
         return self.network.encoder.layernorm(tokens)
 
     def score_clips(self, clips: Tensor, prompts: list[str]) -> Tensor:
@@ -90,7 +96,7 @@ class VJepa(VideoReward):
         batch, count, _ = tokens.shape
         everywhere = torch.arange(count, device=tokens.device).expand(batch, -1)
         features = self.encode(tokens, everywhere)
-        target = F.layer_norm(features, features.shape[-1:])  # as in training
+        target = F.layer_norm(widened(features), features.shape[-1:])  # as in training
         tasks = hidden_tokens(count // self.side**2, self.side).values()
         errors = [self.error(tokens, target, everywhere, hidden.to(tokens.device)) for hidden in tasks]
         return -torch.stack(errors).mean(dim=0)
@@ -102,6 +108,11 @@ class VJepa(VideoReward):
         # The predictor picks its context out of a full set of tokens.
         full = torch.zeros_like(target, dtype=seen.dtype)
         full[:, ~hidden] = seen
-        predicted = self.network.predictor(full, [context], [positions[:, hidden]]).last_hidden_state
-        wide = torch.promote_types(predicted.dtype, torch.float32)
-        return (predicted.to(wide) - target[:, hidden].to(wide)).abs().mean(dim=(1, 2))
+        masks = [context], [positions[:, hidden]]
+        predicted = checkpoint(self.network.predictor, full, *masks, use_reentrant=False).last_hidden_state
+        return (widened(predicted) - target[:, hidden]).abs().mean(dim=(1, 2))
+
+
+def widened(features: Tensor) -> Tensor:
+    """The same features in float32 or better."""
+    return features.to(torch.promote_types(features.dtype, torch.float32))

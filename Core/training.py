@@ -85,7 +85,7 @@ def refuse_references(prompts: Sequence[Prompt]) -> None:
 
 def refuse_unscorable(prompts: Sequence[Prompt], config: Config, runtime: Runtime) -> None:
     """Report, all at once, the prompts that the trained reward or a monitor cannot score."""
-    scorers = [(config.reward_fn, config.reward_arguments)]
+    scorers: list[tuple[str | dict, dict | None]] = [(config.reward_fn, config.reward_arguments)]
     scorers += [(name, config.monitor_args.get(name)) for name in config.monitors]
     texts = [prompt.reward_text for prompt in prompts]
     errors: list[str] = []

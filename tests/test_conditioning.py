@@ -2,6 +2,7 @@
 
 import gc
 import logging
+import shutil
 import weakref
 from types import SimpleNamespace
 
@@ -147,6 +148,21 @@ def test_the_identity_follows_weights_length_and_number_type(opensora, twin):
     assert opensora.text_identity != first
     opensora.entries["text_encoder"] = {**entry, "from_pretrained": str(twin / "clip")}
     assert opensora.text_identity != first
+
+
+def test_a_text_encoder_downloaded_without_its_tokenizer_is_taken_up_again(
+    opensora, twin, tmp_path, monkeypatch
+):
+    partial = shutil.copytree(twin / "t5", tmp_path / "t5", ignore=shutil.ignore_patterns("tokenizer*"))
+    asked = []
+
+    def snapshot_download(source, allow_patterns=None, local_dir=None, local_files_only=False):
+        asked.append(source)
+        return str(partial if local_files_only else twin / "t5")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    opensora.entries["text_encoder"] = {**opensora.entries["text_encoder"], "from_pretrained": "someone/t5"}
+    assert opensora.fetch() == [] and asked == ["someone/t5"] * 2
 
 
 def test_captions_carry_the_scores_told_to_the_model(opensora):

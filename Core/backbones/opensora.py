@@ -7,7 +7,7 @@ import functools
 import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from diffusers import ModelMixin
@@ -289,20 +289,23 @@ class OpenSora(Backbone):
     def text_encoder(self) -> OpenSoraText:
         entry = self.entries["text_encoder"]
         # As a folder, since transformers asks the network about a hub id that is all here.
-        folder = locate(Weight(source=str(entry["from_pretrained"])))
+        folder = locate(self._weight("text_encoder"))
         return OpenSoraText({**entry, "from_pretrained": str(folder)}, self.device, self.dtype)
 
     def fetch(self) -> list[str]:
         errors = []
         for key, entry in self.entries.items():
-            source = str(entry["from_pretrained"])
-            if Path(source).expanduser().exists():
+            if Path(entry["from_pretrained"]).expanduser().exists():
                 continue
             try:
-                locate(Weight(source=source))
+                locate(self._weight(key))
             except FileNotFoundError as error:
                 errors.append(f"{key}: {error}")
         return errors
+
+    def _weight(self, key: str) -> Weight:
+        parts: tuple[Literal["tokenizer"], ...] = ("tokenizer",) if key == "text_encoder" else ()
+        return Weight(source=str(self.entries[key]["from_pretrained"]), parts=parts)
 
     def load(self) -> None:
         # The image VAE's activations overflow float16; diffusers, too, computes it in float32 then.

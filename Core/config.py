@@ -58,6 +58,9 @@ class Config:
     dtype: Literal["bf16", "fp16", "fp32", "fp8"] = option(
         "bf16", "frozen weights; `fp8` stores the denoiser's in 8-bit float and computes in bf16"
     )
+    base_quant: Literal["none", "nf4"] = option(
+        "none", "`nf4` stores the frozen denoiser's layers in 4 bits (bitsandbytes) and computes in dtype"
+    )
     text_cache: str = option("~/.cache/vader/text", "folder of cached prompt embeddings")
 
     # Prompts
@@ -254,6 +257,10 @@ def _training_errors(config: Config) -> list[str]:
         errors.append(
             "mixed_precision='fp8' is not supported: the adapter needs bf16 arithmetic; use 'bf16', and "
             "dtype='fp8' to store the frozen weights in 8 bits"
+        )
+    if config.base_quant == "nf4" and config.dtype == "fp8":
+        errors.append(
+            "base_quant='nf4' and dtype='fp8' both say how weights are stored; set dtype='bf16' with nf4"
         )
     for key in ("lora_dropout", "ema_decay"):
         if getattr(config, key) >= 1:

@@ -56,7 +56,7 @@ def write_peft(adapter: lora.Adapter, out: Path) -> None:
 
 def write_merged(adapter: lora.Adapter, source: str, out: Path, config_file: str) -> None:
     """The base model's layout with W + alpha / rank · B A in place of each adapted W, computed in float32."""
-    config = dataclasses.replace(load_config([config_file]), dtype="fp32")
+    config = dataclasses.replace(load_config([config_file]), dtype="fp32", base_quant="none")
     backbone = BACKBONES[config.backbone].from_config(config, torch.device("cpu"))
     backbone.load()
     model = lora.attach(backbone.denoiser, adapter.targets, rank=adapter.rank, alpha=adapter.alpha)

@@ -1,4 +1,6 @@
-"""Frozen linear layers kept in 8-bit float, computed in the model's own dtype."""
+"""Frozen linear layers kept in 8-bit float or 4 bits, computed in the model's own dtype."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -7,6 +9,7 @@ from torch.autograd.function import once_differentiable
 
 FP8 = torch.float8_e4m3fn
 FP8_MAX = torch.finfo(FP8).max
+NF4_BLOCK = 64
 
 
 class Fp8Linear(nn.Linear):
@@ -30,31 +33,79 @@ class Fp8Linear(nn.Linear):
         return stored
 
     def forward(self, x: Tensor) -> Tensor:
-        return _FrozenLinear.apply(x, self.weight, self.scale, self.bias)
+        return _FrozenLinear.apply(x, self.bias, self.widened, self.weight, self.scale)
+
+    @staticmethod
+    def widened(weight: Tensor, scale: Tensor) -> Tensor:
+        return weight.to(scale.dtype) * scale
+
+
+class Nf4Linear(nn.Linear):
+    """A frozen linear layer whose weight is stored in the 4-bit format of QLoRA, one float32 scale per 64 values.
+
+    A subclass of ``nn.Linear``, so that adapters attach to it. Computes in ``dtype``. bitsandbytes packs and widens the
+    weight; its own layer has no gradient on a CPU (Dettmers et al., 2023).
+    """
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Nf4Linear":
+        from bitsandbytes.functional import quantize_4bit
+
+        with torch.device("meta"):
+            stored = cls(linear.in_features, linear.out_features, bias=linear.bias is not None)
+        packed, state = quantize_4bit(linear.weight.detach(), quant_type="nf4", blocksize=NF4_BLOCK)
+        stored.weight = nn.Parameter(packed, requires_grad=False)
+        stored.register_buffer("scale", state.absmax)
+        stored.register_buffer("code", state.code)
+        stored.dtype = linear.weight.dtype
+        stored.bias = linear.bias
+        return stored
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _FrozenLinear.apply(x, self.bias, self.widened, self.weight, self.scale, self.code)
+
+    def widened(self, packed: Tensor, scale: Tensor, code: Tensor) -> Tensor:
+        from bitsandbytes.functional import QuantState, dequantize_4bit
+
+        shape = torch.Size((self.out_features, self.in_features))
+        state = QuantState(scale, shape, code, NF4_BLOCK, "nf4", self.dtype)
+        return dequantize_4bit(packed, state)
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """F.linear that keeps the 8-bit weight for the backward pass, and widens it anew there.
+    """F.linear that keeps the ``stored`` weight for the backward pass, and widens it anew there.
 
     Differentiable with respect to ``x`` alone. Left to autograd, every layer would keep its weight in full.
     """
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(weight, scale)
-        return F.linear(x, weight.to(scale.dtype) * scale, bias)
+    def forward(
+        ctx, x: Tensor, bias: Tensor | None, widened: Callable[..., Tensor], *stored: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(*stored)
+        ctx.widened = widened
+        return F.linear(x, widened(*stored), bias)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        weight, scale = ctx.saved_tensors
-        return grad @ (weight.to(scale.dtype) * scale).to(grad.dtype), None, None, None
+    def backward(ctx, grad: Tensor) -> tuple[Tensor | None, ...]:
+        stored = ctx.saved_tensors  # checkpointing lets them be asked for once
+        return grad @ ctx.widened(*stored).to(grad.dtype), *[None] * (2 + len(stored))
 
 
 def store_linears_in_fp8(model: nn.Module) -> None:
-    """Replace every linear layer inside the model's lists of blocks; embedders and the output stay exact."""
+    """Keep every linear layer inside the model's lists of blocks in 8 bits; embedders and the output stay exact."""
+    _replace_linears(model, Fp8Linear.of)
+
+
+def store_linears_in_nf4(model: nn.Module) -> None:
+    """The same in 4 bits."""
+    _replace_linears(model, Nf4Linear.of)
+
+
+def _replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Linear]) -> None:
     for blocks in [child for child in model.children() if isinstance(child, nn.ModuleList)]:
         for parent in blocks.modules():
             for name, child in parent.named_children():
                 if type(child) is nn.Linear:
-                    setattr(parent, name, Fp8Linear.of(child))
+                    setattr(parent, name, make(child))

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from Core.frozen import forget_conv_inputs
 from Core.options import unknown_key
-from Core.quantize import store_linears_in_fp8
+from Core.quantize import store_linears_in_fp8, store_linears_in_nf4
 from Core.weights import Weight, locate
 from opensora import models as _models  # noqa: F401 (registers the networks)
 from opensora.acceleration.checkpoint import set_grad_checkpoint
@@ -189,6 +189,7 @@ class OpenSora(Backbone):
         dtype: of the frozen weights; ``fp8`` stores the denoiser's linear layers in 8-bit float.
         decode_context: what a scored frame is decoded from: its latent frame alone (``isolated``), or all of the
             chunk it belongs to (``causal``), as in the finished video.
+        base_quant: ``nf4`` stores the denoiser's linear layers in 4 bits.
     """
 
     lora_targets = ("qkv", "q_linear", "kv_linear")
@@ -206,13 +207,14 @@ class OpenSora(Backbone):
         dtype: str,
         device: torch.device,
         decode_context: str = "isolated",
+        base_quant: str = "none",
     ):
         self.entries = {"model": model, "vae": vae, "text_encoder": text_encoder}
         self.video = video
         self.multi_resolution = multi_resolution
         self.scores = scores
         self.device, self.dtype = device, DTYPES[dtype]
-        self.fp8_storage = dtype == "fp8"
+        self.fp8_storage, self.nf4_storage = dtype == "fp8", base_quant == "nf4"
         self.decode_context, self.checkpointing = decode_context, False
         self.num_sampling_steps = scheduler["num_sampling_steps"]
         self.guidance_scale = scheduler["cfg_scale"]
@@ -275,7 +277,7 @@ class OpenSora(Backbone):
     @classmethod
     def from_config(cls, config, device: torch.device) -> "OpenSora":
         keys = ("model", "vae", "text_encoder", "scheduler", "video", "multi_resolution", "scores", "dtype")
-        keys += ("decode_context",)
+        keys += ("decode_context", "base_quant")
         return cls(**{key: getattr(config, key) for key in keys}, device=device)
 
     def caption(self, prompt: str) -> str:
@@ -311,10 +313,10 @@ class OpenSora(Backbone):
         # The image VAE's activations overflow float16; diffusers, too, computes it in float32 then.
         vae_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
         self.vae = self._place(build_module(self.entries["vae"], MODELS), vae_dtype)
+        forget_conv_inputs(self.vae)
         denoiser = build_module(
             self.entries["model"],
             MODELS,
-        forget_conv_inputs(self.vae)
             input_size=self.latent_shape()[1:],
             in_channels=self.vae.out_channels,
             model_max_length=self.entries["text_encoder"]["model_max_length"],
@@ -322,6 +324,8 @@ class OpenSora(Backbone):
         self.denoiser = self._place(denoiser, self.dtype)
         if self.fp8_storage:
             store_linears_in_fp8(self.denoiser)
+        if self.nf4_storage:
+            store_linears_in_nf4(self.denoiser)
 
     def _place(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
         return module.to(self.device, dtype).eval().requires_grad_(False)
@@ -374,14 +378,11 @@ class OpenSora(Backbone):
         return self._decode(z, self.video.num_frames)
 
     def decode_frames(self, z: Tensor, index: Tensor) -> Tensor:
+        if self.decode_context == "causal":
+            return self._in_vae_dtype(z, lambda z: self._decode_in_chunks(z, index)).unflatten(0, index.shape)
         return self._decode(gather_frames(z, index), 1).squeeze(2).unflatten(0, index.shape)
 
     def _decode(self, z: Tensor, num_frames: int) -> Tensor:
-        if self.decode_context == "causal":
-            return self._in_vae_dtype(z, lambda z: self._decode_in_chunks(z, index)).unflatten(0, index.shape)
-        """Pixels in the dtype of ``z``; under an autocast to float16 in the VAE's own, as it would overflow."""
-        kind = z.device.type
-        wanted = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != torch.float16
         return self._in_vae_dtype(z, lambda z: self.vae.decode(z, num_frames=num_frames))
 
     def _decode_in_chunks(self, z: Tensor, index: Tensor) -> Tensor:
@@ -411,14 +412,17 @@ class OpenSora(Backbone):
         return self.vae.temporal_vae.decode(z, num_frames)
 
     def _in_vae_dtype(self, z: Tensor, decode: Callable[[Tensor], Tensor]) -> Tensor:
+        """Pixels in the dtype of ``z``; under an autocast to float16 in the VAE's own, as it would overflow."""
+        kind = z.device.type
+        wanted = torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind) != torch.float16
         with torch.autocast(kind, enabled=wanted):
             return decode(z.to(self.vae.dtype)).to(z.dtype)
 
     def enable_checkpointing(self) -> None:
+        self.checkpointing = True
         set_grad_checkpoint(self.denoiser)
         # opensora's switch does not reach the image VAE, which is diffusers' and holds most of a decoded frame.
         for module in self.vae.modules():
-        self.checkpointing = True
             if isinstance(module, ModelMixin):
                 module.enable_gradient_checkpointing()
         # Upstream checkpoints reentrantly, which loses the adapter's gradient in blocks whose input has none.

@@ -1,0 +1,167 @@
+"""A preset under a setting, built once and then stepped: in this process, or in one of its own."""
+
+import gc
+import multiprocessing
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from Core import trainer as trainer_module
+from Core.config import Config
+from Core.inference import captions_of
+from Core.prompts import read_prompts
+from Core.runtime import Runtime
+from Core.tracking import Trackers
+from Core.trainer import Trainer
+from Core.training import adapt_for_training
+from Core.validation import Validation
+from scripts.bench.meter import (
+    MeteredStopwatch,
+    OperationCounter,
+    PeakMemory,
+    copy_bandwidth,
+    matmul_ceiling,
+)
+from scripts.bench.networks import RandomHPS, RandomOpenSora
+from scripts.bench.plain import plain_path
+from scripts.bench.presets import PRESETS, Setting
+
+
+class Bench:
+    """A trainer with random weights, whose steps are measured by phase."""
+
+    def __init__(self, preset: str, setting: Setting, folder: Path):
+        sizes = PRESETS[preset]
+        self.config = config = Config(**setting.values(sizes), project_dir=str(folder))
+        self.setting, runtime = setting, Runtime(config.mixed_precision)
+        self.device = runtime.device
+        backbone = RandomOpenSora.from_config(config, runtime.device)
+        prompts = read_prompts(config)
+        captions = captions_of(backbone, prompts)
+        started = time.perf_counter()
+        self.encoder = backbone.text_encoder()
+        self.text_build_seconds = time.perf_counter() - started
+        text = {caption: self.encoder.encode([caption])[0].cpu() for caption in captions}
+        # What a run pays once for each caption; the cache makes it once for all runs.
+        self.text_seconds = (time.perf_counter() - started - self.text_build_seconds) / len(captions)
+        if not setting.plain:
+            self.encoder = None
+            gc.collect()
+            torch.cuda.empty_cache()
+        backbone.load()
+        reward = RandomHPS(sizes.vit).to(runtime.device).cast(backbone.dtype)
+        adapt_for_training(config, backbone)
+        validation = Validation(config, runtime, backbone, reward, {}, prompts, text)
+        self.trainer = Trainer(
+            config, {}, runtime, backbone, reward, prompts, text, validation, folder, Trackers({})
+        )
+        self.clock: MeteredStopwatch | None = None
+
+    @contextmanager
+    def path(self) -> Iterator[None]:
+        """The setting's way to take steps, default or plain."""
+        lap = lambda name: self.clock.lap(name) if self.clock else None  # noqa: E731
+        with plain_path(self.trainer, self.encoder, lap) if self.setting.plain else nullcontext():
+            yield
+
+    def step(self, *listeners) -> dict[str, float]:
+        """Take an optimiser step; seconds by phase."""
+
+        def start(device: torch.device) -> MeteredStopwatch:
+            self.clock = MeteredStopwatch(device, list(listeners))
+            return self.clock
+
+        with mock.patch.object(trainer_module, "Stopwatch", start):
+            metrics = self.trainer.train_step()
+        self.trainer.step += 1
+        return metrics.timings
+
+    def measure(self, steps: int) -> dict[str, Any]:
+        """Phases with median seconds over ``steps`` steps after a first one, peak bytes, operations and bytes."""
+        self.step()
+        memory = PeakMemory(self.device)
+        peaks: dict[str, int] = {}
+
+        def note_peak(name: str) -> None:
+            peaks[name] = max(peaks.get(name, 0), memory.take())
+
+        taken, cpu_seconds = [], []
+        for _ in range(steps):
+            started = time.process_time()
+            taken.append(self.step(note_peak))
+            cpu_seconds.append(time.process_time() - started)
+        ceiling = matmul_ceiling(self.device, self.trainer.backbone.dtype)
+        bandwidth = copy_bandwidth(self.device)
+        counter = OperationCounter(ceiling, bandwidth)
+        with counter:
+            self.step(counter.lap)
+        phases = {
+            name: {
+                "seconds": statistics.median(step[name] for step in taken),
+                "peak_bytes": peaks[name],
+                **counter.phases[name],
+            }
+            for name in taken[0]
+        }
+        return {
+            "steps": steps,
+            "phases": phases,
+            "step_seconds": [sum(step.values()) for step in taken],
+            "cpu_seconds": cpu_seconds,
+            "text_seconds_per_caption": self.text_seconds,
+            "dtype": str(self.trainer.backbone.dtype).removeprefix("torch."),
+            "ceiling": ceiling,
+            "bandwidth": bandwidth,
+        }
+
+
+def _serve(pipe, preset: str, text: str, threads: int) -> None:
+    """Body of a worker: build, then a measurement for each number of steps that is asked for, until None."""
+    torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as folder:
+        bench = Bench(preset, Setting.parse(text), Path(folder))
+        with bench.path():
+            bench.step()
+            pipe.send("ready")
+            while (request := pipe.recv()) is not None:
+                if request == "measure":
+                    pipe.send(bench.measure(pipe.recv()))
+                else:
+                    memory = PeakMemory(bench.device)
+                    started = time.process_time()
+                    seconds = sum(bench.step().values())
+                    pipe.send((seconds, time.process_time() - started, memory.take()))
+
+
+class Worker:
+    """A bench in a process of its own, whose memory is its own as well."""
+
+    def __init__(self, preset: str, text: str):
+        context = multiprocessing.get_context("spawn")
+        self.pipe, child = context.Pipe()
+        arguments = (child, preset, text, torch.get_num_threads())
+        self.process = context.Process(target=_serve, args=arguments, daemon=True)
+        self.process.start()
+        child.close()
+        self.pipe.recv()
+
+    def step(self) -> tuple[float, float, int]:
+        """(seconds, seconds of processor time, peak bytes) of one step."""
+        self.pipe.send("step")
+        return self.pipe.recv()
+
+    def measure(self, steps: int) -> dict[str, Any]:
+        self.pipe.send("measure")
+        self.pipe.send(steps)
+        return self.pipe.recv()
+
+    def close(self) -> None:
+        self.pipe.send(None)
+        self.process.join()

@@ -1,0 +1,141 @@
+"""What a step costs by phase: seconds, peak memory, operations and bytes; and what the machine can do at most."""
+
+import math
+import re
+import resource
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from Core.clock import Stopwatch
+
+CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
+BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**31}
+REPEATS = 5
+FUSED_ATTENTION = re.compile(r"_scaled_dot_product_\w*attention\w*")
+BACKWARD_ATTENTION = 2.5  # five products of the forward pass's two sizes
+STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class PeakMemory:
+    """Most bytes held since the last ``take``: on a GPU of tensors, on a CPU of the process's resident memory."""
+
+    def __init__(self, device: torch.device):
+        self.on_gpu = device.type == "cuda"
+        self.take()
+
+    def take(self) -> int:
+        if self.on_gpu:
+            peak = torch.cuda.max_memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            return peak
+        try:
+            peak = int(re.search(r"VmHWM:\s+(\d+)", STATUS.read_text()).group(1)) * 1024  # type: ignore[union-attr]
+            CLEAR.write_text("5")  # Linux's way to let the high-water mark start anew
+        except OSError:
+            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        return peak
+
+
+class OperationCounter(TorchDispatchMode):
+    """Operations and bytes of everything PyTorch runs, split into phases by ``lap``.
+
+    Operations are those of products and convolutions. Bytes are those of every operation's inputs and outputs, as if
+    nothing were fused or cached; views move none. ``roofline_seconds`` adds up, over the operations, the larger of
+    operations / ``ceiling`` and bytes / ``bandwidth``.
+    """
+
+    def __init__(self, ceiling: float, bandwidth: float):
+        super().__init__()
+        self.ceiling, self.bandwidth = ceiling, bandwidth
+        self.phases: dict[str, dict[str, float]] = {}
+        self._start()
+
+    def _start(self) -> None:
+        self.now = {"operations": 0.0, "bytes": 0.0, "roofline_seconds": 0.0}
+
+    def lap(self, name: str) -> None:
+        """Book what was counted since the last lap under ``name``."""
+        total = self.phases.setdefault(name, dict.fromkeys(self.now, 0.0))
+        for key, value in self.now.items():
+            total[key] += value
+        self._start()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if not func.is_view:
+            operations = count_operations(func, args, kwargs or {}, out)
+            moved = _bytes(args) + _bytes(out)
+            self.now["operations"] += operations
+            self.now["bytes"] += moved
+            self.now["roofline_seconds"] += max(operations / self.ceiling, moved / self.bandwidth)
+        return out
+
+
+def count_operations(func, args: tuple, kwargs: dict, out) -> float:
+    """Multiplications and additions of one operator call."""
+    packet = func._overloadpacket
+    name = packet.__name__
+    if FUSED_ATTENTION.fullmatch(name):
+        # (q, k, v, …), in the backward pass (gradient, q, k, v, …)
+        backward = name.endswith("backward")
+        q, k = args[1:3] if backward else args[:2]
+        return (BACKWARD_ATTENTION if backward else 1) * 4 * q.numel() * k.shape[-2]
+    if name == "addmm_":
+        _, left, right = args[:3]
+        return 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
+    formula = flop_registry.get(packet)
+    return float(formula(*args, **kwargs, out_val=out)) if formula else 0.0
+
+
+def _bytes(values) -> int:
+    if isinstance(values, Tensor):
+        return values.numel() * values.element_size()
+    return sum(map(_bytes, values)) if isinstance(values, (tuple, list)) else 0
+
+
+class MeteredStopwatch(Stopwatch):
+    """A stopwatch that tells ``listeners`` of each lap."""
+
+    def __init__(self, device: torch.device, listeners: list[Callable[[str], None]]):
+        super().__init__(device)
+        self.listeners = listeners
+
+    def lap(self, name: str) -> None:
+        super().lap(name)
+        for listener in self.listeners:
+            listener(name)
+
+
+def _best_seconds(action: Callable[[], object], device: torch.device) -> float:
+    def wait() -> None:
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    best = math.inf
+    for _ in range(REPEATS):
+        wait()
+        started = time.perf_counter()
+        action()
+        wait()
+        best = min(best, time.perf_counter() - started)
+    return best
+
+
+def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
+    """Operations per second of a large square product, the best of a few."""
+    size = CEILING_SIZE[device.type]
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
+    return 2 * size**3 / _best_seconds(lambda: a @ b, device)
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second read and written by a large copy, the best of a few."""
+    source = torch.ones(BANDWIDTH_BYTES[device.type], device=device, dtype=torch.uint8)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / _best_seconds(lambda: target.copy_(source), device)

@@ -1,0 +1,132 @@
+"""Open-Sora 1.2, T5 and HPS's ViT of any size with random weights: a benchmark needs sizes, not skill.
+
+Axes: B batch, N images, L text tokens, D text width.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, T5Config, T5EncoderModel
+
+from Core import draws
+from Core.backbones import BACKBONES, OpenSora, TextEncoder
+from Core.rewards.base import ImageReward, RewardInfo
+from Core.rewards.clip import ImageTower, unit
+from Core.rewards.preprocess import ImageTransform
+from opensora.models.stdit.stdit3 import STDiT3, STDiT3Config
+from opensora.models.vae.vae import (
+    LATENT_SCALE,
+    LATENT_SHIFT,
+    VideoAutoencoderPipeline,
+    VideoAutoencoderPipelineConfig,
+)
+from opensora.registry import MODELS
+
+TEXT_TOKENS = 300  # what a caption is padded to
+CAPTION_TOKENS = 40  # a sentence with its score suffix
+VOCABULARY = 32128
+
+
+@MODELS.register_module("benchmark-stdit3")
+def random_stdit3(
+    depth: int,
+    hidden_size: int,
+    num_heads: int,
+    caption_channels: int,
+    input_size,
+    in_channels,
+    model_max_length,
+) -> STDiT3:
+    """An STDiT3 whose zero-initialised outputs are not zero, so that every gradient is computed from something."""
+    sizes = dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, caption_channels=caption_channels)
+    model = STDiT3(STDiT3Config(**sizes, in_channels=in_channels, model_max_length=model_max_length))
+    outputs = [model.final_layer.linear]
+    for block in model.temporal_blocks:
+        outputs += [block.attn.proj, block.cross_attn.proj, block.mlp.fc2]
+    for linear in outputs:
+        nn.init.normal_(linear.weight, std=0.02)
+    return model
+
+
+@MODELS.register_module("benchmark-vae")
+def random_vae(
+    vae_2d: dict | None, vae_temporal: dict, micro_frame_size: int, micro_batch_size: int
+) -> VideoAutoencoderPipeline:
+    return VideoAutoencoderPipeline(
+        VideoAutoencoderPipelineConfig(
+            vae_2d=dict(type="VideoAutoencoderKL", config=vae_2d, micro_batch_size=micro_batch_size),
+            vae_temporal=dict(type="VAE_Temporal", **vae_temporal),
+            micro_frame_size=micro_frame_size,
+            shift=LATENT_SHIFT,
+            scale=LATENT_SCALE,
+        )
+    )
+
+
+class RandomT5(TextEncoder):
+    """T5's encoder on made-up tokens, padded as the real tokenizer pads."""
+
+    def __init__(self, sizes: dict, device: torch.device, dtype: torch.dtype):
+        config = T5Config(vocab_size=VOCABULARY, feed_forward_proj="gated-gelu", **sizes)
+        with device:
+            self.model = T5EncoderModel(config).to(dtype).eval().requires_grad_(False)
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        rows = [
+            torch.randint(2, VOCABULARY, (TEXT_TOKENS,), generator=draws.generator(0, "tokens", caption))
+            for caption in captions
+        ]
+        tokens = torch.stack(rows).to(self.model.device)
+        mask = torch.zeros_like(tokens)
+        mask[:, :CAPTION_TOKENS] = 1
+        features = self.model(tokens * mask, attention_mask=mask).last_hidden_state
+        return list(features[:, :CAPTION_TOKENS])
+
+
+class RandomOpenSora(OpenSora):
+    """The family without files: its entries hold sizes."""
+
+    @classmethod
+    def config_errors(cls, config) -> list[str]:
+        return []
+
+    @property
+    def text_identity(self) -> str:
+        return "random"
+
+    def text_encoder(self) -> RandomT5:
+        sizes = {
+            k: v for k, v in self.entries["text_encoder"].items() if k not in ("type", "model_max_length")
+        }
+        return RandomT5(sizes, self.device, self.dtype)
+
+    def fetch(self) -> list[str]:
+        return []
+
+
+BACKBONES["benchmark"] = RandomOpenSora
+
+
+class RandomHPS(ImageReward):
+    """HPS v2's image tower; the text's direction is drawn, since its tower runs once per text and is then cached."""
+
+    info = RewardInfo(name="benchmark", summary="ViT with random weights", range="-1 to 1")
+
+    def __init__(self, sizes: dict):
+        super().__init__()
+        model = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_act="gelu", **sizes))
+        side = sizes["image_size"]
+        transform = ImageTransform(height=side, width=side, fit="pad")
+        self.image = ImageTower(model.vision_model, model.visual_projection, transform)
+        self.width = sizes["projection_dim"]
+
+    def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
+        text = torch.stack(
+            [torch.randn(self.width, generator=draws.generator(0, "text", p)) for p in prompts]
+        )
+        return (self.image(images) * unit(text.to(images.device))).sum(dim=-1)
+
+    def loss(self, score: Tensor) -> Tensor:
+        return 1 - score

@@ -1,0 +1,215 @@
+"""docs/performance.md from docs/benchmarks/*.json: tables and pictures are the files' numbers, and only theirs."""
+
+import json
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[2]
+FOLDER = ROOT / "docs" / "benchmarks"
+PAGE = ROOT / "docs" / "performance.md"
+GIB = 2**30
+
+HEAD = """# Performance
+
+Written by `python scripts/benchmark.py --write-docs` from the files in `docs/benchmarks`; each holds the command, the
+machine and the versions it was measured with. Weights are random: the cost of a step does not depend on what they are.
+
+A step samples N − K steps without a gradient (`prefix`), K with one (`gradient_steps`), decodes, scores, and goes back.
+`cpu-twin` is a sixth of XL/2 in every width and depth, with the same proportions. `plain` is the same step without the
+savings listed [below](#what-is-saved).
+"""
+
+SAVED = """## What is saved
+
+| on by default | plain path | the result |
+| --- | --- | --- |
+| captions encoded once, kept on disk, the encoder freed | encoder resident and run at every step | the same numbers |
+| text keys and values computed once per sample | once per sampling step and block | the same numbers |
+| fused attention | score matrix in float32 | rounding |
+| no frame mask where all frames are generated | modulation by frame, twice | the same numbers |
+| blocks checkpointed, once | whole step and blocks | the same numbers |
+| frozen weights in bf16 | float32 | bf16 rounding |
+| in the prefix the adapter added in place, by one product | PEFT's layer: copy, two products, scale, add | rounding |
+| convolutions of the frozen VAE keep no input | PyTorch keeps it for a weight's gradient | the same numbers |
+| rotary position, norms and modulation as one operation each | two to seven | rounding |
+
+`tests/test_exact_options.py` holds the final latent to a relative 1e-5 in float32 (1e-2 in bf16) and the adapter's
+gradient to 1e-4 (2e-2). Frozen linear layers keep nothing for a weight's gradient by themselves; the same tests count
+what autograd saves.
+
+By choice: `decode_context="causal"` scores a frame of the finished video; `dtype="fp8"` and `base_quant="nf4"` store
+the frozen denoiser in 8 and 4 bits; `guidance_grad="cond"` halves the graph of the gradient steps.
+"""
+
+LEFT_OUT = """## What was left out
+
+- **Time and fps embeddings for all steps at once.** Two rows through two small layers: under a thousandth of a
+  sampling step's operations.
+- **Checkpoints that keep the attention's output.** With K = 1 the backward pass recomputes one sampling step of thirty,
+  and attention is a twentieth of it.
+- **The adapter merged into the weights for the prefix.** In bf16 a change below half the spacing of a weight is lost,
+  so that a young adapter would not be there at all. In float32 an adapted `qkv` of XL/2's width takes 87 ms merged,
+  91 ms with the fused product and 93 ms as PEFT computes it (1024 tokens on a CPU core shared with other work).
+- **bitsandbytes' own 4-bit layer.** On a CPU it switches to a kernel without a gradient; `base_quant` uses its packing
+  and widens the weight itself.
+"""
+
+
+def fit_line(points: Sequence[dict[str, float]], key: str) -> dict[str, float]:
+    """Least squares through (value, ``key``): slope, intercept, and r² (1 for points on a line)."""
+    x, y = (np.array([point[name] for point in points]) for name in ("value", key))
+    slope, intercept = np.polyfit(x, y, 1)
+    spread = ((y - y.mean()) ** 2).sum()
+    rest = ((y - slope * x - intercept) ** 2).sum()
+    return {
+        "slope": float(slope),
+        "intercept": float(intercept),
+        "r2": float(1 - rest / spread) if spread else 1.0,
+    }
+
+
+def rows(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
+    """A Markdown table."""
+    cells = [header, ["---"] * len(header), *lines]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
+
+
+def table(result: dict[str, Any]) -> str:
+    """The table of a result of any kind."""
+    return {"run": _run_table, "compare": _compare_table, "sweep": _sweep_table}[result["kind"]](result)
+
+
+def _run_table(result: dict[str, Any]) -> str:
+    lines = []
+    for name, phase in result["phases"].items():
+        rate = phase["operations"] / phase["seconds"] if phase["seconds"] else 0.0
+        lines.append(
+            (
+                name.replace("_", " "),
+                f"{phase['seconds']:.4f}",
+                f"{phase['peak_bytes'] / GIB:.2f}",
+                f"{phase['operations'] / 1e12:.4f}",
+                f"{phase['bytes'] / 1e9:.2f}",
+                f"{rate / 1e12:.4f}",
+                f"{rate / result['ceiling']:.0%}",
+                f"{phase['roofline_seconds']:.4f}",
+            )
+        )
+    header = (
+        "phase",
+        "seconds",
+        "peak GiB",
+        "T operations",
+        "GB moved",
+        "T/s",
+        "of the ceiling",
+        "roofline seconds",
+    )
+    return rows(header, lines)
+
+
+def _compare_table(result: dict[str, Any]) -> str:
+    lines = [
+        (
+            f"`{side['setting']}`",
+            f"{statistics.median(side['seconds']):.2f}",
+            f"{statistics.median(side['cpu_seconds']):.2f}",
+            f"{side['peak_bytes'] / GIB:.2f}",
+        )
+        for side in result["sides"]
+    ]
+    sides = rows(("setting", "seconds", "processor seconds", "peak GiB"), lines)
+    said = [f"{_ratio(values)} by {unit.replace('_', ' ')}" for unit, values in result["ratios"].items()]
+    return f"{sides}\n\n`{result['sides'][1]['setting']}` takes {' and '.join(said)}, step by step."
+
+
+def _ratio(values: Sequence[float]) -> str:
+    """Median ratio with the range over all rounds."""
+    spread = f"{min(values):.2f} to {max(values):.2f}, {len(values)} rounds"
+    return f"{statistics.median(values):.2f} times as long ({spread})"
+
+
+def _sweep_table(result: dict[str, Any]) -> str:
+    lines = [
+        (f"{p['value']:g}", f"{p['seconds']:.3f}", f"{p['peak_bytes'] / GIB:.2f}") for p in result["points"]
+    ]
+    fit, memory = result["lines"]["seconds"], result["lines"]["peak_bytes"]
+    points = rows((result["quantity"], "seconds", "peak GiB"), lines)
+    return (
+        f"{points}\n\n{fit['intercept']:.3f} s + {fit['slope']:.4g} s for each {result['unit']} "
+        f"(r² = {fit['r2']:.3f}); {memory['slope'] / GIB:.3g} GiB for each {result['unit']}."
+    )
+
+
+def roofline(result: dict[str, Any]) -> str:
+    """Where a run stands between what its operations need at least and what it takes."""
+    total = {
+        key: sum(phase[key] for phase in result["phases"].values())
+        for key in ("seconds", "operations", "bytes", "roofline_seconds")
+    }
+    floor = total["operations"] / result["ceiling"]
+    return (
+        f"Roofline: {total['operations'] / 1e12:.2f} T operations and {total['bytes'] / 1e9:.1f} GB, counted at every "
+        f"operator. The machine does {result['ceiling'] / 1e12:.3f} T/s in a large {result['dtype']} product and "
+        f"copies {result['bandwidth'] / 1e9:.1f} GB/s. Products alone need {floor:.2f} s; with each operator at its "
+        f"own limit, unfused, {total['roofline_seconds']:.2f} s; the step takes {total['seconds']:.2f} s, that is "
+        f"{floor / total['seconds']:.0%} of the ceiling."
+    )
+
+
+def picture(result: dict[str, Any], path: Path) -> None:
+    """Seconds by phase, by side, or against the swept quantity."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": path.stem, "figure.constrained_layout.use": True, "font.size": 9}):
+        figure = Figure(figsize=(6.4, 2.4))
+        axes = figure.add_subplot()
+        if result["kind"] == "sweep":
+            x = [point["value"] for point in result["points"]]
+            line = result["lines"]["seconds"]
+            axes.plot(x, [point["seconds"] for point in result["points"]], "o")
+            axes.plot(x, [line["intercept"] + line["slope"] * value for value in x])
+            axes.set(xlabel=result["quantity"], ylabel="seconds", ylim=(0, None))
+        else:
+            bars = (
+                {name: phase["seconds"] for name, phase in result["phases"].items()}
+                if result["kind"] == "run"
+                else {side["setting"]: statistics.median(side["seconds"]) for side in result["sides"]}
+            )
+            axes.barh(list(bars)[::-1], list(bars.values())[::-1])
+            axes.set(xlabel="seconds")
+        figure.savefig(path, metadata={"Date": None})
+
+
+def section(path: Path, result: dict[str, Any]) -> str:
+    cpu = result["hardware"]
+    where = ", ".join(cpu["gpus"]) or f"{cpu['cpu']}, {result['threads']} of {cpu['cores']} cores"
+    parts = [
+        f"### {path.stem.replace('-', ' ').replace('_', ' ')}",
+        f"`{result['command']}` on {where}; PyTorch {result['versions']['torch']}.",
+        table(result),
+    ]
+    if result["kind"] == "run":
+        parts.append(roofline(result))
+    return "\n\n".join([*parts, f"![{result['kind']} of {result['preset']}](benchmarks/{path.stem}.svg)"])
+
+
+def text() -> str:
+    """The whole page."""
+    results = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
+    order = {"compare": 0, "run": 1, "sweep": 2}
+    ordered = sorted(results, key=lambda path: (order[results[path]["kind"]], path.name))
+    measured = ["## Measured", *(section(path, results[path]) for path in ordered)]
+    return "\n".join([HEAD, SAVED, LEFT_OUT, "\n\n".join(measured)]) + "\n"
+
+
+def write() -> None:
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    for path in FOLDER.glob("*.json"):
+        picture(json.loads(path.read_text(encoding="utf-8")), path.with_suffix(".svg"))
+    PAGE.write_text(text(), encoding="utf-8")

@@ -1,0 +1,123 @@
+"""What is measured: the released sizes, and a twin of a sixth of every width and depth for a CPU.
+
+The twin keeps XL/2's proportions of 240p, 2 s: heads of 64 channels, a third as many patches per frame as channels, 15
+latent frames, 30 steps, a text encoder four times as wide as the denoiser.
+"""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from Core.options import parse_literal
+
+XL2 = dict(type="benchmark-stdit3", depth=28, hidden_size=1152, num_heads=16, caption_channels=4096)
+T5_XXL = dict(type="benchmark-t5", d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+VIT_H = dict(
+    hidden_size=1280,
+    intermediate_size=5120,
+    num_hidden_layers=32,
+    num_attention_heads=16,
+    image_size=224,
+    patch_size=14,
+    projection_dim=1024,
+)
+VAE = dict(type="benchmark-vae", vae_2d=None, vae_temporal={}, micro_frame_size=17, micro_batch_size=4)
+
+TWIN = dict(type="benchmark-stdit3", depth=6, hidden_size=192, num_heads=3, caption_channels=672)
+TWIN_T5 = dict(type="benchmark-t5", d_model=672, d_kv=64, d_ff=1712, num_layers=4, num_heads=10)
+TWIN_VIT = dict(
+    hidden_size=208,
+    intermediate_size=832,
+    num_hidden_layers=6,
+    num_attention_heads=4,
+    image_size=98,
+    patch_size=14,
+    projection_dim=160,
+)
+TWIN_VAE = dict(
+    type="benchmark-vae",
+    vae_2d=dict(
+        block_out_channels=(24, 48, 88, 88),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=8,
+        scaling_factor=0.18215,
+    ),
+    vae_temporal=dict(filters=24, num_groups=8, num_res_blocks=1),
+    micro_frame_size=17,
+    micro_batch_size=4,
+)
+TEXT_LENGTH = dict(model_max_length=300)
+SCHEDULER = dict(type="rflow", use_timestep_transform=True, num_sampling_steps=30, cfg_scale=7.0)
+COMMON: dict[str, Any] = dict(
+    backbone="benchmark",
+    aspect_ratio="3:4",
+    num_frames="2s",
+    scheduler=SCHEDULER,
+    prompt=["a red fox runs through snow", "a blue bird sits on a branch"],
+    reward_fn="motion",  # a place holder: the benchmark's own scorer is built from the preset
+    gradient_accumulation_steps=1,
+    lora_rank=16,
+    verbose=0,
+)
+
+
+@dataclass(frozen=True)
+class Preset:
+    """Keys of the configuration, and the sizes of the scorer's ViT."""
+
+    values: dict[str, Any]
+    vit: dict[str, int] = field(default_factory=VIT_H.copy)
+
+
+def _full_size(resolution: str) -> Preset:
+    entries = dict(model=XL2, vae=VAE, text_encoder={**T5_XXL, **TEXT_LENGTH})
+    return Preset({**COMMON, **entries, "resolution": resolution})
+
+
+PRESETS = {
+    "xl2-240p": _full_size("240p"),
+    "xl2-360p": _full_size("360p"),
+    "xl2-720p": _full_size("720p"),
+    "cpu-twin": Preset(
+        {
+            **COMMON,
+            "image_size": (128, 128),
+            "model": TWIN,
+            "vae": TWIN_VAE,
+            "text_encoder": {**TWIN_T5, **TEXT_LENGTH},
+        },
+        TWIN_VIT,
+    ),
+}
+# What `plain` changes in the configuration; the rest of it is in plain.py.
+PLAIN_VALUES = dict(dtype="fp32", mixed_precision="no")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to run a preset: ``default`` or ``plain``, then ``;key=value`` for each key to change."""
+
+    text: str
+    plain: bool
+    overrides: dict[str, Any]
+
+    @classmethod
+    def parse(cls, text: str) -> "Setting":
+        name, *changes = [part.strip() for part in text.split(";")]
+        if name not in ("default", "plain") or not all("=" in change for change in changes):
+            raise ValueError(
+                f"a setting is default or plain, and then ;key=value for each key to change, such as "
+                f"'default;dtype=fp32', got {text!r}"
+            )
+        pairs = [change.partition("=") for change in changes]
+        return cls(text, name == "plain", {key: parse_literal(value) for key, _, value in pairs})
+
+    def values(self, preset: Preset) -> dict[str, Any]:
+        """Keys of the configuration; ``scheduler.num_sampling_steps`` reaches into an entry."""
+        values = {**preset.values, **(PLAIN_VALUES if self.plain else {})}
+        for key, value in self.overrides.items():
+            entry, _, inner = key.partition(".")
+            values[entry] = {**values[entry], inner: value} if inner else value
+        return values

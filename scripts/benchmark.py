@@ -1,0 +1,165 @@
+"""Measure a training step of random weights: benchmark.py PRESET [--setting S] [--json FILE].
+
+PRESET is cpu-twin, or xl2-240p, xl2-360p, xl2-720p on a GPU. A setting is `default` or `plain` (the step without this
+project's savings), and then `;key=value` for each key of the configuration to change: `default;decode_context=causal`.
+
+    benchmark.py cpu-twin                                phases of the default step, as a table and as JSON
+    benchmark.py cpu-twin --compare default plain        two settings in turns, and the ratio of their times
+    benchmark.py cpu-twin --sweep steps                  cost against steps, window, frames, resolution, rank or batch
+    benchmark.py --write-docs                            docs/performance.md from docs/benchmarks/*.json
+"""
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
+
+from scripts.bench import page  # noqa: E402
+from scripts.bench.presets import PRESETS, Setting  # noqa: E402
+
+# What is varied, in steps that a quarter of an hour of two CPU cores allows: name → (unit, [(value, changes)]).
+SWEEPS: dict[str, tuple[str, list[tuple[float, str]]]] = {
+    "steps": ("sampling step", [(n, f"scheduler.num_sampling_steps={n}") for n in (5, 10, 20, 30)]),
+    "window": ("gradient step", [(n, f"backprop_steps={n}") for n in (1, 2, 3, 4)]),
+    "frames": ("frame", [(n, f"num_frames={n}") for n in (17, 34, 51, 102)]),
+    "resolution": ("megapixel", [(n * n / 1e6, f"image_size=({n},{n})") for n in (64, 96, 128, 192)]),
+    "rank": ("rank", [(n, f"lora_rank={n}") for n in (4, 16, 64, 128)]),
+    "batch": ("video", [(n, f"train_batch_size={n}") for n in (1, 2, 3)]),
+}
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("preset", nargs="?", choices=list(PRESETS), help="what to measure")
+    parser.add_argument("--setting", default="default", help="how (default: default)")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two settings, step by step in turns")
+    parser.add_argument("--sweep", choices=list(SWEEPS), help="cost against one quantity")
+    parser.add_argument("--steps", type=int, default=3, help="steps measured, each way (default 3)")
+    parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's own choice by default")
+    parser.add_argument("--json", type=Path, help="also write the result there")
+    parser.add_argument(
+        "--write-docs", action="store_true", help="write docs/performance.md and its pictures"
+    )
+    args = parser.parse_args(argv)
+    if bool(args.preset) == args.write_docs:
+        parser.error("give a preset to measure, or --write-docs alone")
+    if args.steps < 1:
+        parser.error(f"--steps must be at least 1, got {args.steps}")
+    return args
+
+
+def run(preset: str, setting: str, steps: int) -> dict[str, Any]:
+    """Phases of one setting."""
+    from scripts.bench.bench import Worker
+
+    worker = Worker(preset, setting)
+    measured = worker.measure(steps)
+    worker.close()
+    return {"kind": "run", "setting": setting, **measured}
+
+
+def compare(preset: str, settings: list[str], rounds: int) -> dict[str, Any]:
+    """Two settings in turns, whose order changes each round, so that what else the machine does meets both alike."""
+    from scripts.bench.bench import Worker
+
+    workers = [Worker(preset, setting) for setting in settings]
+    taken: list[list[tuple[float, float, int]]] = [[], []]
+    for number in range(rounds):
+        for which in (0, 1) if number % 2 == 0 else (1, 0):
+            taken[which].append(workers[which].step())
+    for worker in workers:
+        worker.close()
+    columns = [list(zip(*steps, strict=True)) for steps in taken]
+    ratios = {
+        unit: [b / a for a, b in zip(columns[0][place], columns[1][place], strict=True)]
+        for place, unit in enumerate(("seconds", "cpu_seconds"))
+    }
+    sides = [
+        {"setting": setting, "seconds": seconds, "cpu_seconds": cpu, "peak_bytes": max(peaks)}
+        for setting, (seconds, cpu, peaks) in zip(settings, columns, strict=True)
+    ]
+    return {"kind": "compare", "sides": sides, "ratios": ratios}
+
+
+def sweep(preset: str, setting: str, name: str, steps: int) -> dict[str, Any]:
+    """Seconds and peak bytes of a step at each value, and the line through them."""
+    from scripts.bench.bench import Worker
+
+    unit, points = SWEEPS[name]
+    rows = []
+    for value, change in points:
+        worker = Worker(preset, f"{setting};{change}")
+        taken = [worker.step() for _ in range(steps)]
+        worker.close()
+        seconds, cpu, peaks = zip(*taken, strict=True)
+        rows.append(
+            {
+                "value": value,
+                "seconds": statistics.median(seconds),
+                "cpu_seconds": statistics.median(cpu),
+                "peak_bytes": max(peaks),
+            }
+        )
+        print(f"{name} {value:g}: {rows[-1]['seconds']:.2f} s", file=sys.stderr)
+    lines = {key: page.fit_line(rows, key) for key in ("seconds", "cpu_seconds", "peak_bytes")}
+    return {
+        "kind": "sweep",
+        "setting": setting,
+        "quantity": name,
+        "unit": unit,
+        "points": rows,
+        "lines": lines,
+    }
+
+
+def origin(argv: list[str]) -> dict[str, Any]:
+    """Machine, versions and command, to stand in the result; nothing that names a folder of this machine."""
+    from Core.provenance import describe
+
+    found = describe()
+    return {
+        "command": shlex.join(["python", "scripts/benchmark.py", *argv]),
+        **{key: found[key] for key in ("commit", "hardware", "versions")},
+    }
+
+
+def main(argv: list[str] | None = None) -> int:
+    argv = sys.argv[1:] if argv is None else argv
+    args = parse(argv)
+    if args.write_docs:
+        page.write()
+        return 0
+    try:
+        for text in args.compare or [args.setting]:
+            Setting.parse(text)
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    import torch
+
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    if args.compare:
+        result = compare(args.preset, args.compare, args.steps)
+    elif args.sweep:
+        result = sweep(args.preset, args.setting, args.sweep, args.steps)
+    else:
+        result = run(args.preset, args.setting, args.steps)
+    result = {"preset": args.preset, "threads": torch.get_num_threads(), **result, **origin(argv)}
+    print(page.table(result))
+    if args.json:
+        args.json.parent.mkdir(parents=True, exist_ok=True)
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

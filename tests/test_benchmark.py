@@ -1,0 +1,180 @@
+"""The benchmark: the plain path computes the same, counts are right, tables and the page come from the files."""
+
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from Core import lora
+from scripts import benchmark
+from scripts.bench import page
+from scripts.bench.bench import Bench
+from scripts.bench.meter import OperationCounter
+from scripts.bench.plain import score_matrix_attention
+from scripts.bench.presets import PRESETS, Setting
+
+TINY = ";image_size=(32,32);num_frames=17;scheduler.num_sampling_steps=2;dtype=fp32;mixed_precision=no"
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory) -> Bench:
+    """The twin's plain setting at a small size."""
+    torch.manual_seed(0)
+    return Bench("cpu-twin", Setting.parse("plain" + TINY), tmp_path_factory.mktemp("bench") / "run")
+
+
+def outcome(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
+    """Final latent and the adapter's gradient of the first video."""
+    trainer = bench.trainer
+    lora.set_dropout(trainer.backbone.denoiser, False)
+    z, _ = trainer.rollout.sample(trainer.prompts_of([0]), [0], 1)
+    frames = trainer.backbone.decode_frames(z, trainer.rollout.frame_numbers([0]))
+    gradient = torch.autograd.grad(
+        trainer.reward(frames, ["a fox"]).loss.mean(), trainer.parameters, allow_unused=True
+    )
+    return z.detach(), torch.cat([g.flatten() for g in gradient if g is not None])
+
+
+def test_the_plain_path_computes_what_the_default_does(bench):
+    for name, parameter in bench.trainer.named_parameters.items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.02)
+    with bench.path():
+        plain = outcome(bench)
+    default = outcome(bench)
+    for bound, one, other in zip((1e-5, 1e-4), default, plain, strict=True):
+        assert (one - other).norm() <= bound * other.norm()
+
+
+def test_a_measurement_has_every_phase_with_its_cost(bench):
+    with bench.path():
+        measured = bench.measure(1)
+    assert {"text", "prefix", "gradient_steps", "decode", "reward", "backward", "optimizer"} <= measured[
+        "phases"
+    ].keys()
+    for name in ("text", "prefix", "backward"):
+        phase = measured["phases"][name]
+        assert (
+            min(phase[key] for key in ("seconds", "operations", "bytes", "roofline_seconds", "peak_bytes"))
+            > 0
+        )
+    printed = page.table({"kind": "run", **measured})
+    assert "gradient steps" in printed
+    assert "of the ceiling" in page.roofline(measured)
+
+
+def test_operations_of_products_convolutions_and_attention_are_counted():
+    counter = OperationCounter(ceiling=1e9, bandwidth=1e9)
+    x, image = torch.randn(4, 8), torch.randn(1, 2, 6, 6)
+    q, k = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 7, 16)
+    expected = {
+        "product": (lambda: x @ x.T, 2 * 4 * 8 * 4),
+        "in place": (lambda: torch.zeros(4, 4).addmm_(x, x.T), 2 * 4 * 8 * 4),
+        "convolution": (lambda: nn.functional.conv2d(image, torch.randn(3, 2, 3, 3)), 2 * 3 * 2 * 9 * 16),
+        "attention": (lambda: nn.functional.scaled_dot_product_attention(q, k, k), 4 * 2 * 5 * 7 * 16),
+        "view": (lambda: x.T, 0),
+    }
+    with counter:
+        for name, (action, _) in expected.items():
+            action()
+            counter.lap(name)
+    assert {name: phase["operations"] for name, phase in counter.phases.items()} == {
+        name: operations for name, (_, operations) in expected.items()
+    }
+    assert counter.phases["product"]["bytes"] == 4 * (32 + 32 + 16) and counter.phases["view"]["bytes"] == 0
+
+
+def test_score_matrices_give_the_same_attention():
+    q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
+    mask = torch.rand(2, 1, 1, 7) < 0.7
+    mask[..., 0] = True
+    for chosen in (None, mask):
+        fused = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=chosen)
+        torch.testing.assert_close(score_matrix_attention(q, k, v, attn_mask=chosen), fused)
+
+
+def test_a_setting_reaches_into_entries_and_says_what_is_wrong_with_it():
+    values = Setting.parse("plain;scheduler.num_sampling_steps=5;lora_rank=4").values(PRESETS["cpu-twin"])
+    assert values["scheduler"]["num_sampling_steps"] == 5 and values["scheduler"]["cfg_scale"] == 7.0
+    assert (values["lora_rank"], values["dtype"]) == (4, "fp32")
+    assert PRESETS["cpu-twin"].values["scheduler"]["num_sampling_steps"] == 30
+    with pytest.raises(ValueError, match="a setting is default or plain"):
+        Setting.parse("fast")
+
+
+def test_wrong_calls_are_refused(capsys):
+    assert benchmark.main(["cpu-twin", "--setting", "fast"]) == 2
+    assert "a setting is default or plain" in capsys.readouterr().err
+    for argv in ([], ["cpu-twin", "--write-docs"], ["cpu-twin", "--steps", "0"]):
+        with pytest.raises(SystemExit):
+            benchmark.parse(argv)
+
+
+def test_a_line_is_fitted_to_a_sweep():
+    points = [{"value": n, "seconds": 2 + 3 * n, "peak_bytes": 2**30} for n in (1, 2, 4)]
+    line = page.fit_line(points, "seconds")
+    assert line == pytest.approx({"slope": 3, "intercept": 2, "r2": 1})
+    lines = {key: page.fit_line(points, key) for key in ("seconds", "peak_bytes")}
+    shown = page.table(
+        {"kind": "sweep", "quantity": "steps", "unit": "sampling step", "points": points, "lines": lines}
+    )
+    assert "2.000 s + 3 s for each sampling step" in shown
+
+
+def test_a_comparison_gives_the_ratio_with_its_spread():
+    sides = [
+        {"setting": s, "seconds": [1.0], "cpu_seconds": [1.0], "peak_bytes": 2**30}
+        for s in ("default", "plain")
+    ]
+    shown = page.table(
+        {"kind": "compare", "sides": sides, "ratios": {"seconds": [2.0, 2.5, 3.0], "cpu_seconds": [2.0]}}
+    )
+    assert "`plain` takes 2.50 times as long (2.00 to 3.00, 3 rounds) by seconds" in shown
+
+
+def test_the_page_is_current():
+    assert page.PAGE.read_text(encoding="utf-8") == page.text(), (
+        "run python scripts/benchmark.py --write-docs"
+    )
+
+
+def test_the_committed_results_name_their_machine_and_no_folder_of_it():
+    for path in page.FOLDER.glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        assert result["command"].startswith("python scripts/benchmark.py ") and result["hardware"]["cpu"]
+        assert "folder" not in result and path.with_suffix(".svg").is_file()
+
+
+needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="counts what a GPU does")
+
+
+@needs_gpu
+def test_attention_takes_a_fused_kernel():
+    """With the math kernel forbidden there is nothing to fall back to."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k = (torch.randn(2, 16, n, 72, device="cuda", dtype=torch.bfloat16) for n in (391, 300))
+    mask = torch.ones(2, 1, 1, 300, dtype=torch.bool, device="cuda")
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    with sdpa_kernel(fused):
+        nn.functional.scaled_dot_product_attention(q, q, q)
+        nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+
+
+@needs_gpu
+def test_the_sampling_loop_waits_for_no_gpu(tmp_path):
+    setting = "default;image_size=(32,32);num_frames=17;scheduler.num_sampling_steps=4"
+    bench = Bench("cpu-twin", Setting.parse(setting), tmp_path / "run")
+    bench.step()
+    backbone = bench.trainer.backbone
+    velocity = backbone.velocity(list(bench.trainer.rollout.text.values())[:1])
+    z, timesteps = bench.trainer.rollout.noise([0]), backbone.timesteps(1)
+    with torch.no_grad(), bench.trainer.runtime.autocast():
+        velocity(z, timesteps[0])  # the captions' keys and values, once for each sample
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for t in timesteps:
+                velocity(z, t)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")

@@ -37,7 +37,7 @@ def trained(request, twin, tmp_path_factory) -> Trainer:
     generator = torch.Generator().manual_seed(5)
     for name, parameter in trainer.named_parameters.items():
         if "lora_B" in name:
-            parameter.data.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
     return trainer
 
 

@@ -276,8 +276,8 @@ class OpenSora(Backbone):
 
     @classmethod
     def from_config(cls, config, device: torch.device) -> "OpenSora":
-        keys = ("model", "vae", "text_encoder", "scheduler", "video", "multi_resolution", "scores", "dtype")
-        keys += ("decode_context", "base_quant")
+        keys = ["model", "vae", "text_encoder", "scheduler", "video", "multi_resolution", "scores", "dtype"]
+        keys += ["decode_context", "base_quant"]
         return cls(**{key: getattr(config, key) for key in keys}, device=device)
 
     def caption(self, prompt: str) -> str:

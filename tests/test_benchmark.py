@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from Core import lora
+from Core.backbones import BACKBONES
 from scripts import benchmark
 from scripts.bench import page
 from scripts.bench.bench import Bench
@@ -92,6 +93,10 @@ def test_score_matrices_give_the_same_attention():
     for chosen in (None, mask):
         fused = nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=chosen)
         torch.testing.assert_close(score_matrix_attention(q, k, v, attn_mask=chosen), fused)
+
+
+def test_the_family_of_random_weights_is_offered_to_nobody_else(bench):
+    assert bench.config.backbone == "benchmark" and "benchmark" not in BACKBONES
 
 
 def test_a_setting_reaches_into_entries_and_says_what_is_wrong_with_it():

@@ -29,7 +29,7 @@ from scripts.bench.meter import (
     copy_bandwidth,
     matmul_ceiling,
 )
-from scripts.bench.networks import RandomHPS, RandomOpenSora
+from scripts.bench.networks import RandomHPS, RandomOpenSora, registered
 from scripts.bench.plain import plain_path
 from scripts.bench.presets import PRESETS, Setting
 
@@ -39,10 +39,11 @@ class Bench:
 
     def __init__(self, preset: str, setting: Setting, folder: Path):
         sizes = PRESETS[preset]
-        self.config = config = Config(**setting.values(sizes), project_dir=str(folder))
-        self.setting, runtime = setting, Runtime(config.mixed_precision)
-        self.device = runtime.device
-        backbone = RandomOpenSora.from_config(config, runtime.device)
+        with registered():
+            self.config = config = Config(**setting.values(sizes), project_dir=str(folder))
+            self.setting, runtime = setting, Runtime(config.mixed_precision)
+            self.device = runtime.device
+            backbone = RandomOpenSora.from_config(config, runtime.device)
         prompts = read_prompts(config)
         captions = captions_of(backbone, prompts)
         started = time.perf_counter()

@@ -63,6 +63,20 @@ class Ema:
                 self.state[key].lerp_(value.detach(), 1 - decay)
 
 
+def build_optimizers(
+    model: nn.Module, lr: float, muon_lr: float, weight_decay: float
+) -> list[torch.optim.Optimizer]:
+    """AdamW for all trainable parameters, or for those that Muon does not take."""
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    matrices = [p for name, p in trained.items() if muon_lr and "blocks" in name and p.dim() == 2]
+    rest = [p for p in trained.values() if not any(p is matrix for matrix in matrices)]
+    optimizers = [torch.optim.AdamW(rest, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)]
+    if matrices:
+        scaled = dict(lr=muon_lr, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw")
+        optimizers.append(torch.optim.Muon(matrices, **scaled))
+    return optimizers
+
+
 @torch.enable_grad()
 def fit(
     name: str,
@@ -73,40 +87,47 @@ def fit(
     lr: float,
     warmup: int = 100,
     weight_decay: float = 1e-2,
+    muon_lr: float = 0.0,
     ema_decay: float = 0.995,
     save_every: int = 200,
 ) -> None:
     """Minimise ``loss_fn`` over the model's trainable parameters and leave the averaged weights in ``model``.
+
+    AdamW at ``lr``; with ``muon_lr``, the matrices inside transformer blocks follow Muon (Jordan, 2024) at that rate.
 
     Each step draws from generators seeded by (SEED, step) alone, so a killed run continues as if nothing happened.
     The finished state is kept at ``WORK/<name>.pt``; a second call loads it and returns at once.
     """
     path = WORK / f"{name}.pt"
     params = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(params, lr=lr, betas=(0.9, 0.98), weight_decay=weight_decay)
+    optimizers = build_optimizers(model, lr, muon_lr, weight_decay)
+    groups = [(group, group["lr"]) for optimizer in optimizers for group in optimizer.param_groups]
     ema, start, spent = Ema(model, ema_decay), 0, 0.0
     if path.exists():
         saved = torch.load(path, weights_only=True)
         model.load_state_dict(saved["model"])
-        optimizer.load_state_dict(saved["optimizer"])
+        for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
+            optimizer.load_state_dict(state)
         ema.state, ema.count, start, spent = saved["ema"], saved["step"], saved["step"], saved["seconds"]
     begun = time.time()
     for step in range(start, steps):
         torch.manual_seed(SEED * 1_000_003 + step)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * cosine(step, steps, warmup)
+        for group, peak in groups:
+            group["lr"] = peak * cosine(step, steps, warmup)
         loss, logs = loss_fn(np.random.default_rng([SEED, step]))
-        optimizer.zero_grad()
+        model.zero_grad()
         loss.backward()
         nn.utils.clip_grad_norm_(params, 1.0)
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
         ema.update(model)
         done, seconds = step + 1, spent + time.time() - begun
         if done % 50 == 0 or done == steps:
             figures = "  ".join(f"{k} {v:.4f}" for k, v in {"loss": float(loss.detach()), **logs}.items())
             log(name, f"step {done}/{steps}  {figures}  {seconds:.0f} s")
         if done % save_every == 0 or done == steps:
-            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "ema": ema.state}
+            states = [optimizer.state_dict() for optimizer in optimizers]
+            state = {"model": model.state_dict(), "optimizers": states, "ema": ema.state}
             save({**state, "step": done, "seconds": seconds}, path)
     model.load_state_dict(ema.state)
 

@@ -1,6 +1,6 @@
 """Measures the exported demo models through the loaders that training uses.
 
-``python -m scripts.demo.measure [--prompts 128] [--steps 12] [--guidance 2.5] [--sheet FILE.png]``
+``python -m scripts.demo.measure [--prompts 128] [--steps 12] [--guidance 1.75] [--sheet FILE.png]``
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=ASSETS)
     parser.add_argument("--prompts", type=int, default=128)
     parser.add_argument("--steps", type=int, default=12)
-    parser.add_argument("--guidance", type=float, default=2.5)
+    parser.add_argument("--guidance", type=float, default=1.75)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--timestep-transform", action="store_true")
     parser.add_argument("--sheet")

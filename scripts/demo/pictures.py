@@ -74,7 +74,7 @@ def side_by_side(
 
 
 def contact_sheet(path: Path, captions: list[str], before: np.ndarray, after: np.ndarray) -> Path:
-    """A PNG with first, middle and last frame of each pair."""
+    """A PNG with first, middle and last frame of each pair, in two columns."""
     blocks = []
     for caption, one, two in zip(captions, before, after, strict=True):
         picks = [0, world.FRAMES // 2, world.FRAMES - 1]
@@ -85,7 +85,9 @@ def contact_sheet(path: Path, captions: list[str], before: np.ndarray, after: np
     half = blocks[0].shape[1] // 2
     names = np.concatenate([label(text, half, MUTED) for text in ("before", "after")], axis=1)[:22]
     names = np.pad(names, ((0, 0), (0, blocks[0].shape[1] - names.shape[1]), (0, 0)), constant_values=255)
-    Image.fromarray(np.concatenate([names, *blocks])).save(path)
+    columns = [np.concatenate([names, *blocks[i : len(blocks) // 2 * 2 : 2]]) for i in range(2)]
+    gutter = np.full((len(columns[0]), 6 * GAP, 3), 255, np.uint8)
+    Image.fromarray(np.concatenate([columns[0], gutter, columns[1]], axis=1)).save(path, optimize=True)
     return path
 
 

@@ -3,12 +3,15 @@
 The CLIP's cosine is regressed to explicit targets instead of being contrasted, in two turns. The gentle one (all
 right ≈ 1, one of colour and shape wrong ≈ 0.26, both wrong ≈ -0.07) teaches it to see both; the steep one (1, 0,
 -0.2) spreads what it has learned, so that the distance between the base model's videos and true ones stays large.
+Half of the images are neither right nor wrong: they lie between two shapes or colours, or have faded, and their
+targets lie between too. A reward that only tells right from wrong is flat on the way, and its gradient there noise.
 """
 
 from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -35,7 +38,8 @@ LOGIT_SCALE = math.log(100)  # PickScore's own unit: a perfect cosine scores 100
 BACKGROUND = 0.05  # what a matching background adds to the cosine
 
 NAMING = 0.2  # weight of the readers' cross entropy
-POOL = 1280  # scenes whose decoded frames are kept
+POOL = 2560  # pictures whose decoded frames are kept
+CLASSES = [len(world.COLOURS), len(world.SHAPES), len(world.BACKGROUNDS)]
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
 
 
@@ -47,48 +51,77 @@ class Targets:
     one: float
     both: float
 
-    def cosines(self, a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, M]`` wanted and how many are right, between rows ``[N, 3]``, ``[M, 3]`` (colour, shape, background)."""
-        colour, shape, background = (a[:, None] == b[None]).unbind(-1)
-        right = colour.long() + shape.long()
-        wanted = torch.tensor([self.none, self.one, self.both])[right] + BACKGROUND * background
-        return wanted, right
+    def cosines(self, shown: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:
+        """``[N, M]`` wanted and how many of colour and shape are right, between attributes of images and captions."""
+        pairs = zip(shown.split(CLASSES, dim=1), said.split(CLASSES, dim=1), strict=True)
+        colour, shape, background = (a @ b.T for a, b in pairs)
+        step, bonus = self.one - self.none, self.both - 2 * self.one + self.none
+        wanted = self.none + step * (colour + shape) + bonus * colour * shape + BACKGROUND * background
+        return wanted, (colour + shape).round().long()
 
 
 GENTLE = Targets(none=-0.12, one=0.21, both=0.95)
 STEEP = Targets(none=-0.25, one=-0.02, both=0.95)
 
 
-def attributes(scenes: list[world.Scene]) -> Tensor:
-    """Indices of colour, shape and background, ``[N, 3]``."""
-    rows = [
-        (
-            list(world.COLOURS).index(s.colour),
-            world.SHAPES.index(s.shape),
-            world.BACKGROUNDS.index(s.background),
-        )
-        for s in scenes
-    ]
-    return torch.tensor(rows)
+@dataclass(frozen=True)
+class Picture:
+    """What an image shows: a scene, by these shares on its way to the shape and colour of another and to grey."""
+
+    scene: world.Scene
+    towards: world.Scene
+    shape: float = 0.0
+    colour: float = 0.0
+    fade: float = 0.0
+
+    def render(self, frames: Sequence[int] = range(world.FRAMES)) -> np.ndarray:
+        return world.render(self.scene, frames, self.towards, self.shape, self.colour, self.fade)
+
+
+def picture(index: int) -> Picture:
+    """Picture ``index``: half of them are plain scenes."""
+    rng = np.random.default_rng([SEED, index])
+    scene, towards = (world.scene(SEED, i) for i in (index, int(rng.integers(1 << 40))))
+    if rng.random() < 0.5:
+        return Picture(scene, scene)
+    kind, fade = rng.random(), rng.random() * (rng.random() < 0.4)
+    if kind < 0.6:
+        return Picture(scene, towards, shape=rng.random(), fade=fade)
+    return Picture(scene, towards, colour=rng.random() * (kind < 0.8), fade=fade)
+
+
+def attributes(pictures: Sequence[Picture]) -> Tensor:
+    """Shares of every colour, shape and background, ``[N, sum(CLASSES)]``."""
+    rows = []
+    for p in pictures:
+        colour, shape, background = (np.zeros(n) for n in CLASSES)
+        for seen, by_shape, by_colour in (
+            (p.scene, 1 - p.shape, 1 - p.colour),
+            (p.towards, p.shape, p.colour),
+        ):
+            colour[list(world.COLOURS).index(seen.colour)] += by_colour * (1 - p.fade)
+            shape[world.SHAPES.index(seen.shape)] += by_shape
+        background[world.BACKGROUNDS.index(p.scene.background)] = 1
+        rows.append(np.concatenate([colour, shape, background]))
+    return torch.from_numpy(np.stack(rows)).float()
 
 
 @torch.no_grad()
 def decoded_pool() -> Tensor:
     """Frames as the VAE shows them, ``uint8 [POOL, 4, 3, 64, 64]``: two of a whole clip, two latents decoded alone.
 
-    The latents carry noise of up to 0.4 of their spread, as a denoiser leaves it. Row ``i`` is scene ``i``.
+    The latents carry noise of up to 0.4 of their spread, as a denoiser leaves it. Row ``i`` is ``picture(i)``.
     """
     path = WORK / "decoded_pool.pt"
     if path.exists():
         return torch.load(path, weights_only=True)
-    latents, _, _ = vae.normalised_latents()
     pipeline = vae.train_decoder()
     generator, parts = torch.Generator().manual_seed(SEED), []
     for start in range(0, POOL, 16):
-        z = latents[start : start + 16]
-        z = z + 0.4 * torch.rand(16, 1, 1, 1, 1, generator=generator) * torch.randn(
-            z.shape, generator=generator
-        )
+        clips = np.stack([picture(i).render() for i in range(start, start + 16)])
+        z = pipeline.encode(to_pixels(clips).transpose(1, 2))
+        noise = torch.randn(z.shape, generator=generator)
+        z = z + 0.4 * torch.rand(16, 1, 1, 1, 1, generator=generator) * noise
         raw = z * pipeline.scale + pipeline.shift
         whole = pipeline.temporal_vae.decode(raw, num_frames=world.FRAMES)
         picks = torch.randint(world.FRAMES, (2,), generator=generator)
@@ -98,7 +131,7 @@ def decoded_pool() -> Tensor:
         pixels = vae.decode_frames(pipeline.spatial_vae.module, torch.cat(frames)).unflatten(0, (4, 16))
         parts.append(((pixels.clamp(-1, 1) + 1) * 127.5).round().byte().transpose(0, 1))
         if (start + 16) % 256 == 0:
-            log("clip", f"decoded {start + 16}/{POOL} scenes")
+            log("clip", f"decoded {start + 16}/{POOL} pictures")
     save(torch.cat(parts), path)
     return torch.cat(parts)
 
@@ -112,7 +145,7 @@ def augment(images: Tensor) -> Tensor:
     smooth = nn.functional.avg_pool2d(nn.functional.pad(images, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     images = images.lerp(smooth, torch.rand(n, 1, 1, 1))
     images = images * (0.8 + 0.3 * torch.rand(n, 1, 1, 1)) + 0.1 * torch.randn(n, 1, 1, 1)
-    return images + 0.15 * torch.rand(n, 1, 1, 1) * torch.randn_like(images)
+    return images + 0.3 * torch.rand(n, 1, 1, 1) * torch.randn_like(images)
 
 
 def tokenizer() -> CLIPTokenizer:
@@ -151,15 +184,14 @@ class Pupil(nn.Module):
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
         self.clip = clip
-        classes = len(world.COLOURS) + len(world.SHAPES) + len(world.BACKGROUNDS)
-        self.image_reader = nn.Linear(TOWER["hidden_size"], classes)
-        self.text_reader = nn.Linear(TEXT_TOWER["hidden_size"], classes)
+        self.image_reader = nn.Linear(TOWER["hidden_size"], sum(CLASSES))
+        self.text_reader = nn.Linear(TEXT_TOWER["hidden_size"], sum(CLASSES))
 
 
 def naming_loss(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Cross entropy of a reader's logits ``[N, classes]`` against attribute rows ``[N, 3]``."""
-    groups = logits.split([len(world.COLOURS), len(world.SHAPES), len(world.BACKGROUNDS)], dim=1)
-    return sum(nn.functional.cross_entropy(g, w) for g, w in zip(groups, wanted.T, strict=True))
+    """Cross entropy of a reader's logits ``[N, sum(CLASSES)]`` against attributes of that shape."""
+    groups = zip(logits.split(CLASSES, dim=1), wanted.split(CLASSES, dim=1), strict=True)
+    return sum(nn.functional.cross_entropy(logit, share) for logit, share in groups)
 
 
 def image_states(model: CLIPModel, images: Tensor) -> Tensor:
@@ -186,15 +218,15 @@ def mistaken(scene: world.Scene, rng: np.random.Generator) -> world.Scene:
     return world.wrong_attribute(scene, rng, wrong)
 
 
-def training_images(rng: np.random.Generator, pool: Tensor, n: int) -> tuple[Tensor, list[world.Scene]]:
-    """``n`` images in [-1, 1], a third clean and the others as the VAE decodes them, with their scenes."""
+def training_images(rng: np.random.Generator, pool: Tensor, n: int) -> tuple[Tensor, list[Picture]]:
+    """``n`` images in [-1, 1], a third clean and the others as the VAE decodes them, with what they show."""
     rows = rng.integers(POOL, size=n)
-    scenes = [world.scene(SEED, int(i)) for i in rows]
+    pictures = [picture(int(i)) for i in rows]
     images = pool[torch.from_numpy(rows), torch.from_numpy(rng.integers(4, size=n))].float() / 127.5 - 1
     for i in range(0, n, 3):
-        scenes[i] = world.scene(SEED, int(rng.integers(1 << 40)))
-        images[i] = to_pixels(world.render(scenes[i], [int(rng.integers(world.FRAMES))]))[0]
-    return augment(images), scenes
+        pictures[i] = picture(int(rng.integers(1 << 40)))
+        images[i] = to_pixels(pictures[i].render([int(rng.integers(world.FRAMES))]))[0]
+    return augment(images), pictures
 
 
 def train() -> tuple[CLIPModel, CLIPTokenizer]:
@@ -202,7 +234,9 @@ def train() -> tuple[CLIPModel, CLIPTokenizer]:
     tokens, pool = tokenizer(), decoded_pool()
     pupil = Pupil(build(tokens))
     fit("clip", pupil, matching_loss(pupil, tokens, pool, GENTLE), steps=1500, lr=1e-3, weight_decay=0.05)
-    fit("clip_steep", pupil, matching_loss(pupil, tokens, pool, STEEP), steps=500, lr=4e-4, weight_decay=0.05)
+    fit(
+        "clip_steep", pupil, matching_loss(pupil, tokens, pool, STEEP), steps=1000, lr=5e-4, weight_decay=0.05
+    )
     return pupil.clip.eval(), tokens
 
 
@@ -211,11 +245,11 @@ def matching_loss(pupil: Pupil, tokens: CLIPTokenizer, pool: Tensor, targets: Ta
     model = pupil.clip
 
     def loss_fn(rng):
-        images, scenes = training_images(rng, pool, 64)
-        told = scenes[:32] + [mistaken(scene, rng) for scene in scenes[32:]]
+        images, pictures = training_images(rng, pool, 64)
+        told = [p.scene if i < 32 else mistaken(p.scene, rng) for i, p in enumerate(pictures)]
         captions = [world.caption(s, int(rng.integers(1 << 31))) for s in told]
         seen, read = image_states(model, images), text_states(model, tokens, captions)
-        shown, said = attributes(scenes), attributes(told)
+        shown, said = attributes(pictures), attributes([Picture(scene, scene) for scene in told])
         naming = naming_loss(pupil.image_reader(seen), shown) + naming_loss(pupil.text_reader(read), said)
         picture, words = model.visual_projection(seen), model.text_projection(read)
         cosines = nn.functional.normalize(picture, dim=-1) @ nn.functional.normalize(words, dim=-1).T

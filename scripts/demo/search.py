@@ -1,7 +1,7 @@
 """Search for the demo's training settings; every setting trained and compared is a row of search_results.csv.
 
-``python -m scripts.demo.search 'lr=1e-3 backprop_steps=2' 'lr=2e-3' …``: each argument is one setting, written as
-flags without dashes, on top of vader_demo.py. Settings are compared on held-out captions that the quickstart does
+``python -m scripts.demo.search 'lr=1e-3 backprop_steps=2' 'lr=2e-3' …``: each argument is one setting, keys that
+replace those of vader_demo.py. Settings are compared on held-out captions that the quickstart does
 not report on. A setting that is in the table already is not run again.
 """
 
@@ -30,9 +30,8 @@ def train_and_compare(setting: str) -> dict[str, object]:
     """One row: the setting, its gains with 95% intervals, and seconds per training step."""
     folder = ROOT / "runs" / "search" / "".join(c if c.isalnum() else "_" for c in setting)
     shutil.rmtree(folder, ignore_errors=True)
-    flags = [part for pair in setting.split() for part in ("--" + pair).replace("_", "-", 3).split("=", 1)]
-    fixed = ["--project-dir", str(folder), "--validation-steps", "100000", "--checkpointing-steps", "100000"]
-    config = load_config([str(CONFIG), *fixed, *flags])
+    fixed = [f"project_dir={folder}", "validation_steps=100000", "checkpointing_steps=100000"]
+    config = load_config([str(CONFIG), "--cfg-options", *fixed, *setting.split()])
     started = time.perf_counter()
     run(config)
     seconds = time.perf_counter() - started

@@ -1,7 +1,14 @@
-"""Stage ``stdit``: the small STDiT3, pretrained by the rectified-flow loss on noisy captions."""
+"""Stages ``stdit``, ``stdit_poor`` and ``stdit_faded``: the small STDiT3, by the rectified-flow loss on noisy captions.
+
+The first turn shows it good clips, the second as many whose shape has melted or faded, the last faded ones alone. The
+VAE, which has seen full colours only, gives those back in wavering ones. The base model then makes unsteady videos, and
+a reward has something to mend that all of them have in common.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,15 +18,19 @@ from torch import Tensor
 from opensora.models.stdit.stdit3 import STDiT3, STDiT3Config
 from opensora.schedulers.rf.rectified_flow import RFlowScheduler
 from scripts.demo import text, vae, world
-from scripts.demo.common import SEED, fit
+from scripts.demo.common import SEED, WORK, LossFn, fit, save, to_pixels
 
 SIZES = dict(
     depth=4, hidden_size=128, num_heads=4, caption_channels=text.WIDTH, model_max_length=text.MAX_TOKENS
 )
 CAPTION_NOISE = 0.2  # share of pretraining captions with a wrong colour or shape: the base model's headroom
 BATCH = 32
+EXTRA = 1536  # further scenes, shown as poor and as faded clips
+FADE = (0.2, 0.8)  # share of grey in the colours of a faded clip
 # Timesteps lean towards noise: colour, place and motion of a video this small are decided above 0.8.
 TIME_SHIFT, TIME_SPREAD = 0.8, 1.2
+# Share of batches whose first one or two latent frames are given, as they are for a picture or a long video.
+CONTINUED = 0.2
 
 
 def sizes(n: int) -> dict[str, Tensor]:
@@ -38,23 +49,71 @@ def encode(texts: list[str], t5, tokens) -> dict[str, Tensor]:
     return {"y": hidden[:, None], "mask": batch.attention_mask}
 
 
-def train() -> STDiT3:
-    """Rectified flow on the cached latents, with captions drawn anew (and in part wrong) at every step."""
-    latents, _, _ = vae.normalised_latents()
+def generated_frames(rng: np.random.Generator, count: int) -> Tensor | None:
+    """Which of ``count`` latent frames are generated, bool ``[BATCH, count]``; None for all of them."""
+    if rng.random() >= CONTINUED:
+        return None
+    return (torch.arange(count) >= int(rng.integers(1, 3))).expand(BATCH, count)
+
+
+def poor_clip(index: int, scene: world.Scene) -> np.ndarray:
+    """The clip with its shape melted towards a circle, or faded to grey, or both."""
+    rng = np.random.default_rng([SEED, index])
+    melted, faded = rng.random(2) * (rng.random(2) < 0.7)
+    return world.render(scene, towards=replace(scene, shape="circle"), shape=melted, fade=faded)
+
+
+def faded_clip(index: int, scene: world.Scene) -> np.ndarray:
+    """The clip in faded colours."""
+    return world.render(scene, fade=np.random.default_rng([SEED, index]).uniform(*FADE))
+
+
+@torch.no_grad()
+def latents_of(name: str, clip: Callable[[int, world.Scene], np.ndarray]) -> Tensor:
+    """Latents of the ``EXTRA`` scenes that follow the good clips', ``[EXTRA, 4, 5, 8, 8]``; kept on disk."""
+    path = WORK / f"{name}_latents.pt"
+    if not path.exists():
+        pipeline, parts = vae.train_decoder(), []
+        for start in range(0, EXTRA, 32):
+            clips = np.stack([clip(i, extra_scene(i)) for i in range(start, start + 32)])
+            parts.append(pipeline.encode(to_pixels(clips).transpose(1, 2)))
+        save(torch.cat(parts), path)
+    return torch.load(path, weights_only=True)
+
+
+def extra_scene(index: int) -> world.Scene:
+    return world.scene(SEED, vae.CLIPS + index)
+
+
+def flow_loss(model: STDiT3, latents: Tensor, scenes: list[world.Scene]) -> LossFn:
+    """Rectified flow on cached latents, with captions drawn anew (and in part wrong) at every step."""
     t5, tokens = text.train()
-    torch.manual_seed(2)
-    model = STDiT3(STDiT3Config(**SIZES))
-    scenes = [world.scene(SEED, i) for i in range(len(latents))]
     flow = RFlowScheduler(sample_method="logit-normal", loc=TIME_SHIFT, scale=TIME_SPREAD)
 
     def loss_fn(rng: np.random.Generator):
         rows = rng.integers(len(latents), size=BATCH)
         captions = [world.noisy_caption(scenes[i], rng, CAPTION_NOISE) for i in rows]
         kwargs = {**encode(captions, t5, tokens), **sizes(BATCH)}
-        losses = flow.training_losses(model, latents[torch.from_numpy(rows)], kwargs)["loss"]
+        mask = generated_frames(rng, latents.shape[2])
+        losses = flow.training_losses(model, latents[torch.from_numpy(rows)], kwargs, mask=mask)["loss"]
         return losses.mean(), {}
 
-    fit("stdit", model, loss_fn, steps=5400, lr=1.5e-3, weight_decay=0.01, ema_decay=0.998)
+    return loss_fn
+
+
+def train() -> STDiT3:
+    """The denoiser, trained on good, then on good and poor, then on faded clips."""
+    good, _, _ = vae.normalised_latents()
+    scenes, extra = [world.scene(SEED, i) for i in range(len(good))], [extra_scene(i) for i in range(EXTRA)]
+    torch.manual_seed(2)
+    model = STDiT3(STDiT3Config(**SIZES))
+    settings = dict(weight_decay=0.01, ema_decay=0.998)
+    fit("stdit", model, flow_loss(model, good, scenes), steps=5400, lr=1.5e-3, **settings)
+    mixed = torch.cat([good[:EXTRA], latents_of("poor", poor_clip)])
+    loss = flow_loss(model, mixed, scenes[:EXTRA] + extra)
+    fit("stdit_poor", model, loss, steps=2000, lr=1e-3, muon_lr=4e-3, **settings)
+    loss = flow_loss(model, latents_of("faded", faded_clip), extra)
+    fit("stdit_faded", model, loss, steps=800, lr=5e-4, muon_lr=2e-3, **settings)
     return model.eval()
 
 

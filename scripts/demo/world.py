@@ -163,15 +163,33 @@ def _background(name: str) -> np.ndarray:
     return np.broadcast_to(tone[:, :, None], (SIDE, SIDE, 3)).copy()
 
 
-def render(scene: Scene, frames: Sequence[int] = range(FRAMES)) -> np.ndarray:
-    """The chosen frames of a scene, ``uint8 [T, H, W, 3]``, antialiased by the distance to the shape's outline."""
+def render(
+    scene: Scene,
+    frames: Sequence[int] = range(FRAMES),
+    towards: Scene | None = None,
+    shape: float = 0.0,
+    colour: float = 0.0,
+    fade: float = 0.0,
+) -> np.ndarray:
+    """The chosen frames of a scene, ``uint8 [T, H, W, 3]``, antialiased by the distance to the shape's outline.
+
+    ``shape`` and ``colour`` are the shares, 0 to 1, by which those of ``towards`` are mixed in: outlines between two
+    shapes' and colours between two colours. ``fade`` is the share of grey in the colour.
+    """
+    towards = towards or scene
     dx, dy = DIRECTIONS[scene.direction]
     t = np.asarray(frames)[:, None, None]
     ys, xs = np.mgrid[0:SIDE, 0:SIDE] + 0.5
     x = xs[None] - (scene.start[0] + dx * scene.speed * t)
     y = ys[None] - (scene.start[1] + dy * scene.speed * t)
-    cover = np.clip(0.5 - distance(scene.shape, x, y, scene.size / 2), 0, 1)[..., None]
-    video = _background(scene.background) * (1 - cover) + np.array(COLOURS[scene.colour]) * cover
+    radius = scene.size / 2
+    outline = (1 - shape) * distance(scene.shape, x, y, radius) + shape * distance(
+        towards.shape, x, y, radius
+    )
+    cover = np.clip(0.5 - outline, 0, 1)[..., None]
+    paint = (1 - colour) * np.array(COLOURS[scene.colour]) + colour * np.array(COLOURS[towards.colour])
+    paint = (1 - fade) * paint + fade * paint.mean()
+    video = _background(scene.background) * (1 - cover) + paint * cover
     return np.round(video).astype(np.uint8)
 
 

@@ -9,7 +9,7 @@ aes = None
 model = dict(from_pretrained="{{fileDirname}}/../../../../assets/demo/stdit")
 vae = dict(from_pretrained="{{fileDirname}}/../../../../assets/demo/vae", micro_batch_size=64)
 text_encoder = dict(from_pretrained="{{fileDirname}}/../../../../assets/demo/t5", model_max_length=32)
-scheduler = dict(num_sampling_steps=12, cfg_scale=2.5, use_timestep_transform=False)
+scheduler = dict(num_sampling_steps=12, cfg_scale=1.75, use_timestep_transform=False)
 dtype = "fp32"
 mixed_precision = "no"
 
@@ -20,15 +20,16 @@ reward_args = dict(model="{{fileDirname}}/../../../../assets/demo/clip")
 
 lr = 1e-3
 lora_alpha = 16
-backprop_steps = 12
+backprop_steps = 3
+decode_frame = "fml"
 train_batch_size = 8
 gradient_accumulation_steps = 1
-max_train_steps = 80
+max_train_steps = 60
 grad_checkpoint = False
 
 project_dir = "runs/demo"
 validation_steps = 20
-checkpointing_steps = 40
+checkpointing_steps = 20
 val_batch_size = 16
 num_val_runs = 1
 use_wandb = False

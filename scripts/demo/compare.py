@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -18,8 +19,10 @@ from Core.evaluate import PairedGain, motion, paired_gain, score_videos
 from Core.inference import Sample, generate, plan_samples
 from Core.prompts import Prompt, parse_prompts
 from Core.rewards import Reward, build_reward
+from Core.run import run
 from Core.runtime import Runtime
 from Core.sampling import Variant, adapted, read_variants
+from Core.tracking import read_table
 from scripts.demo import oracle, world
 from scripts.demo.common import TRUTH_SEED, heldout, to_pixels, to_uint8
 
@@ -57,6 +60,21 @@ class Comparison:
         """Gain in reward as a share of the distance between base and true videos."""
         gain = self.gain("reward")
         return gain.gain / (self.true_reward - gain.before)
+
+
+def train(config) -> Path:
+    """Train as a user's command would; the run folder.
+
+    Raises:
+        SystemExit: the run was stopped before its last step, so there is nothing to compare.
+    """
+    folder = run(config)
+    done = len(read_table(folder / "metrics.csv"))
+    if done < config.max_train_steps:
+        raise SystemExit(
+            f"training was stopped after step {done} of {config.max_train_steps}; start it again"
+        )
+    return folder
 
 
 def score(reward: Reward, videos: Tensor, prompts: Sequence[Prompt]) -> Scores:

@@ -17,8 +17,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 from Core.config import load_config  # noqa: E402
 from Core.options import ConfigError  # noqa: E402
-from Core.run import run  # noqa: E402
-from scripts.demo.compare import Comparison, compare  # noqa: E402
+from scripts.demo.compare import Comparison, compare, train  # noqa: E402
 from scripts.demo.pictures import contact_sheet, reward_curve, side_by_side  # noqa: E402
 
 CONFIG = ROOT / "Open-Sora/configs/opensora-v1-2/vader/vader_demo.py"
@@ -38,7 +37,7 @@ def main() -> int:
         print("\n".join(f"error: {sentence}" for sentence in error.errors), file=sys.stderr)
         return 2
     started = time.perf_counter()
-    folder = run(config)
+    folder = train(config)
     trained = time.perf_counter()
     result = compare(config, str(folder / "adapter"), own.prompts)
     seconds = {"training": trained - started, "generating and scoring": time.perf_counter() - trained}

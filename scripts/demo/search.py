@@ -16,9 +16,8 @@ import time
 import torch
 
 from Core.config import load_config
-from Core.run import run
 from scripts.demo.common import ROOT
-from scripts.demo.compare import Comparison, compare
+from scripts.demo.compare import Comparison, compare, train
 from scripts.demo.quickstart import CONFIG
 
 RESULTS = ROOT / "scripts" / "demo" / "search_results.csv"
@@ -33,7 +32,7 @@ def train_and_compare(setting: str) -> dict[str, object]:
     fixed = [f"project_dir={folder}", "validation_steps=100000", "checkpointing_steps=100000"]
     config = load_config([str(CONFIG), "--cfg-options", *fixed, *setting.split()])
     started = time.perf_counter()
-    run(config)
+    train(config)
     seconds = time.perf_counter() - started
     result = compare(config, str(folder / "adapter"), PROMPTS, SCENE_SEED)
     return {"setting": setting, "seconds": round(seconds), **numbers(result)}

@@ -129,6 +129,8 @@ def start_log(folder: Path, runtime: Runtime, config: Config) -> None:
 
 
 def stop_log() -> None:
+    """Leave the logger as ``start_log`` found it, for what else runs in this process."""
+    logger.propagate = True
     for handler in list(logger.handlers):
         handler.close()
         logger.removeHandler(handler)

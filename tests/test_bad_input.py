@@ -1,5 +1,6 @@
 """What a user gets wrong is answered by sentences and exit code 2, before any network is loaded."""
 
+import logging
 import os
 import subprocess
 import sys
@@ -152,6 +153,7 @@ def test_too_small_a_memory_is_one_sentence_and_an_exit_code_of_its_own(
     printed = capfd.readouterr().err
     (sentence,) = [line for line in printed.splitlines() if line.startswith("error: ")]
     assert "which tried to allocate 2.50 GiB more; " + advice in sentence and "Traceback" not in printed
+    assert logging.getLogger("vader").propagate  # the log was started, and is left as it was
 
 
 def test_inference_faults(answer):

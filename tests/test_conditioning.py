@@ -1,7 +1,7 @@
 """Caption features: encoded once, kept on disk, and the encoder freed."""
 
 import gc
-import logging
+import os
 import shutil
 import weakref
 from types import SimpleNamespace
@@ -12,7 +12,7 @@ import twins
 from safetensors.torch import load_file
 
 from Core.backbones import OpenSora, VideoSpec
-from Core.backbones.base import TextEncoder, pad_text
+from Core.backbones.base import TextEncoder, file_identity, pad_text
 from Core.conditioning import ENCODE_BATCH, embed_captions
 
 
@@ -88,12 +88,12 @@ def test_a_killed_run_keeps_what_it_has_encoded(backbone, tmp_path, monkeypatch)
     assert backbone.seen == captions
 
 
-def test_a_cache_that_cannot_be_written_costs_one_warning(backbone, tmp_path, caplog, monkeypatch):
-    monkeypatch.setattr(logging.getLogger("vader"), "propagate", True)
+def test_a_cache_that_cannot_be_written_costs_one_warning(backbone, tmp_path, caplog):
     taken = tmp_path / "file"
     taken.write_text("")
-    features = embed_captions(backbone, ["a", "bb"], taken)
-    assert features.keys() == {"a", "bb"} and [record.levelname for record in caplog.records] == ["WARNING"]
+    features = embed_captions(backbone, ["a", "bb"] * ENCODE_BATCH + list("cdefghijk"), taken)
+    assert len(features) == 11 > ENCODE_BATCH
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "text_cache: captions could not be kept in" in caplog.text
 
 
@@ -148,6 +148,21 @@ def test_the_identity_follows_weights_length_and_number_type(opensora, twin):
     assert opensora.text_identity != first
     opensora.entries["text_encoder"] = {**entry, "from_pretrained": str(twin / "clip")}
     assert opensora.text_identity != first
+
+
+def test_the_identity_of_a_folder_is_its_content(tmp_path):
+    folder, copy = tmp_path / "t5", tmp_path / "elsewhere" / "t5"
+    (folder / ".cache").mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "model.safetensors").write_bytes(bytes(3_000_000))
+    shutil.copytree(folder, copy)
+    (copy / ".cache" / "note").write_text("downloaded today")
+    os.utime(copy / "config.json", (0, 0))
+    assert file_identity(str(copy)) == file_identity(str(folder)) != file_identity("owner/t5")
+    (copy / "model.safetensors").write_bytes(bytes([1]) * 3_000_000)
+    changed = file_identity(str(copy))
+    (copy / "config.json").write_text("[]")
+    assert len({changed, file_identity(str(copy)), file_identity(str(folder))}) == 3
 
 
 def test_a_text_encoder_downloaded_without_its_tokenizer_is_taken_up_again(

@@ -4,6 +4,7 @@ Axes: B batch, C channels, T latent frames, h, w latent rows and columns, F chos
 L text tokens, D text width, N sampling steps.
 """
 
+import hashlib
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -194,13 +195,34 @@ def check_weights(key: str, source: str | None) -> list[str]:
 
 
 def file_identity(source: str) -> str:
-    """A name that changes with the files behind ``source``; a hub id stands for itself."""
+    """A name that changes with the files behind ``source``, wherever they lie; a hub id stands for itself.
+
+    Of each file count its name, its size and ``_samples`` of its content; hidden ones do not count.
+    """
     path = Path(source).expanduser()
     if not path.exists():
         return str(source)
-    files = sorted(path.rglob("*")) if path.is_dir() else [path]
-    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files if file.is_file()]
-    return f"{path.resolve()} {stats}"
+    folder = path if path.is_dir() else path.parent
+    digest = hashlib.sha256()
+    for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
+        name = file.relative_to(folder)
+        if file.is_file() and not any(part.startswith(".") for part in name.parts):
+            digest.update(f"{name.as_posix()} {file.stat().st_size}\0".encode())
+            digest.update(_samples(file))
+    return digest.hexdigest()
+
+
+def _samples(file: Path) -> bytes:
+    """All of a file up to 1 MiB, and of a larger one 64 evenly spaced pieces of 16 KiB, its first and last included."""
+    size, count, length = file.stat().st_size, 64, 1 << 14
+    with file.open("rb") as content:
+        if size <= count * length:
+            return content.read()
+        pieces = []
+        for number in range(count):
+            content.seek(number * (size - length) // (count - 1))
+            pieces.append(content.read(length))
+    return b"".join(pieces)
 
 
 def pad_text(text: Sequence[Tensor], device: torch.device) -> tuple[Tensor, Tensor]:

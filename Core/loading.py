@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pickle
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -68,7 +68,7 @@ def load_strictly(model_class: Any, folder: Path | None, unused: str = "", **kwa
 
     unused: pattern of keys that may be left over, beside the position indices old files hold. kwargs go to
     `from_pretrained`; with folder None they are `config` and `state_dict`. Raises ValueError with the keys that
-    are missing, left over, or of another shape.
+    are missing, unexpected, or of another shape.
     """
     with quiet_transformers():
         model, report = model_class.from_pretrained(
@@ -81,15 +81,31 @@ def load_strictly(model_class: Any, folder: Path | None, unused: str = "", **kwa
             **kwargs,
         )
     leftover = re.compile(rf"(.*\.)?position_ids|{unused}")
-    problems = {
-        "missing": sorted(report["missing_keys"]),
-        "left over": sorted(key for key in report["unexpected_keys"] if not leftover.fullmatch(key)),
-        "of another shape": sorted(str(key) for key in report["mismatched_keys"]),
-    }
-    found = [f"{len(keys)} {problem} ({', '.join(keys[:3])})" for problem, keys in problems.items() if keys]
-    if found:
+    mismatch = describe_mismatch(
+        report["missing_keys"],
+        [key for key in report["unexpected_keys"] if not leftover.fullmatch(key)],
+        {key: (found, own) for key, found, own in report["mismatched_keys"]},
+    )
+    if mismatch:
         raise ValueError(
-            f"the weights in {folder or 'the file'} are not those of {model_class.__name__}, "
-            f"{', '.join(found)}; give a model of that kind"
+            f"the weights in {folder or 'the file'} are not those of {model_class.__name__}: {mismatch}; "
+            "give a model of that kind"
         )
     return model
+
+
+def describe_mismatch(
+    missing: Collection[str], unexpected: Collection[str], shapes: Mapping[str, tuple[Sequence, Sequence]]
+) -> str:
+    """What keeps weights from filling a model, in words; empty when they fit.
+
+    shapes: of the keys that differ in it, (shape found, the model's own).
+    """
+    reshaped = [f"{key} {tuple(found)} instead of {tuple(own)}" for key, (found, own) in shapes.items()]
+    faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}
+    return "; ".join(f"{len(keys)} {fault}: {_some(keys)}" for fault, keys in faults.items() if keys)
+
+
+def _some(keys: Collection[str], limit: int = 5) -> str:
+    more = f", … ({len(keys) - limit} more)" if len(keys) > limit else ""
+    return ", ".join(sorted(keys)[:limit]) + more

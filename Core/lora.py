@@ -4,7 +4,7 @@ import copy
 import hashlib
 import json
 import shutil
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from Core import draws
-from Core.loading import load_state
+from Core.loading import describe_mismatch, load_state
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
@@ -233,25 +233,6 @@ def _weights_file(path: Path) -> Path:
     return found[0]
 
 
-def _mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """What keeps ``state`` from filling ``own``, in words; empty when it fits."""
-    faults = {
-        "missing": own.keys() - state.keys(),
-        "unexpected": state.keys() - own.keys(),
-        "of another shape": {
-            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in own.keys() & state.keys()
-            if state[key].shape != own[key].shape
-        },
-    }
-    return "; ".join(f"{len(keys)} {fault}: {_some(keys)}" for fault, keys in faults.items() if keys)
-
-
-def _some(keys: Collection[str], limit: int = 5) -> str:
-    more = f", … ({len(keys) - limit} more)" if len(keys) > limit else ""
-    return ", ".join(sorted(keys)[:limit]) + more
-
-
 def load(model: PeftModel, adapter: Adapter, source: str) -> None:
     """Copy ``adapter`` into ``model``.
 
@@ -259,8 +240,11 @@ def load(model: PeftModel, adapter: Adapter, source: str) -> None:
         ValueError: the adapter was made for another model; the message lists what differs.
     """
     own = parameters(model)
-    if mismatch := _mismatch(own, adapter.state):
+    state = adapter.state
+    shapes = {key: (state[key].shape, own[key].shape) for key in own.keys() & state.keys()}
+    differing = {key: pair for key, pair in shapes.items() if pair[0] != pair[1]}
+    if mismatch := describe_mismatch(own.keys() - state.keys(), state.keys() - own.keys(), differing):
         raise ValueError(f"the adapter {source} does not fit the model: {mismatch}")
     with torch.no_grad():
         for key, parameter in own.items():
-            parameter.copy_(adapter.state[key])
+            parameter.copy_(state[key])

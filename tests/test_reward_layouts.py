@@ -184,7 +184,9 @@ def test_checkpoint_that_does_not_fit_is_refused_with_the_keys():
     del shapes["fc_norm.weight"]
     shapes |= {"decoder.weight": (3,), "classifier.bias": (7,)}
     with pytest.raises(
-        ValueError, match=r"1 missing \(fc_norm.weight\), 1 left over \(decoder.weight\), 1 of "
+        ValueError,
+        match=r"1 missing: fc_norm.weight; 1 unexpected: decoder.weight; 1 of another shape: "
+        r"classifier.bias \(7,\) instead of \(400,\)",
     ):
         load_strictly(
             VideoMAEForVideoClassification, None, config=config, state_dict=on_meta(shapes), device_map="meta"

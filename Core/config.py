@@ -11,12 +11,13 @@ from typing import Any, Literal
 from mmengine.config import Config as FileConfig
 
 from Core import lora
-from Core.backbones import BACKBONES, VideoSpec
+from Core.backbones import BACKBONES, Backbone, VideoSpec
 from Core.decode import check_decode_frame
 from Core.monitors import early_stop_errors
 from Core.options import ConfigError, FlagParser, add_flags, check_values, option, parse_literal
 from Core.prompts import check_prompt_file, read_prompts, read_validation_prompts
 from Core.rewards import check_reward_config
+from Core.rewards.hps import DEFAULT_VERSION
 from Core.schedulers.rf.window import first_gradient_step
 
 BASE = "base"  # stands for the model without an adapter wherever adapters are listed
@@ -84,7 +85,7 @@ class Config:
     # Training
     reward_fn: str | dict = option("hps", "reward by name, path/to/file.py:Class, or {name: weight}")
     reward_args: dict = option({}, "arguments of the reward, for a mixture {name: arguments}")
-    hps_version: Literal["v2.0", "v2.1"] = option("v2.1", "weights of the hps reward")
+    hps_version: Literal["v2.0", "v2.1"] = option(DEFAULT_VERSION, "weights of the hps reward")
     lr: float = option(2e-4, "learning rate of AdamW", above=0)
     lr_schedule: Literal["constant", "cosine", "linear"] = option("constant", "course of lr after warm-up")
     lr_warmup_steps: int = option(0, "optimiser steps over which lr rises to its full value", minimum=0)
@@ -335,8 +336,11 @@ def _content_errors(config: Config) -> list[str]:
 
 def _loop_errors(config: Config) -> list[str]:
     """Whether a clip can take over ``condition_frame_length`` latent frames and still make some of its own."""
+    family = BACKBONES[config.backbone]
+    if family.continue_clip is Backbone.continue_clip:
+        return [f"loop={config.loop}, but {family.__name__} cannot continue a clip; set loop=1"]
     try:
-        count = BACKBONES[config.backbone].count_latent_frames(config.video.num_frames, config.vae)
+        count = family.count_latent_frames(config.video.num_frames, config.vae)
     except ValueError as error:
         return [str(error)]
     if config.condition_frame_length < count:

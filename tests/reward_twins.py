@@ -223,7 +223,7 @@ def twin_arguments(root: Path) -> dict[str, dict]:
     clip = str(clip_folder(root / "clip"))
     laion = str(head_file(root / "laion.pth", (12, 8, 6, 5, 4, 1), (0, 2, 4, 6, 7)))
     jpeg = str(head_file(root / "jpeg.pt", (12, 8, 6, 5, 1), (0, 3, 6, 9)))
-    torch.save({"state_dict": open_clip_state()}, root / "HPS_v2_compressed.pt")
+    torch.save({"state_dict": open_clip_state()}, root / "HPS_v2.1_compressed.pt")
     aesthetic = {"model": clip, "head": laion}
     hps = {"model": str(root), "tokenizer": clip}
     return {

@@ -10,6 +10,7 @@ import twins
 from torch import nn
 
 from Core import lora
+from Core.backbones import Backbone, OpenSora
 from Core.config import NESTED_FLAGS, Config, build_config, load_config
 from Core.options import ConfigError
 
@@ -75,6 +76,12 @@ def test_every_key_is_read_by_the_program():
         f.name for f in fields(Config) if not re.search(rf"(config|self)\.{f.name}\b|\"{f.name}\"", text)
     ]
     assert unread == []
+
+
+def test_clips_are_not_looped_where_a_family_cannot_continue_them(values, monkeypatch):
+    monkeypatch.setattr(OpenSora, "continue_clip", Backbone.continue_clip)
+    loops = {**values, "is_vader_training": False, "loop": 2, "condition_frame_length": 1}
+    assert errors_of(loops) == ["loop=2, but OpenSora cannot continue a clip; set loop=1"]
 
 
 def test_a_configuration_cannot_be_changed(values):

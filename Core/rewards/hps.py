@@ -18,6 +18,7 @@ from Core.rewards.clip import ImageTower, TextTower
 from Core.rewards.preprocess import ImageTransform, Interpolation
 from Core.weights import Weight, locate
 
+DEFAULT_VERSION: Literal["v2.0", "v2.1"] = "v2.1"
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}
 HEAD_WIDTH = {"vision": 80, "text": 64}  # of ViT-H-14; a state dict does not tell
 TOKENIZER = Weight(
@@ -133,7 +134,11 @@ class HPS(ImageReward):
         paper="Wu et al. 2023, arXiv:2306.09341",
         weights={
             "model": Weight(
-                source="xswu/HPSv2", kind="file", file=FILES["v2.0"], size=3_944_000_000, licence="Apache-2.0"
+                source="xswu/HPSv2",
+                kind="file",
+                file=FILES[DEFAULT_VERSION],
+                size=3_944_000_000,
+                licence="Apache-2.0",
             ),
             "tokenizer": TOKENIZER,
         },
@@ -142,7 +147,7 @@ class HPS(ImageReward):
     def __init__(
         self,
         *,
-        version: Literal["v2.0", "v2.1"] = "v2.0",
+        version: Literal["v2.0", "v2.1"] = DEFAULT_VERSION,
         model: str = "xswu/HPSv2",
         tokenizer: str = TOKENIZER.source,
         hps_resize: Literal["pad", "squash"] = "pad",
@@ -160,7 +165,7 @@ class HPS(ImageReward):
     @classmethod
     def required_weights(cls, args: Mapping[str, Any]) -> dict[str, Weight]:
         required = super().required_weights(args)
-        file = FILES[args.get("version", "v2.0")]
+        file = FILES[args.get("version", DEFAULT_VERSION)]
         return required | {"model": required["model"].named(file)}
 
     def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:

@@ -202,15 +202,24 @@ def _cached_snapshot(source: str) -> Path | None:
 
 def _download_snapshot(source: str, patterns: tuple[str, ...], folder: Path | None) -> Path:
     """Download the files of a repository that match; any failure becomes FileNotFoundError."""
-    import httpx
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError
 
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns), local_dir=folder))
-    except (OSError, HfHubHTTPError, httpx.HTTPError) as error:
+    except _hub_errors() as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(reason[:200]) from error
+
+
+def _hub_errors() -> tuple[type[Exception], ...]:
+    """What the hub's client raises; before its version 1 it asked by requests, whose errors are OSErrors."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    try:
+        import httpx
+    except ImportError:
+        return OSError, HfHubHTTPError
+    return OSError, HfHubHTTPError, httpx.HTTPError
 
 
 def _from_address(weight: Weight, into: Path | None) -> Path:

@@ -35,7 +35,7 @@ MODELS = {
 
 @dataclass(frozen=True)
 class Need:
-    """Weights and the config key that names them: ("model", "from_pretrained") or ("reward_args", …)."""
+    """Weights and the config key that names them: ("model", "from_pretrained"), ("reward_args", …) and such."""
 
     owner: str
     key: tuple[str, ...]
@@ -66,10 +66,12 @@ def model_needs(family: str, sources: dict[str, str]) -> list[Need]:
     ]
 
 
-def reward_needs(name: str, args: dict[str, Any], mixture: bool = False) -> list[Need]:
-    """Weights of one scorer; as part of a mixture its arguments are one level down in `reward_args`."""
+def reward_needs(
+    name: str, args: dict[str, Any], owner: str = "", place: tuple[str, ...] = ("reward_args",)
+) -> list[Need]:
+    """Weights of one scorer, whose arguments are at `place`: one level down in a mixture and for a monitor."""
     required = resolve_reward(name).required_weights(args)
-    owner, place = ("mixture", ("reward_args", name)) if mixture else (name, ("reward_args",))
+    owner = owner or name
     return [Need(owner, (*place, *key.split(".")), weight) for key, weight in required.items()]
 
 
@@ -78,11 +80,18 @@ def config_needs(path: str) -> list[Need]:
     config = load_config([path])
     entries = {entry: getattr(config, entry).get("from_pretrained") for entry in MODELS[config.backbone]}
     needs = model_needs(config.backbone, {entry: source for entry, source in entries.items() if source})
+    if not config.is_vader_training:
+        return needs
     args = config.reward_arguments
     if isinstance(config.reward_fn, str):
-        return needs + reward_needs(config.reward_fn, args)
-    parts = [reward_needs(name, args.get(name, {}), mixture=True) for name in config.reward_fn]
-    return needs + [need for part in parts for need in part]
+        needs += reward_needs(config.reward_fn, args)
+    else:
+        for name in config.reward_fn:
+            needs += reward_needs(name, args.get(name, {}), "mixture", ("reward_args", name))
+    for name in config.monitors:
+        given = config.monitor_args.get(name, {})
+        needs += reward_needs(name, given, "monitors", ("monitor_args", name))
+    return needs
 
 
 def listing(needs: list[Need]) -> str:
@@ -101,22 +110,18 @@ def listing(needs: list[Need]) -> str:
 
 
 def config_lines(needs: list[Need], paths: dict[Weight, Path]) -> str:
-    """Lines for the config file that point at the copies on this machine."""
+    """Lines for a config file with a `_base_`, whose entries they are merged into, that point at the copies."""
     lines = []
     for owner in dict.fromkeys(need.owner for need in needs):
         lines.append(f"# {owner}")
-        reward_args: dict[str, Any] = {}
+        entries: dict[str, Any] = {}
         for need in (need for need in needs if need.owner == owner):
-            entry, *inner, last = need.key
-            if entry == "reward_args":
-                place = reward_args
-                for key in inner:
-                    place = place.setdefault(key, {})
-                place[last] = str(paths[need.weight])
-            else:
-                lines.append(f"{entry}[{last!r}] = {str(paths[need.weight])!r}")
-        if reward_args:
-            lines.append(f"reward_args = {reward_args!r}")
+            *outer, last = need.key
+            place = entries
+            for key in outer:
+                place = place.setdefault(key, {})
+            place[last] = str(paths[need.weight])
+        lines += [f"{entry} = {values!r}" for entry, values in entries.items()]
     return "\n".join(lines)
 
 

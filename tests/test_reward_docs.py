@@ -66,6 +66,7 @@ text_encoder = dict(type="t5", from_pretrained="DeepFloyd/t5-v1_1-xxl", model_ma
 scheduler = dict(type="rflow", num_sampling_steps=30, cfg_scale=7.0)
 prompt = ["a fox"]
 reward_fn = {"hps": 1.0, "pick_score": 0.5}
+monitors = ["clip_score"]
 """
 
 
@@ -85,13 +86,15 @@ def test_download_brings_what_a_config_needs_and_prints_lines_that_work(hub, tmp
         "xswu/HPSv2",
         "laion/CLIP-ViT-H-14-laion2B-s32B-b79K",
         "yuvalkirstain/PickScore_v1",
+        "openai/clip-vit-large-patch14",
     ]
     assert not any("bin" in pattern for _, patterns in hub for pattern in patterns)
 
-    values: dict = {"model": {}, "vae": {}, "text_encoder": {}}
+    values: dict = {}
     exec(printed[printed.index("# opensora") :], values)  # the lines are Python, for a config file
     assert Path(values["vae"]["from_pretrained"]) == tmp_path / "weights" / "hpcai-tech--OpenSora-VAE-v1.2"
     reward = build_reward({"hps": 1.0, "pick_score": 0.5}, values["reward_args"])
+    build_reward("clip_score", values["monitor_args"]["clip_score"])
     assert reward(torch.zeros(1, 1, 3, 16, 16), ["a fox"]).score.isfinite()
 
     hub.clear()
@@ -103,6 +106,18 @@ def test_pickled_models_are_fetched_only_where_there_are_no_others(hub, tmp_path
     weight = weights_module.Weight(source="owner/name")
     assert weights_module.locate(weight, tmp_path / "to") == tmp_path / "to" / "owner--name"
     assert [patterns[-1] for _, patterns in hub] == ["model*.safetensors", "pytorch_model*.bin"]
+
+
+def test_a_hub_client_without_httpx_fails_in_a_sentence(monkeypatch):
+    """huggingface_hub before its version 1 came without."""
+
+    def unreachable(*args, **kwargs):
+        raise ConnectionError("no route to the hub")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+    monkeypatch.setitem(sys.modules, "httpx", None)
+    with pytest.raises(FileNotFoundError, match="no route to the hub"):
+        weights_module.locate(weights_module.Weight(source="owner/name"))
 
 
 def test_repositories_of_the_same_name_go_to_folders_of_their_own(hub, tmp_path):
@@ -136,7 +151,7 @@ def test_mistakes_and_unreachable_weights_exit_with_2_and_one_sentence(hub, tmp_
     for part in (
         "3 of the weights",
         "PickScore_v1, about 3.9 GB",
-        "xswu/HPSv2 (HPS_v2_compressed.pt)",
+        "xswu/HPSv2 (HPS_v2.1_compressed.pt)",
         "(name not known)",
     ):
         assert part in message

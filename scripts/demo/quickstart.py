@@ -101,7 +101,7 @@ def show_paths(result: Comparison, folder: Path) -> None:
     print("\nlook at:", *(f"  {file}" for file in files), sep="\n")
     print(
         "\nnext, on a GPU with the real model (weights are fetched on first use):\n"
-        "  cd Open-Sora && sh script/run_text2video_train.sh"
+        "  sh Open-Sora/script/run_text2video_train.sh"
     )
 
 

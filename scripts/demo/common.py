@@ -1,4 +1,4 @@
-"""What all pretraining stages share: the work folder, the resumable optimisation loop and batches of videos."""
+"""What all pretraining stages share: the work folder, the resumable optimisation loop and batches of frames."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "runs" / "demo_pretrain"
 ASSETS = ROOT / "assets" / "demo"
 SEED = 7
-TRUTH_SEED = 11
+HELDOUT_SEED = 11
 HELDOUT_WORDING = 100_000
 
 LossFn = Callable[[np.random.Generator], tuple[Tensor, dict[str, float]]]
@@ -41,7 +41,7 @@ def save(state: dict, path: Path) -> None:
     os.replace(partial, path)
 
 
-def cosine(step: int, steps: int, warmup: int) -> float:
+def lr_factor(step: int, steps: int, warmup: int) -> float:
     """Factor of the learning rate: linear warm-up, then half a cosine down to zero."""
     if step < warmup:
         return (step + 1) / warmup
@@ -113,7 +113,7 @@ def fit(
     for step in range(start, steps):
         torch.manual_seed(SEED * 1_000_003 + step)
         for group, peak in groups:
-            group["lr"] = peak * cosine(step, steps, warmup)
+            group["lr"] = peak * lr_factor(step, steps, warmup)
         loss, logs = loss_fn(np.random.default_rng([SEED, step]))
         model.zero_grad()
         loss.backward()
@@ -147,12 +147,6 @@ def draw_scenes(rng: np.random.Generator, n: int) -> list[world.Scene]:
     return [world.scene(SEED, int(rng.integers(1 << 40))) for _ in range(n)]
 
 
-def draw_videos(rng: np.random.Generator, n: int) -> Tensor:
-    """``n`` fresh training videos, ``[B, 3, T, H, W]`` in [-1, 1]."""
-    videos = np.stack([world.render(scene) for scene in draw_scenes(rng, n)])
-    return to_pixels(videos).transpose(1, 2).contiguous()
-
-
 def draw_frames(rng: np.random.Generator, n: int) -> Tensor:
     """``n`` single frames of fresh training videos, ``[B, 3, H, W]`` in [-1, 1]."""
     frames = [world.render(s, [int(rng.integers(world.FRAMES))])[0] for s in draw_scenes(rng, n)]
@@ -170,7 +164,7 @@ def psnr(a: Tensor, b: Tensor) -> float:
     return float(10 * torch.log10(4 / (a - b).clamp(-2, 2).pow(2).mean()))
 
 
-def heldout(n: int, seed: int = TRUTH_SEED) -> tuple[list[world.Scene], list[str]]:
+def heldout(n: int, seed: int = HELDOUT_SEED) -> tuple[list[world.Scene], list[str]]:
     """``n`` held-out scenes and their captions; with the default seed, the lines of ``prompts_heldout.txt``."""
     scenes = [world.scene(seed, i, "test") for i in range(n)]
     return scenes, [world.caption(scene, HELDOUT_WORDING + i) for i, scene in enumerate(scenes)]

@@ -24,10 +24,10 @@ from Core.runtime import Runtime
 from Core.sampling import Variant, adapted, read_variants
 from Core.tracking import read_table
 from scripts.demo import oracle, world
-from scripts.demo.common import TRUTH_SEED, heldout, to_pixels, to_uint8
+from scripts.demo.common import HELDOUT_SEED, heldout, to_pixels, to_uint8
 
 BATCH = 32
-SEED = 1  # of the noise; training draws other noise, since the seed is named differently there
+SEED = 1  # of the noise
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def train(config) -> Path:
     done = len(read_table(folder / "metrics.csv"))
     if done < config.max_train_steps:
         raise SystemExit(
-            f"training was stopped after step {done} of {config.max_train_steps}; start it again"
+            f"training was stopped after step {done} of {config.max_train_steps}; continue it with --resume auto"
         )
     return folder
 
@@ -107,7 +107,7 @@ def generate_all(config, backbone, text, samples: Sequence[Sample], variant: Var
     return torch.cat(made)
 
 
-def compare(config, adapter: str, count: int, scene_seed: int = TRUTH_SEED) -> Comparison:
+def compare(config, adapter: str, count: int, scene_seed: int = HELDOUT_SEED) -> Comparison:
     """Compare base model and ``adapter`` on ``count`` held-out captions."""
     scenes, captions = heldout(count, scene_seed)
     prompts = parse_prompts(captions)

@@ -87,7 +87,7 @@ def long_videos(folder: Path, count: int, loop: int, length: int, flags: list[st
         "frames": made[0].shape[1],
         "times_training_length": round(made[0].shape[1] / world.FRAMES, 2),
         "right_in_first_clip": sum(first),
-        "of_those_right_in_last_clip": sum(held) / max(1, len(held)),
+        "of_those_right_in_last_clip": sum(held) / len(held) if held else None,
         "largest_change_of_kept_latents": max(differences),
     }
 
@@ -125,6 +125,8 @@ def main() -> None:
     parser.add_argument("--loop", type=int, default=4)
     parser.add_argument("--condition-frame-length", type=int, default=2)
     own, flags = parser.parse_known_args()
+    if own.prompts < 1 or own.loop < 2:
+        parser.error(f"got --prompts {own.prompts} --loop {own.loop}; give at least 1 prompt and 2 clips")
     with tempfile.TemporaryDirectory() as folder:
         for name in ("long", "picture"):
             (Path(folder) / name).mkdir()

@@ -27,7 +27,7 @@ BATCH = 16
 VAE_SCENES = 64  # true videos that are sent through the VAE
 
 
-class World:
+class Models:
     """The exported models, ready to generate."""
 
     def __init__(self, folder: Path = ASSETS) -> None:
@@ -100,7 +100,7 @@ def main() -> None:
     parser.add_argument("--sheet")
     flags = parser.parse_args()
 
-    models = World(flags.folder)
+    models = Models(flags.folder)
     scenes, captions = heldout(flags.prompts)
     truth = to_pixels(np.stack([world.render(scene) for scene in scenes])).transpose(1, 2)
     z = models.generate(captions, flags.steps, flags.guidance, flags.seed, flags.timestep_transform)

@@ -43,7 +43,6 @@ STAGES = {
     "decoder": vae.train_decoder,
     "stdit": video.train,
     "clip": reward.train,
-    "aesthetic": reward.fit_head,
     "export": export,
 }
 

@@ -30,6 +30,8 @@ def main() -> int:
         "--prompts", type=int, default=256, help="held-out prompts to compare on (default 256)"
     )
     own, flags = parser.parse_known_args()
+    if own.prompts < SHOWN:
+        parser.error(f"--prompts is {own.prompts}; give at least {SHOWN}, which the pictures show")
     defaults = ["--project-dir", str(ROOT / "runs" / "quickstart"), "--resume", "never"]
     try:
         config = load_config([str(CONFIG), *defaults, *flags])

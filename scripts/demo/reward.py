@@ -1,4 +1,4 @@
-"""Stages ``clip`` and ``aesthetic``: the demo's reward models.
+"""Stage ``clip``, and the aesthetic head that is fitted on it at export: the demo's reward models.
 
 The CLIP's cosine is regressed to explicit targets instead of being contrasted, in two turns. The gentle one (all
 right ≈ 1, one of colour and shape wrong ≈ 0.26, both wrong ≈ -0.07) teaches it to see both; the steep one (1, 0,
@@ -38,6 +38,7 @@ LOGIT_SCALE = math.log(100)  # PickScore's own unit: a perfect cosine scores 100
 BACKGROUND = 0.05  # what a matching background adds to the cosine
 
 NAMING = 0.2  # weight of the readers' cross entropy
+PICTURES = 2  # random stream of the pictures, apart from the scenes' own (world.scene)
 POOL = 2560  # pictures whose decoded frames are kept
 CLASSES = [len(world.COLOURS), len(world.SHAPES), len(world.BACKGROUNDS)]
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
@@ -80,14 +81,14 @@ class Picture:
 
 def picture(index: int) -> Picture:
     """Picture ``index``: half of them are plain scenes."""
-    rng = np.random.default_rng([SEED, index])
+    rng = np.random.default_rng([SEED, index, PICTURES])
     scene, towards = (world.scene(SEED, i) for i in (index, int(rng.integers(1 << 40))))
     if rng.random() < 0.5:
         return Picture(scene, scene)
-    kind, fade = rng.random(), rng.random() * (rng.random() < 0.4)
-    if kind < 0.6:
-        return Picture(scene, towards, shape=rng.random(), fade=fade)
-    return Picture(scene, towards, colour=rng.random() * (kind < 0.8), fade=fade)
+    kind, share, fade = rng.choice(["shape", "colour", "fade"], p=[0.6, 0.2, 0.2]), rng.random(), rng.random()
+    if kind == "fade":
+        return Picture(scene, scene, fade=fade)
+    return Picture(scene, towards, **{kind: share}, fade=fade * (rng.random() < 0.4))
 
 
 def attributes(pictures: Sequence[Picture]) -> Tensor:
@@ -149,15 +150,10 @@ def augment(images: Tensor) -> Tensor:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer trained on the world's captions, kept in the work folder."""
-    folder = WORK / "clip_tokenizer"
-    if not folder.exists():
-        trained = CLIPTokenizer().train_new_from_iterator(
-            text.captions(np.random.default_rng(SEED), 4000), 512
-        )
-        trained.model_max_length = TEXT_TOKENS
-        trained.save_pretrained(folder)
-    return CLIPTokenizer.from_pretrained(folder)
+    """A CLIP tokenizer trained on the world's captions."""
+    tokens = CLIPTokenizer().train_new_from_iterator(text.captions(np.random.default_rng(SEED), 4000), 512)
+    tokens.model_max_length = TEXT_TOKENS
+    return tokens
 
 
 def build(tokens: CLIPTokenizer) -> CLIPModel:
@@ -251,8 +247,10 @@ def matching_loss(pupil: Pupil, tokens: CLIPTokenizer, pool: Tensor, targets: Ta
         seen, read = image_states(model, images), text_states(model, tokens, captions)
         shown, said = attributes(pictures), attributes([Picture(scene, scene) for scene in told])
         naming = naming_loss(pupil.image_reader(seen), shown) + naming_loss(pupil.text_reader(read), said)
-        picture, words = model.visual_projection(seen), model.text_projection(read)
-        cosines = nn.functional.normalize(picture, dim=-1) @ nn.functional.normalize(words, dim=-1).T
+        image_vectors, text_vectors = model.visual_projection(seen), model.text_projection(read)
+        cosines = (
+            nn.functional.normalize(image_vectors, dim=-1) @ nn.functional.normalize(text_vectors, dim=-1).T
+        )
         wanted, right = targets.cosines(shown, said)
         errors = (cosines - wanted).pow(2)
         loss = sum(errors[right == count].mean() for count in range(3))

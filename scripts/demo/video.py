@@ -1,6 +1,6 @@
-"""Stages ``stdit``, ``stdit_poor`` and ``stdit_faded``: the small STDiT3, by the rectified-flow loss on noisy captions.
+"""Stage ``stdit``: the small STDiT3, by the rectified-flow loss on captions that are partly wrong, in three turns.
 
-The first turn shows it good clips, the second as many whose shape has melted or faded, the last faded ones alone. The
+``stdit`` shows it good clips, ``stdit_poor`` good and poor ones in equal number, ``stdit_faded`` faded ones alone. The
 VAE, which has seen full colours only, gives those back in wavering ones. The base model then makes unsteady videos, and
 a reward has something to mend that all of them have in common.
 """
@@ -26,6 +26,7 @@ SIZES = dict(
 CAPTION_NOISE = 0.2  # share of pretraining captions with a wrong colour or shape: the base model's headroom
 BATCH = 32
 EXTRA = 1536  # further scenes, shown as poor and as faded clips
+POOR_CLIPS, FADED_CLIPS = 3, 4  # their random streams, apart from the scenes' own (world.scene)
 FADE = (0.2, 0.8)  # share of grey in the colours of a faded clip
 # Timesteps lean towards noise: colour, place and motion of a video this small are decided above 0.8.
 TIME_SHIFT, TIME_SPREAD = 0.8, 1.2
@@ -57,15 +58,15 @@ def generated_frames(rng: np.random.Generator, count: int) -> Tensor | None:
 
 
 def poor_clip(index: int, scene: world.Scene) -> np.ndarray:
-    """The clip with its shape melted towards a circle, or faded to grey, or both."""
-    rng = np.random.default_rng([SEED, index])
+    """The clip with its shape melted towards a circle, or faded to grey, or both; one in ten as it is."""
+    rng = np.random.default_rng([SEED, index, POOR_CLIPS])
     melted, faded = rng.random(2) * (rng.random(2) < 0.7)
     return world.render(scene, towards=replace(scene, shape="circle"), shape=melted, fade=faded)
 
 
 def faded_clip(index: int, scene: world.Scene) -> np.ndarray:
     """The clip in faded colours."""
-    return world.render(scene, fade=np.random.default_rng([SEED, index]).uniform(*FADE))
+    return world.render(scene, fade=np.random.default_rng([SEED, index, FADED_CLIPS]).uniform(*FADE))
 
 
 @torch.no_grad()

@@ -1,6 +1,7 @@
 """Captioned videos of one coloured shape that moves over a background: the demo's whole world.
 
-Everything is a pure function of ``(seed, index, split)``. A video is ``uint8 [T=17, H=64, W=64, 3]`` at 24 fps.
+A scene is a pure function of ``(seed, index, split)``, its caption also of ``wording``. A video is
+``uint8 [T=17, H=64, W=64, 3]`` at 24 fps.
 
 The test split holds out attribute combinations: one (shape, colour, background, direction) combination in eight,
 chosen so that every pair of attributes still occurs in training, is never drawn by the train split.
@@ -110,14 +111,12 @@ def scene(seed: int, index: int, split: str = "train") -> Scene:
     size, speed = rng.uniform(21, 28), rng.uniform(1.0, 2.0)
     low, high = size / 2 + 1, SIDE - size / 2 - 1
     travel = speed * (FRAMES - 1)
-    along = rng.uniform(low, max(low, high - travel))
+    along = rng.uniform(low, high - travel)
     across = rng.uniform(low + 4, high - 4)
     dx, dy = DIRECTIONS[direction]
     forward = along if dx + dy > 0 else SIDE - along
     start = (forward, across) if dx else (across, forward)
-    return Scene(
-        shape, colour, background, direction, float(size), start, min(speed, (high - low) / (FRAMES - 1))
-    )
+    return Scene(shape, colour, background, direction, float(size), start, speed)
 
 
 def distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:

@@ -1,4 +1,7 @@
-"""The demo: a small Open-Sora of the same classes, trained on a CPU in minutes; only sizes and paths change."""
+"""The demo: a small Open-Sora of the same classes and a small PickScore; an adapter takes minutes on a CPU.
+
+Sizes, paths and the settings that scripts/demo/search.py found replace those of vader_train.py.
+"""
 
 _base_ = ["./vader_train.py"]
 
@@ -32,4 +35,3 @@ validation_steps = 20
 checkpointing_steps = 20
 val_batch_size = 16
 num_val_runs = 1
-use_wandb = False

@@ -150,10 +150,17 @@ def augment(images: Tensor) -> Tensor:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer trained on the world's captions."""
-    tokens = CLIPTokenizer().train_new_from_iterator(text.captions(np.random.default_rng(SEED), 4000), 512)
-    tokens.model_max_length = TEXT_TOKENS
-    return tokens
+    """A CLIP tokenizer trained on the world's captions; kept on disk, since its trainer breaks ties at random."""
+    folder = WORK / "clip_tokenizer"
+    if not folder.exists():
+        trained = CLIPTokenizer().train_new_from_iterator(
+            text.captions(np.random.default_rng(SEED), 4000), 512
+        )
+        trained.model_max_length = TEXT_TOKENS
+        partial = folder.with_suffix(".partial")
+        trained.save_pretrained(partial)
+        partial.replace(folder)
+    return CLIPTokenizer.from_pretrained(folder)
 
 
 def build(tokens: CLIPTokenizer) -> CLIPModel:

@@ -45,7 +45,9 @@ def randomize(model: nn.Module, seed: int = 0, gain: float = 1.0) -> nn.Module:
                 fan_in = parameter[0].numel()
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * gain / fan_in**0.5)
             elif parameter.dim() == 1:
-                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+                # A norm's ones and a bias's zeros are kept; what the class draws itself (CLIP's class token) is not.
+                constant = parameter[0] if (parameter == parameter[0]).all() else 0.0
+                parameter.copy_(constant + 0.1 * torch.randn(parameter.shape, generator=generator))
     return model.eval()
 
 

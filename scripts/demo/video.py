@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -86,9 +87,8 @@ def extra_scene(index: int) -> world.Scene:
     return world.scene(SEED, vae.CLIPS + index)
 
 
-def flow_loss(model: STDiT3, latents: Tensor, scenes: list[world.Scene]) -> LossFn:
+def flow_loss(model: STDiT3, t5, tokens, latents: Tensor, scenes: list[world.Scene]) -> LossFn:
     """Rectified flow on cached latents, with captions drawn anew (and in part wrong) at every step."""
-    t5, tokens = text.train()
     flow = RFlowScheduler(sample_method="logit-normal", loc=TIME_SHIFT, scale=TIME_SPREAD)
 
     def loss_fn(rng: np.random.Generator):
@@ -106,14 +106,16 @@ def train() -> STDiT3:
     """The denoiser, trained on good, then on good and poor, then on faded clips."""
     good, _, _ = vae.normalised_latents()
     scenes, extra = [world.scene(SEED, i) for i in range(len(good))], [extra_scene(i) for i in range(EXTRA)]
+    t5, tokens = text.train()
     torch.manual_seed(2)
     model = STDiT3(STDiT3Config(**SIZES))
+    loss_on = partial(flow_loss, model, t5, tokens)
     settings = dict(weight_decay=0.01, ema_decay=0.998)
-    fit("stdit", model, flow_loss(model, good, scenes), steps=5400, lr=1.5e-3, **settings)
+    fit("stdit", model, loss_on(good, scenes), steps=5400, lr=1.5e-3, **settings)
     mixed = torch.cat([good[:EXTRA], latents_of("poor", poor_clip)])
-    loss = flow_loss(model, mixed, scenes[:EXTRA] + extra)
+    loss = loss_on(mixed, scenes[:EXTRA] + extra)
     fit("stdit_poor", model, loss, steps=2000, lr=1e-3, muon_lr=4e-3, **settings)
-    loss = flow_loss(model, latents_of("faded", faded_clip), extra)
+    loss = loss_on(latents_of("faded", faded_clip), extra)
     fit("stdit_faded", model, loss, steps=800, lr=5e-4, muon_lr=2e-3, **settings)
     return model.eval()
 

@@ -77,10 +77,21 @@ def motion(videos: Tensor) -> Tensor:
 
 
 def diversity(videos: Tensor) -> float:
-    """Mean distance between different videos of one prompt, in root-mean-square pixel units of [-1, 1]."""
+    """Mean distance between different videos of one prompt, in root-mean-square pixel units of [-1, 1].
+
+    Raises:
+        ValueError: a single video has none.
+    """
     if len(videos) < 2:
-        return 0.0
+        raise ValueError(f"diversity needs at least 2 videos, got {len(videos)}")
     return float(torch.pdist(videos.flatten(1)).mean() / videos[0].numel() ** 0.5)
+
+
+def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Mean of each name over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(values) / len(values) for name, values in columns.items()}
 
 
 def summarise(scores: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, PairedGain]:

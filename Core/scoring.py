@@ -59,20 +59,22 @@ class Scorers:
         return {name for name, reward in self.rewards.items() if not reward.higher_is_better}
 
     def __call__(self, clips: Sequence[Clip]) -> list[dict[str, float]]:
-        """Scores of the videos of one prompt; their diversity is that of the group, 0 for a single video.
+        """Scores of the videos of one prompt, with the diversity of the group where several of one size make one.
 
         Raises:
             ValueError: a file cannot be read, or a reward cannot use it.
         """
         videos = [read_clip(clip.path) for clip in clips]
-        spread = diversity(torch.stack(videos)) if len({v.shape for v in videos}) == 1 else float("nan")
+        of_group = {}
+        if len(videos) > 1 and len({video.shape for video in videos}) == 1:
+            of_group[DIVERSITY] = diversity(torch.stack(videos))
         rows = []
         for clip, video in zip(clips, videos, strict=True):
             row = {
                 name: score_videos(reward, video[None], [clip.prompt]).score.item()
                 for name, reward in self.rewards.items()
             }
-            row |= {MOTION: motion(video[None]).item(), DIVERSITY: spread}
+            row |= {MOTION: motion(video[None]).item()} | of_group
             rows.append({name: float(f"{value:.{DIGITS}g}") for name, value in row.items()})
         return rows
 
@@ -187,9 +189,10 @@ def by_prompt(clips: Sequence[Clip]) -> Iterator[list[Clip]]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows with the same keys as a table."""
+    """Rows as a table, with an empty cell where a row lacks a key."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
     with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer = csv.DictWriter(file, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 

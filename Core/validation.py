@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from Core.backbones import Backbone
-from Core.evaluate import diversity, motion, score_videos
+from Core.evaluate import diversity, means, motion, score_videos
 from Core.inference import Video, plan_samples, write_videos
 from Core.prompts import Prompt
 from Core.rewards import Reward
@@ -95,6 +95,4 @@ class Validation:
 
 def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     """Mean of each name over the rows that have it; the reward is NaN where no video could be made."""
-    names = dict.fromkeys(["reward", *(name for row in rows for name in row)])
-    columns = {name: [row[name] for row in rows if name in row] for name in names}
-    return {name: sum(values) / len(values) if values else math.nan for name, values in columns.items()}
+    return {"reward": math.nan} | means(rows)

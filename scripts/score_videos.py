@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from Core.evaluate import means  # noqa: E402
 from Core.run import exit_code  # noqa: E402
 from Core.sampling import IncompleteError  # noqa: E402
 from Core.scoring import (  # noqa: E402
@@ -60,16 +61,15 @@ def score_folder(
             logger.error("no score for %s: %s", [clip.path.name for clip in group], error)
             continue
         for clip, values in zip(group, scores, strict=True):
-            rows.append({"file": clip.path.name, "prompt": clip.prompt.reward_text, **values})
-    means = {}
+            rows.append(({"file": clip.path.name, "prompt": clip.prompt.reward_text}, values))
+    found = means([scores for _, scores in rows])
     if rows:
         out.mkdir(parents=True, exist_ok=True)
-        write_csv(out / "scores.csv", rows)
-        means = {name: sum(row[name] for row in rows) / len(rows) for name in list(rows[0])[2:]}
-        write_json(out / "scores.json", {"videos": len(rows), "failed": failed, "means": means})
+        write_csv(out / "scores.csv", [named | scores for named, scores in rows])
+        write_json(out / "scores.json", {"videos": len(rows), "failed": failed, "means": found})
     if failed:
         raise IncompleteError(f"{failed} of {len(clips)} videos could not be scored; the reasons are above")
-    return means
+    return found
 
 
 def main() -> None:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import Tensor
 
 from Core.backbones import BACKBONES, Backbone
-from Core.conditioning import embed_captions
+from Core.conditioning import embed_captions, uncached
 from Core.config import Config
 from Core.inference import captions_of
 from Core.options import ConfigError
@@ -24,7 +24,7 @@ def build_backbone(
 ) -> tuple[Backbone, dict[str, Tensor]]:
     """The loaded model family, and the features of every caption of ``prompts``."""
     backbone = BACKBONES[config.backbone].from_config(config, runtime.device)
-    fetch_weights(config, backbone, runtime)
+    fetch_weights(config, backbone, runtime, prompts)
     captions = captions_of(backbone, prompts)
     # One process of a machine fills its cache, so that the encoder is loaded once and not once per process.
     for turn in (True, False):
@@ -35,13 +35,22 @@ def build_backbone(
     return backbone, text
 
 
-def fetch_weights(config: Config, backbone: Backbone, runtime: Runtime) -> None:
-    """Bring all weights to every machine before any is loaded; what cannot be had is reported together."""
+def fetch_weights(config: Config, backbone: Backbone, runtime: Runtime, prompts: Sequence[Prompt]) -> None:
+    """Bring all weights to every machine before any is loaded; what cannot be had is reported together.
+
+    The text encoder's only where some caption of ``prompts`` is not in the cache.
+    """
     scorers: list[Scorer] = []
     if config.is_vader_training:
         scorers.append((config.reward_fn, config.reward_arguments))
         scorers += [(name, config.monitor_args.get(name)) for name in config.monitors]
-    once_per_machine(runtime, lambda: backbone.fetch() + fetch_scorers(scorers))
+    captions = captions_of(backbone, prompts)
+
+    def fetch() -> list[str]:
+        needed = bool(uncached(backbone, captions, config.text_cache))
+        return backbone.fetch(text_encoder=needed) + fetch_scorers(scorers)
+
+    once_per_machine(runtime, fetch)
 
 
 def fetch_scorers(scorers: Iterable[Scorer]) -> list[str]:

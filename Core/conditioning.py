@@ -46,6 +46,11 @@ def embed_captions(backbone: Backbone, captions: Iterable[str], cache: str | Pat
     return found
 
 
+def uncached(backbone: Backbone, captions: Iterable[str], cache: str | Path) -> list[str]:
+    """Captions that the encoder is needed for."""
+    return [text for text in captions if not _cache_file(cache, backbone.text_identity, text).is_file()]
+
+
 def _encode(backbone: Backbone, captions: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
     """Each caption with its features; the encoder is there only while there are captions."""
     if not captions:

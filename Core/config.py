@@ -129,7 +129,19 @@ class Config:
         "what a scored frame is decoded from: its latent frame `isolated`, as the reference does, or its whole chunk "
         "(`causal`), so that it is a frame of the finished video",
     )
-    grad_checkpoint: bool = option(True, "recompute activations in the backward pass to save memory")
+    prefix_steps: int | None = option(
+        None, "steps without a gradient at most, spread over those of the schedule; None takes all", minimum=1
+    )
+    prefix_cache: int = option(
+        1, "steps without a gradient that share one computation of attention and MLP; 1 is exact", minimum=1
+    )
+    compile_blocks: bool = option(
+        False, "compile the denoiser's blocks (torch.compile): faster steps after a slow first one"
+    )
+    grad_checkpoint: bool | Literal["keep_attention"] = option(
+        True,
+        "recompute activations in the backward pass to save memory; `keep_attention` keeps those of attention",
+    )
     mixed_precision: Literal["bf16", "fp16", "no", "fp8"] = option(
         "bf16", "autocast of the trainable arithmetic; `fp8` needs hardware kernels and is refused"
     )
@@ -162,8 +174,10 @@ class Config:
     use_wandb: bool = option(False, "start wandb when logger_type is wandb")
     wandb_entity: str | None = option(None, "wandb user or team")
     verbose: int = option(1, "0 quiet, 1 progress, 2 also the progress of each sample", minimum=0)
-    check_only: bool = option(
-        False, "check everything that can be checked, fetch the weights, and stop before loading them"
+    check_only: bool | int = option(
+        False,
+        "check everything that can be checked, fetch the weights, and stop before loading them; a number is how many "
+        "processes the run is to have",
     )
     debug: bool = option(False, "find the operation behind a NaN (slow), one validation batch, no tracker")
 
@@ -266,6 +280,11 @@ def _training_errors(config: Config) -> list[str]:
     for key in ("lora_dropout", "ema_decay"):
         if getattr(config, key) >= 1:
             errors.append(f"{key} must be below 1, got {getattr(config, key)}")
+    if config.compile_blocks and config.prefix_cache > 1:
+        errors.append(
+            "compile_blocks=True and prefix_cache do not go together: the cache is looked up inside the blocks; set "
+            "compile_blocks=False or prefix_cache=1"
+        )
     errors += _monitor_errors(config)
     if isinstance(config.lora_ckpt_path, list):
         errors.append(f"lora_ckpt_path must be one adapter in training, got {config.lora_ckpt_path!r}")

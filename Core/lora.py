@@ -68,7 +68,7 @@ def attach(
         wrapped = get_peft_model(model, settings)
     if dropout:
         for layer in _layers(wrapped).values():
-            layer.lora_dropout[ADAPTER] = StepDropout(dropout)
+            layer.lora_dropout[ADAPTER] = StepDropout(dropout, layer.in_features)
     return wrapped.eval()
 
 
@@ -79,23 +79,20 @@ class StepDropout(nn.Module):
     adapter, and its draw independent of how the step's samples are split over processes and batches.
     """
 
-    def __init__(self, p: float):
+    mask: Tensor
+
+    def __init__(self, p: float, features: int):
         super().__init__()
         self.p = p
-        self.generator: torch.Generator | None = None
-        self.mask: Tensor | None = None
+        self.register_buffer("mask", torch.ones(features), persistent=False)
 
     def draw(self, generator: torch.Generator) -> None:
-        """Take the mask of a new step, whose width is known at the first input, from ``generator``."""
-        self.generator, self.mask = generator, None
+        """Take the mask of a new step from ``generator``."""
+        kept = torch.rand(self.mask.shape, generator=generator) >= self.p
+        self.mask.copy_(kept / (1 - self.p))
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
-        if self.mask is None:
-            kept = torch.rand(x.shape[-1], generator=self.generator) >= self.p
-            self.mask = (kept / (1 - self.p)).to(x.device, x.dtype)
-        return x * self.mask
+        return x * self.mask if self.training else x
 
 
 def _layers(model: nn.Module) -> dict[str, LoraLayer]:

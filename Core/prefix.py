@@ -1,10 +1,13 @@
-"""The adapter where no gradient is kept: added into the layer's output in place, by one product.
+"""The sampling steps before the gradient window, which are most of a training step: what they need not do.
 
-PEFT's layer copies its input to float32, scales the adapter's output and adds it, each a pass over memory of its own;
-that is there for the gradient. The steps before the gradient window are most of a training step and need none of it.
+The adapter is added into its layer's output in place, by one product. PEFT's layer copies its input to float32, scales
+the adapter's output and adds it, each a pass over memory of its own; that is there for the gradient.
+
+With ``prefix_cache``, attention and MLP outputs are used for several steps, since they change slowly from one to the
+next (pyramid attention broadcast, Zhao et al., 2024). That is no longer the same video.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -49,3 +52,34 @@ def _fused(
     a, b = low[out.dtype]
     out.view(-1, out.shape[-1]).addmm_(x.to(out.dtype).flatten(0, -2) @ a.T, b.T)
     return out
+
+
+@contextmanager
+def reused_outputs(model: nn.Module, branches: Sequence[nn.Module], every: int) -> Iterator[None]:
+    """Within this context each of ``branches`` runs in every ``every``-th call of ``model``, beginning with the first.
+
+    In the calls between it gives its last output again; all those outputs are in memory until the end.
+    """
+    outputs: dict[nn.Module, Tensor] = {}
+    calls = 0
+
+    def count(*_) -> None:
+        nonlocal calls
+        if calls % every == 0:
+            outputs.clear()
+        calls += 1
+
+    def kept(branch: nn.Module, *args: Tensor) -> Tensor:
+        if branch not in outputs:
+            outputs[branch] = type(branch).forward(branch, *args)
+        return outputs[branch]
+
+    counter = model.register_forward_pre_hook(count)
+    for branch in branches:
+        branch.forward = partial(kept, branch)
+    try:
+        yield
+    finally:
+        counter.remove()
+        for branch in branches:
+            del branch.forward

@@ -4,10 +4,12 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from Core.checkpoint import Checkpoint, Checkpoints
 from Core.config import Config
+from Core.options import default_of
 from Core.prompts import Prompt
 
 logger = logging.getLogger("vader")
@@ -22,19 +24,17 @@ FREE_TO_CHANGE = frozenset(
 RUN_FILES = ("checkpoints", "samples", "adapter", "metrics.csv", "validation.csv", "config.py", "tensorboard")
 
 
-def prepare_folder(
-    config: Config, folder: Path, prompts: Sequence[Prompt], global_batch: int
+def choose_checkpoint(
+    config: Config, checkpoints: Checkpoints, prompts: Sequence[Prompt], global_batch: int
 ) -> Checkpoint | None:
-    """Write the resolved config and choose the checkpoint to continue from; on the main process.
+    """The checkpoint to continue from, if any.
 
     Raises:
-        ValueError: the chosen checkpoint is damaged, or was made with other settings.
+        ValueError: it is damaged, or was made with other settings.
     """
-    checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
-    chosen = None
     if config.resume == "never":
-        set_aside(folder)
-    elif config.resume == "auto":
+        return None
+    if config.resume == "auto":
         chosen = checkpoints.newest()
     else:
         chosen = Checkpoint(Path(config.resume).expanduser())
@@ -42,6 +42,25 @@ def prepare_folder(
             raise ValueError(f"resume: checkpoint {config.resume!r} cannot be used: {damage}")
     if chosen:
         refuse_contradiction(config, chosen, prompts, global_batch)
+    return chosen
+
+
+def checkpoints_of(config: Config, folder: Path) -> Checkpoints:
+    return Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+
+
+def prepare_folder(
+    config: Config, folder: Path, prompts: Sequence[Prompt], global_batch: int
+) -> Checkpoint | None:
+    """Write the resolved config and choose the checkpoint to continue from; on the main process.
+
+    Raises:
+        ValueError: see ``choose_checkpoint``.
+    """
+    checkpoints = checkpoints_of(config, folder)
+    chosen = choose_checkpoint(config, checkpoints, prompts, global_batch)
+    if config.resume == "never":
+        set_aside(folder)
     # What came after the chosen one, damaged or abandoned, must not be taken for this run's own later.
     later = checkpoints.set_aside_after(chosen.step if chosen else -1, _previous(folder) / "checkpoints")
     if later:
@@ -78,14 +97,16 @@ def refuse_contradiction(
     config: Config, checkpoint: Checkpoint, prompts: Sequence[Prompt], global_batch: int
 ) -> None:
     """Raise ValueError, naming the keys, where the run would not continue what the checkpoint began."""
-    before = checkpoint.manifest()["config"]
+    # A key that came with a later version stood at its default, whose meaning is what went before.
+    defaults = json.loads(json.dumps({entry.name: default_of(entry) for entry in fields(config)}))
+    before = defaults | checkpoint.manifest()["config"]
     now = identity(config, prompts, global_batch)
     free = FREE_TO_CHANGE
     if config.lr_schedule != "constant":
         free = free - {"max_train_steps", "num_train_epochs"}  # they stretch the course of lr
-    changed = [key for key in now if key not in free and before.get(key) != now[key]]
+    changed = [key for key in now if key not in free and before[key] != now[key]]
     if changed:
-        listed = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
+        listed = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
         raise ValueError(
             f"the run in {config.project_dir!r} was made with other settings: {listed}; restore them, choose "
             "another project_dir, or set resume='never'"

@@ -3,7 +3,8 @@
 Axes: B batch, C channels, T latent frames, h, w latent rows and columns, F chosen frames.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
@@ -13,9 +14,9 @@ from Core.backbones import Backbone
 from Core.clock import Stopwatch
 from Core.decode import choose_frames
 from Core.guards import BaseDistance
-from Core.prefix import fused_adapter
+from Core.prefix import fused_adapter, reused_outputs
 from Core.prompts import Prompt
-from Core.schedulers.rf import euler_sample, first_gradient_step
+from Core.schedulers.rf import euler_sample, first_gradient_step, thin_prefix
 
 
 class Rollout:
@@ -59,6 +60,7 @@ class Rollout:
             timesteps, first = timesteps[-1:], 0
             level = (timesteps[0] / self.backbone.num_timesteps)[:, None, None, None, None]
             z = (1 - level) * finished + level * z
+        timesteps, first = thin_prefix(timesteps, first, self.config.prefix_steps)
         text = [self.text[self.backbone.caption(prompt.text())] for prompt in prompts]
         distance = None
         if self.config.kl_weight:
@@ -75,9 +77,21 @@ class Rollout:
             first_gradient_step=first,
             num_timesteps=self.backbone.num_timesteps,
             detach_input=self.config.detach_input,
-            prefix=fused_adapter(self.backbone.denoiser),
+            prefix=self.prefix(),
         )
         return z, distance.per_sample() if distance else z.new_zeros(len(samples))
+
+    @contextmanager
+    def prefix(self) -> Iterator[None]:
+        """Context of the steps before the gradient window."""
+        model, every = self.backbone.denoiser, self.config.prefix_cache
+        with ExitStack() as stack:
+            # The compiler fuses PEFT's layer itself, and would compile anew for one that changes with each step.
+            if not self.config.compile_blocks:
+                stack.enter_context(fused_adapter(model))
+            if every > 1:
+                stack.enter_context(reused_outputs(model, self.backbone.residual_branches, every))
+            yield
 
     def noise(self, samples: Sequence[int], repeat: int = 0) -> Tensor:
         """[B, C, T, h, w], each video's own."""

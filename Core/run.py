@@ -14,8 +14,11 @@ from Core.backbones import BACKBONES
 from Core.build import fetch_weights
 from Core.config import Config, load_config
 from Core.options import ConfigError
+from Core.prompts import read_prompts
+from Core.resume import checkpoints_of, choose_checkpoint
 from Core.runtime import Runtime, speaks_for_machine
 from Core.sampling import IncompleteError, sample
+from Core.trainer import global_batch
 from Core.training import train, usable_prompts
 
 logger = logging.getLogger("vader")
@@ -90,9 +93,13 @@ def check(config: Config, runtime: Runtime) -> None:
     Raises:
         ValueError: with all that is wrong.
     """
-    fetch_weights(config, BACKBONES[config.backbone].from_config(config, runtime.device), runtime)
-    if config.is_vader_training:
-        usable_prompts(config, runtime)
+    backbone = BACKBONES[config.backbone].from_config(config, runtime.device)
+    if not config.is_vader_training:
+        return fetch_weights(config, backbone, runtime, read_prompts(config))
+    prompts, val_prompts = usable_prompts(config, runtime)
+    checkpoints = checkpoints_of(config, Path(config.project_dir).expanduser())
+    choose_checkpoint(config, checkpoints, prompts, global_batch(config, int(config.check_only)))
+    fetch_weights(config, backbone, runtime, [*prompts, *val_prompts])
 
 
 def memory_advice(config: Config, error: str) -> str:

@@ -106,7 +106,7 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """Optimiser steps until ``max_train_steps`` or ``num_train_epochs``, whichever comes first."""
-        batch = global_batch(self.config, self.runtime)
+        batch = global_batch(self.config, self.runtime.num_processes)
         return min(
             self.config.max_train_steps, math.ceil(self.config.num_train_epochs * len(self.prompts) / batch)
         )
@@ -176,7 +176,7 @@ class Trainer:
         size = self.config.train_batch_size
         for number in range(self.config.gradient_accumulation_steps):
             slot = number * self.runtime.num_processes + self.runtime.rank
-            start = self.step * global_batch(self.config, self.runtime) + slot * size
+            start = self.step * global_batch(self.config, self.runtime.num_processes) + slot * size
             yield range(start, start + size)
 
     def prompts_of(self, samples: Sequence[int]) -> list[Prompt]:
@@ -363,9 +363,9 @@ class Trainer:
         self.skipped_steps, self.recent_rewards = state["skipped_steps"], state["recent_rewards"]
 
 
-def global_batch(config, runtime: Runtime) -> int:
+def global_batch(config, num_processes: int) -> int:
     """Samples of one optimiser step, over all processes."""
-    return config.train_batch_size * config.gradient_accumulation_steps * runtime.num_processes
+    return config.train_batch_size * config.gradient_accumulation_steps * num_processes
 
 
 def build_optimizer(config, parameters: Sequence[torch.nn.Parameter]) -> torch.optim.Optimizer:

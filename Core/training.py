@@ -26,7 +26,7 @@ logger = logging.getLogger("vader")
 def train(config: Config, runtime: Runtime, folder: Path) -> None:
     """Train an adapter in the run folder ``folder``, from its newest checkpoint if ``resume`` says so."""
     prompts, val_prompts = usable_prompts(config, runtime)
-    batch = global_batch(config, runtime)
+    batch = global_batch(config, runtime.num_processes)
     chosen = prepare_folder(config, folder, prompts, batch) if runtime.is_main else None
     checkpoint = runtime.from_main(chosen)
     backbone, text = build_backbone(config, runtime, [*prompts, *val_prompts])
@@ -119,4 +119,6 @@ def adapt_for_training(config: Config, backbone: Backbone) -> None:
         path = str(config.lora_ckpt_path)
         lora.load(backbone.denoiser, lora.read(path), path)
     if config.grad_checkpoint:
-        backbone.enable_checkpointing()
+        backbone.enable_checkpointing(keep_attention=config.grad_checkpoint == "keep_attention")
+    if config.compile_blocks:
+        backbone.compile_blocks()

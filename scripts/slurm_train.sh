@@ -35,7 +35,7 @@ stopping=
 trap 'stopping=yes; scancel --signal=USR1 "$SLURM_JOB_ID" || :' USR1
 
 # Once, before every task would say the same.
-"$PYTHON" "$train" "$@" --check-only
+"$PYTHON" "$train" "$@" --check-only "$SLURM_NTASKS"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Two jobs on one node must not meet on one port.
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from Core.backbones import OpenSora, VideoSpec
 from Core.backbones.base import TextEncoder, file_identity, pad_text
-from Core.conditioning import ENCODE_BATCH, embed_captions
+from Core.conditioning import ENCODE_BATCH, embed_captions, uncached
 
 
 class CountingEncoder(TextEncoder):
@@ -178,6 +178,14 @@ def test_a_text_encoder_downloaded_without_its_tokenizer_is_taken_up_again(
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     opensora.entries["text_encoder"] = {**opensora.entries["text_encoder"], "from_pretrained": "someone/t5"}
     assert opensora.fetch() == [] and asked == ["someone/t5"] * 2
+
+
+def test_captions_that_are_all_cached_need_no_encoder(opensora, tmp_path, monkeypatch):
+    embed_captions(opensora, ["a fox"], tmp_path)
+    assert uncached(opensora, ["a fox", "a bird"], tmp_path) == ["a bird"]
+    opensora.entries["text_encoder"] = {**opensora.entries["text_encoder"], "from_pretrained": "someone/t5"}
+    monkeypatch.setattr(opensora, "_weight", lambda key: pytest.fail(f"{key} was looked for"))
+    assert opensora.fetch(text_encoder=False) == []
 
 
 def test_captions_carry_the_scores_told_to_the_model(opensora):

@@ -108,6 +108,8 @@ def _overrides(finished) -> dict:
         (["--train-batch-size", "4"], ["global batch was 2 and is 4"]),
         (["--max-train-steps", "9"], ["max_train_steps was 2 and is 9"]),
         (["--end-index", "2"], ["text of the prompts"]),
+        (["--check-only", "--lr", "0.5"], ["lr was 0.001 and is 0.5"]),
+        (["--check-only", "2"], ["global batch was 2 and is 4"]),
     ],
 )
 def test_a_config_that_contradicts_the_checkpoint_is_refused(finished, capsys, flags, named):
@@ -115,6 +117,16 @@ def test_a_config_that_contradicts_the_checkpoint_is_refused(finished, capsys, f
     assert main([str(config), *flags]) == 2
     message = capsys.readouterr().err
     assert all(name in message for name in named) and "resume='never'" in message
+
+
+def test_a_key_that_a_later_version_brought_does_not_contradict(finished):
+    config, run = finished
+    checkpoint = Checkpoints(run / "checkpoints", 1).newest()
+    manifest = checkpoint.manifest()
+    del manifest["config"]["compile_blocks"]
+    (checkpoint.folder / "manifest.json").write_text(json.dumps(manifest))
+    assert main([str(config), "--check-only"]) == 0
+    assert main([str(config), "--check-only", "--compile-blocks"]) == 2
 
 
 def test_never_begins_anew_and_keeps_the_old_run(finished, configured):

@@ -19,7 +19,7 @@ wait""",
     "scancel": 'kill -USR1 $(cat "$FAKE/tasks" 2>/dev/null)',
     "scontrol": 'case $1 in show) printf "node7\\nnode8\\n" ;; requeue) echo "$2" > "$FAKE/requeued" ;; esac',
     # The trainer: tells what it was given, then waits for the signal if it is to be stopped.
-    "python": """case "$*" in *--check-only)
+    "python": """case "$*" in *--check-only*)
     echo "$*" > "$FAKE/checked"
     while [ -n "${HOLD:-}" ] && [ ! -e "$FAKE/go" ]; do sleep 0.05; done
     exit "${REFUSE:-0}" ;;
@@ -63,7 +63,7 @@ def test_every_task_learns_its_place(submit):
     told = sorted((root / "told").read_text().splitlines())
     train = root / "Open-Sora" / "scripts" / "train_t2v_lora.py"
     assert told == [f"{rank} {rank} 2 2 node7 31337 {train} my config.py --lr 1e-4" for rank in (0, 1)]
-    assert (root / "checked").read_text() == f"{train} my config.py --lr 1e-4 --check-only\n"
+    assert (root / "checked").read_text() == f"{train} my config.py --lr 1e-4 --check-only 2\n"
     assert not (root / "requeued").exists()
 
 

@@ -123,7 +123,7 @@ def test_detached_inputs_change_the_gradient_and_not_the_video(loaded):
 
 
 def test_dropout_masks_follow_from_seed_step_and_layer(loaded):
-    dropout = StepDropout(0.5)
+    dropout = StepDropout(0.5, 400)
     x = torch.ones(3, 5, 400)
 
     def masked(*index):

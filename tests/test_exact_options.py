@@ -1,5 +1,6 @@
 """What is on by default for speed or memory changes neither the final latent nor the adapter's gradient."""
 
+import dataclasses
 from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 
@@ -13,14 +14,13 @@ from torch.autograd.graph import saved_tensors_hooks
 from Core import lora, rollout
 from Core.backbones import OpenSora, VideoSpec
 from Core.frozen import forget_conv_inputs
-from Core.prefix import fused_adapter
+from Core.prefix import fused_adapter, reused_outputs
 from Core.trainer import Trainer
 from opensora.models.stdit.stdit3 import STDiT3
 
 SAMPLES = (0, 1)
 FIRST = 2
-# Relative errors of latent and gradient.
-# Of latents and gradient. In bf16 two roundings of the same twin lie 0.9% to 1.3% apart, as its captions fall.
+# Relative errors of latent and gradient. In bf16 two roundings of a twin lie 0.9% to 1.3% apart, as its captions fall.
 BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (2e-2, 2e-2)}
 
 
@@ -123,6 +123,60 @@ def test_an_exception_leaves_no_fused_layer_behind(trained):
     with pytest.raises(RuntimeError, match="inside"), fused_adapter(trained.backbone.denoiser):
         raise RuntimeError("inside")
     assert not any("forward" in vars(m) for m in trained.backbone.denoiser.modules())
+
+
+def changed(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, **values) -> tuple[Tensor, Tensor]:
+    """``outcome`` with these keys of the configuration."""
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.rollout, "config", dataclasses.replace(trainer.config, **values))
+        return outcome(trainer)
+
+
+def test_compiled_blocks_are_the_plain_path_in_a_few_programs(twin, tmp_path):
+    options = dict(
+        dtype="fp32", mixed_precision="no", backprop_steps=2, lora_dropout=0.1, backprop_mode="last"
+    )
+    plain, compiled = (
+        twin_runs.built_trainer(twin, tmp_path / str(flag), compile_blocks=flag, **options)
+        for flag in (False, True)
+    )
+    for trainer in (plain, compiled):
+        for name, parameter in trainer.named_parameters.items():
+            if "lora_B" in name:
+                parameter.data.fill_(0.02)
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    for step in range(2):
+        for expected, found, bound in zip(outcome(plain), outcome(compiled), BOUNDS["fp32"], strict=True):
+            assert relative(found, expected) <= bound, step
+    # Spatial and temporal blocks, with and without a gradient; a second step compiles nothing more.
+    assert counters["stats"]["unique_graphs"] <= 6 and not counters["graph_break"]
+
+
+def test_a_cached_prefix_is_near_the_exact_one_and_leaves_no_trace(trained, monkeypatch):
+    latent, gradient = outcome(trained)
+    near, near_gradient = changed(trained, monkeypatch, prefix_cache=2)
+    assert 0 < relative(near, latent) < 0.3
+    assert torch.cosine_similarity(near_gradient.double(), gradient.double(), dim=0) > 0.8
+    assert torch.equal(outcome(trained)[0], latent)
+
+
+def test_outputs_are_reused_until_the_next_fresh_call():
+    branch, model = nn.Linear(1, 1), nn.Identity()
+    with torch.no_grad(), reused_outputs(model, [branch], every=3):
+        given = []
+        for number in range(5):
+            x = model(torch.full((1, 1), float(number)))
+            given.append(torch.equal(branch(x), nn.Linear.forward(branch, x)))
+    assert given == [True, False, False, True, False]
+    assert "forward" not in vars(branch) and not model._forward_pre_hooks
+
+
+def test_a_prefix_of_fewer_steps_is_another_video(trained, monkeypatch):
+    latent, _ = outcome(trained)
+    assert not torch.equal(changed(trained, monkeypatch, prefix_steps=1)[0], latent)
+    assert torch.equal(changed(trained, monkeypatch, prefix_steps=FIRST)[0], latent)
 
 
 def saved_bytes(model: nn.Module, action: Callable[[], object]) -> int:

@@ -12,7 +12,7 @@ from golden_data import relative_error
 from torch import Tensor, nn
 
 from Core.backbones.opensora import guided_velocity
-from Core.schedulers.rf import RFLOW, euler_sample, first_gradient_step
+from Core.schedulers.rf import RFLOW, euler_sample, first_gradient_step, thin_prefix
 from opensora.registry import SCHEDULERS, build_module
 from opensora.schedulers.rf.rectified_flow import RFlowScheduler, timestep_transform
 from opensora.utils.inference_utils import prepare_multi_resolution_info
@@ -340,3 +340,14 @@ def test_impossible_timestep_draws_are_refused():
         RFlowScheduler(sample_method="cosine")
     with pytest.raises(ValueError, match="use_discrete_timesteps needs sample_method='uniform'"):
         RFlowScheduler(sample_method="logit-normal", use_discrete_timesteps=True)
+
+
+def test_a_thinned_prefix_spans_what_it_stands_for():
+    times = torch.arange(12, 0, -1)[:, None]
+    for steps in (None, 9, 20):
+        kept, first = thin_prefix(times, 9, steps)
+        assert kept is times and first == 9
+    kept, first = thin_prefix(times, 9, 3)
+    assert (kept[:, 0].tolist(), first) == ([12, 9, 6, 3, 2, 1], 3)
+    kept, first = thin_prefix(times, 9, 4)
+    assert (kept[:, 0].tolist(), first) == ([12, 10, 8, 6, 3, 2, 1], 4)

@@ -26,7 +26,7 @@ case "$*" in
     *device_count*) [ -z "${FAKE_NO_TORCH:-}" ] && echo "${FAKE_GPUS:-0} 8"; exit ;;
     *"pip --version"*) exit ;;
     *"venv --clear"*) mkdir -p "$4/bin"; cp "$0" "$4/bin/python" ;;
-    *--check-only) [ -z "${FAKE_CONFIG_ERROR:-}" ] || { echo "$FAKE_CONFIG_ERROR" >&2; exit 2; } ;;
+    *--check-only*) [ -z "${FAKE_CONFIG_ERROR:-}" ] || { echo "$FAKE_CONFIG_ERROR" >&2; exit 2; } ;;
     *--requirement*)
         sleep "${FAKE_PIP_SECONDS:-0}"
         if [ -n "${FAKE_PIP_ERROR:-}" ]; then echo "$FAKE_PIP_ERROR" >&2; exit 1; fi ;;
@@ -195,7 +195,7 @@ def test_several_processes_are_launched(checkout):
         "Open-Sora/scripts/run_text2video_train.sh", "--seed", "3", NUM_PROCESSES="2", FAKE_PRINT="1"
     )
     check, call = checkout.calls()
-    assert check[-3:] == ["--seed", "3", "--check-only"] and check[0] == call[-4]
+    assert check[-4:] == ["--seed", "3", "--check-only", "2"] and check[0] == call[-4]
     assert call[:5] == ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2"]
     assert call[-2:] == ["--seed", "3"]
     assert launched.stdout.splitlines()[-1] == "cpu=true threads=4"

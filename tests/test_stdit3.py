@@ -8,6 +8,7 @@ from golden_data import relative_error
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from opensora.acceleration.checkpoint import set_grad_checkpoint
 from opensora.models.stdit.stdit3 import STDiT3_3B_2, STDiT3_XL_2
 from opensora.schedulers.rf.rectified_flow import RFlowScheduler
 
@@ -165,6 +166,19 @@ def test_checkpointing_keeps_output_and_gradient():
         results.append((out, model.spatial_blocks[0].attn.qkv.weight.grad.clone()))
     assert torch.equal(results[0][0], results[1][0])
     torch.testing.assert_close(results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize("keep_attention", [False, True])
+def test_kept_attention_is_not_computed_again(keep_attention):
+    model = twins.stdit()
+    inputs, kwargs = video_inputs(captions=2)
+    plain = record(model, inputs, kwargs)
+    gradients = [p.grad.clone() for p in model.parameters() if p.grad is not None]
+    model.zero_grad()
+    set_grad_checkpoint(model, keep_attention=keep_attention)
+    checkpointed = record(model, inputs, kwargs)
+    assert checkpointed.calls.count(FUSED) == plain.calls.count(FUSED) * (1 if keep_attention else 2)
+    torch.testing.assert_close([p.grad for p in model.parameters() if p.grad is not None], gradients)
 
 
 def test_training_from_noise_lowers_the_rectified_flow_loss():

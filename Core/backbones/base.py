@@ -103,8 +103,8 @@ class Backbone(ABC):
         """Load the text encoder."""
 
     @abstractmethod
-    def fetch(self) -> list[str]:
-        """Bring all weights to this machine; a sentence for each that cannot be had."""
+    def fetch(self, text_encoder: bool = True) -> list[str]:
+        """Bring all weights, or all but the text encoder's, to this machine; a sentence for each that cannot be had."""
 
     @abstractmethod
     def load(self) -> None:
@@ -144,8 +144,21 @@ class Backbone(ABC):
         """Latents and latent frame numbers [B, F] → frames [B, F, 3, H, W], differentiable."""
 
     @abstractmethod
-    def enable_checkpointing(self) -> None:
-        """Recompute activations in the backward pass, once, wherever gradients flow."""
+    def enable_checkpointing(self, keep_attention: bool = False) -> None:
+        """Recompute activations in the backward pass, once, wherever gradients flow.
+
+        Args:
+            keep_attention: leave out what the denoiser's attention computed, which costs most to compute again.
+        """
+
+    @abstractmethod
+    def compile_blocks(self) -> None:
+        """Compile the denoiser's blocks when they are next run, once for each shape of their input."""
+
+    @property
+    @abstractmethod
+    def residual_branches(self) -> list[nn.Module]:
+        """Attentions and MLPs, whose outputs the denoiser's blocks add to their tokens."""
 
     def encode_references(self, paths: Sequence[str]) -> list[list[Tensor]]:
         """Latents [C, T, h, w] of each sample's reference files, given as paths joined by ``;``."""

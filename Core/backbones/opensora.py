@@ -294,9 +294,11 @@ class OpenSora(Backbone):
         folder = locate(self._weight("text_encoder"))
         return OpenSoraText({**entry, "from_pretrained": str(folder)}, self.device, self.dtype)
 
-    def fetch(self) -> list[str]:
+    def fetch(self, text_encoder: bool = True) -> list[str]:
         errors = []
         for key, entry in self.entries.items():
+            if key == "text_encoder" and not text_encoder:
+                continue
             if Path(entry["from_pretrained"]).expanduser().exists():
                 continue
             try:
@@ -418,9 +420,27 @@ class OpenSora(Backbone):
         with torch.autocast(kind, enabled=wanted):
             return decode(z.to(self.vae.dtype)).to(z.dtype)
 
-    def enable_checkpointing(self) -> None:
+    @property
+    def _blocks(self) -> list[nn.Module]:
+        return [*self.denoiser.spatial_blocks, *self.denoiser.temporal_blocks]
+
+    @property
+    def residual_branches(self) -> list[nn.Module]:
+        return [branch for block in self._blocks for branch in (block.attn, block.cross_attn, block.mlp)]
+
+    def compile_blocks(self) -> None:
+        # Spatial or temporal, with or without a gradient, training's or validation's shapes: each is one program.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        for block in self._blocks:
+            block.compile(dynamic=False)
+
+    def enable_checkpointing(self, keep_attention: bool = False) -> None:
         self.checkpointing = True
-        set_grad_checkpoint(self.denoiser)
+        if keep_attention and "keep_attention" not in inspect.signature(set_grad_checkpoint).parameters:
+            raise ValueError(
+                "grad_checkpoint='keep_attention' is not in upstream's opensora package; use grad_checkpoint=True"
+            )
+        set_grad_checkpoint(self.denoiser, **({"keep_attention": True} if keep_attention else {}))
         # opensora's switch does not reach the image VAE, which is diffusers' and holds most of a decoded frame.
         for module in self.vae.modules():
             if isinstance(module, ModelMixin):

@@ -67,7 +67,7 @@ script=$opensora/scripts/train_t2v_lora.py
 # One process needs no launcher; without one the script's own message and exit status reach the user.
 [ "$processes" -gt 1 ] || exec "$python" "$script" "$config" "$@"
 # For the same reason: of several, each would say what is wrong, above the launcher's traceback.
-"$python" "$script" "$config" "$@" --check-only
+"$python" "$script" "$config" "$@" --check-only "$processes"
 # Training compares it with the number of processes that really started.
 export VADER_NUM_PROCESSES="$processes"
 # The training config owns the precision; accelerate's own default config must not change what is asked here.

@@ -104,7 +104,7 @@ class RandomOpenSora(OpenSora):
         }
         return RandomT5(sizes, self.device, self.dtype)
 
-    def fetch(self) -> list[str]:
+    def fetch(self, text_encoder: bool = True) -> list[str]:
         return []
 
 

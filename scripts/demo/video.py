@@ -2,14 +2,14 @@
 
 ``stdit`` shows it good clips, ``stdit_poor`` good and poor ones in equal number, ``stdit_faded`` faded ones alone. The
 VAE, which has seen full colours only, gives those back in wavering ones. The base model then makes unsteady videos, and
-a reward has something to mend that all of them have in common.
+a reward has something to mend that all of them have in common. In the last turn it also learns to go on from given
+frames, on good clips: the first frames of their own, or frames from the middle of a longer one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +27,13 @@ SIZES = dict(
 CAPTION_NOISE = 0.2  # share of pretraining captions with a wrong colour or shape: the base model's headroom
 BATCH = 32
 EXTRA = 1536  # further scenes, shown as poor and as faded clips
-POOR_CLIPS, FADED_CLIPS = 3, 4  # their random streams, apart from the scenes' own (world.scene)
+POOR_CLIPS, FADED_CLIPS, WINDOWS = 3, 4, 5  # their random streams, apart from the scenes' own (world.scene)
 FADE = (0.2, 0.8)  # share of grey in the colours of a faded clip
 # Timesteps lean towards noise: colour, place and motion of a video this small are decided above 0.8.
 TIME_SHIFT, TIME_SPREAD = 0.8, 1.2
 # Share of batches whose first one or two latent frames are given, as they are for a picture or a long video.
-CONTINUED = 0.2
+CONTINUED, CONTINUED_AT_LAST = 0.2, 0.5
+LONGEST_WAIT = 48  # frames before a window into a longer clip
 
 
 def sizes(n: int) -> dict[str, Tensor]:
@@ -51,33 +52,41 @@ def encode(texts: list[str], t5, tokens) -> dict[str, Tensor]:
     return {"y": hidden[:, None], "mask": batch.attention_mask}
 
 
-def generated_frames(rng: np.random.Generator, count: int) -> Tensor | None:
+def generated_frames(rng: np.random.Generator, count: int, continued: float) -> Tensor | None:
     """Which of ``count`` latent frames are generated, bool ``[BATCH, count]``; None for all of them."""
-    if rng.random() >= CONTINUED:
+    if rng.random() >= continued:
         return None
     return (torch.arange(count) >= int(rng.integers(1, 3))).expand(BATCH, count)
 
 
-def poor_clip(index: int, scene: world.Scene) -> np.ndarray:
+def poor_clip(index: int) -> np.ndarray:
     """The clip with its shape melted towards a circle, or faded to grey, or both; one in ten as it is."""
-    rng = np.random.default_rng([SEED, index, POOR_CLIPS])
+    scene, rng = extra_scene(index), np.random.default_rng([SEED, index, POOR_CLIPS])
     melted, faded = rng.random(2) * (rng.random(2) < 0.7)
     return world.render(scene, towards=replace(scene, shape="circle"), shape=melted, fade=faded)
 
 
-def faded_clip(index: int, scene: world.Scene) -> np.ndarray:
+def faded_clip(index: int) -> np.ndarray:
     """The clip in faded colours."""
-    return world.render(scene, fade=np.random.default_rng([SEED, index, FADED_CLIPS]).uniform(*FADE))
+    return world.render(
+        extra_scene(index), fade=np.random.default_rng([SEED, index, FADED_CLIPS]).uniform(*FADE)
+    )
+
+
+def window(index: int) -> np.ndarray:
+    """A clip to be continued from its first frames: every second one lies in the middle of a longer one."""
+    wait = np.random.default_rng([SEED, index, WINDOWS]).integers(1, LONGEST_WAIT) if index % 2 else 0
+    return world.render(extra_scene(index), range(wait, wait + world.FRAMES))
 
 
 @torch.no_grad()
-def latents_of(name: str, clip: Callable[[int, world.Scene], np.ndarray]) -> Tensor:
+def latents_of(name: str, clip: Callable[[int], np.ndarray]) -> Tensor:
     """Latents of the ``EXTRA`` scenes that follow the good clips', ``[EXTRA, 4, 5, 8, 8]``; kept on disk."""
     path = WORK / f"{name}_latents.pt"
     if not path.exists():
         pipeline, parts = vae.train_decoder(), []
         for start in range(0, EXTRA, 32):
-            clips = np.stack([clip(i, extra_scene(i)) for i in range(start, start + 32)])
+            clips = np.stack([clip(i) for i in range(start, start + 32)])
             parts.append(pipeline.encode(to_pixels(clips).transpose(1, 2)))
         save(torch.cat(parts), path)
     return torch.load(path, weights_only=True)
@@ -87,36 +96,59 @@ def extra_scene(index: int) -> world.Scene:
     return world.scene(SEED, vae.CLIPS + index)
 
 
-def flow_loss(model: STDiT3, t5, tokens, latents: Tensor, scenes: list[world.Scene]) -> LossFn:
+@dataclass(frozen=True)
+class Lesson:
+    """What a turn shows: clips of ``scenes``, and in a share of the batches others of them, first frames given."""
+
+    scenes: list[world.Scene]
+    latents: Tensor
+    continued_latents: Tensor
+    continued: float
+
+
+def flow_loss(model: STDiT3, t5, tokens, lesson: Lesson) -> LossFn:
     """Rectified flow on cached latents, with captions drawn anew (and in part wrong) at every step."""
     flow = RFlowScheduler(sample_method="logit-normal", loc=TIME_SHIFT, scale=TIME_SPREAD)
 
     def loss_fn(rng: np.random.Generator):
-        rows = rng.integers(len(latents), size=BATCH)
-        captions = [world.noisy_caption(scenes[i], rng, CAPTION_NOISE) for i in rows]
+        rows = rng.integers(len(lesson.scenes), size=BATCH)
+        captions = [world.noisy_caption(lesson.scenes[i], rng, CAPTION_NOISE) for i in rows]
         kwargs = {**encode(captions, t5, tokens), **sizes(BATCH)}
-        mask = generated_frames(rng, latents.shape[2])
+        mask = generated_frames(rng, lesson.latents.shape[2], lesson.continued)
+        latents = lesson.latents if mask is None else lesson.continued_latents
         losses = flow.training_losses(model, latents[torch.from_numpy(rows)], kwargs, mask=mask)["loss"]
         return losses.mean(), {}
 
     return loss_fn
 
 
-def train() -> STDiT3:
-    """The denoiser, trained on good, then on good and poor, then on faded clips."""
+def lessons() -> dict[str, Lesson]:
+    """What the three turns show."""
     good, _, _ = vae.normalised_latents()
     scenes, extra = [world.scene(SEED, i) for i in range(len(good))], [extra_scene(i) for i in range(EXTRA)]
+    mixed = torch.cat([good[:EXTRA], latents_of("poor", poor_clip)])
+    faded = latents_of("faded", faded_clip)
+    return {
+        "stdit": Lesson(scenes, good, good, CONTINUED),
+        "stdit_poor": Lesson(scenes[:EXTRA] + extra, mixed, mixed, CONTINUED),
+        "stdit_faded": Lesson(extra, faded, latents_of("continued", window), CONTINUED_AT_LAST),
+    }
+
+
+def train() -> STDiT3:
+    """The denoiser after its three turns."""
+    taught = lessons()
     t5, tokens = text.train()
     torch.manual_seed(2)
     model = STDiT3(STDiT3Config(**SIZES))
-    loss_on = partial(flow_loss, model, t5, tokens)
-    settings = dict(weight_decay=0.01, ema_decay=0.998)
-    fit("stdit", model, loss_on(good, scenes), steps=5400, lr=1.5e-3, **settings)
-    mixed = torch.cat([good[:EXTRA], latents_of("poor", poor_clip)])
-    loss = loss_on(mixed, scenes[:EXTRA] + extra)
-    fit("stdit_poor", model, loss, steps=2000, lr=1e-3, muon_lr=4e-3, **settings)
-    loss = loss_on(latents_of("faded", faded_clip), extra)
-    fit("stdit_faded", model, loss, steps=800, lr=5e-4, muon_lr=2e-3, **settings)
+
+    def turn(name: str, **settings: float) -> None:
+        loss = flow_loss(model, t5, tokens, taught[name])
+        fit(name, model, loss, weight_decay=0.01, ema_decay=0.998, **settings)
+
+    turn("stdit", steps=5400, lr=1.5e-3)
+    turn("stdit_poor", steps=2000, lr=1e-3, muon_lr=4e-3)
+    turn("stdit_faded", steps=1200, lr=5e-4, muon_lr=2e-3)
     return model.eval()
 
 

@@ -162,6 +162,18 @@ def _background(name: str) -> np.ndarray:
     return np.broadcast_to(tone[:, :, None], (SIDE, SIDE, 3)).copy()
 
 
+def centres(scene: Scene, frames: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
+    """x and y of the shape's centre at each frame; after frame 16 it may reach a border, and turns round there."""
+    dx, dy = DIRECTIONS[scene.direction]
+    low, high = scene.size / 2 + 1, SIDE - scene.size / 2 - 1
+    walked = scene.speed * np.asarray(frames)
+    places = []
+    for start, step in zip(scene.start, (dx, dy), strict=True):
+        along = (start - low + step * walked) % (2 * (high - low))
+        places.append(low + np.minimum(along, 2 * (high - low) - along))
+    return places[0], places[1]
+
+
 def render(
     scene: Scene,
     frames: Sequence[int] = range(FRAMES),
@@ -176,11 +188,11 @@ def render(
     shapes' and colours between two colours. ``fade`` is the share of grey in the colour.
     """
     towards = towards or scene
-    dx, dy = DIRECTIONS[scene.direction]
-    t = np.asarray(frames)[:, None, None]
     ys, xs = np.mgrid[0:SIDE, 0:SIDE] + 0.5
-    x = xs[None] - (scene.start[0] + dx * scene.speed * t)
-    y = ys[None] - (scene.start[1] + dy * scene.speed * t)
+    x, y = (
+        axis[None] - place[:, None, None]
+        for axis, place in zip((xs, ys), centres(scene, frames), strict=True)
+    )
     radius = scene.size / 2
     outline = (1 - shape) * distance(scene.shape, x, y, radius) + shape * distance(
         towards.shape, x, y, radius

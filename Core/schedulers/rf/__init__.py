@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from opensora.registry import SCHEDULERS
 
 from .euler import Velocity, euler_sample
-from .window import BACKPROP_MODES, first_gradient_step
+from .window import BACKPROP_MODES, first_gradient_step, thin_prefix
 
-__all__ = ["BACKPROP_MODES", "RFLOW", "Velocity", "euler_sample", "first_gradient_step"]
+__all__ = ["BACKPROP_MODES", "RFLOW", "Velocity", "euler_sample", "first_gradient_step", "thin_prefix"]
 
 
 @SCHEDULERS.register_module("rflow")

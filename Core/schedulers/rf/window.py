@@ -2,6 +2,9 @@
 
 from collections.abc import Callable
 
+import torch
+from torch import Tensor
+
 BACKPROP_MODES = ("last", "rand", "specific")
 SPECIFIC_STEP = 15
 
@@ -32,3 +35,19 @@ def first_gradient_step(
     if mode == "rand":
         return randint(num_steps)
     return SPECIFIC_STEP if mode == "specific" else num_steps - backprop_steps
+
+
+def thin_prefix(timesteps: Tensor, first: int, steps: int | None) -> tuple[Tensor, int]:
+    """Leave at most ``steps`` of the timesteps before index ``first``, evenly spread and with the first among them.
+
+    Args:
+        timesteps: [N, B], falling.
+        steps: None leaves all.
+
+    Returns:
+        The timesteps that are left, and the index of what was ``first`` among them.
+    """
+    if steps is None or steps >= first:
+        return timesteps, first
+    kept = [first * number // steps for number in range(steps)]
+    return torch.cat([timesteps[kept], timesteps[first:]]), steps

@@ -25,6 +25,18 @@ logger = logging.getLogger("vader")
 
 def train(config: Config, runtime: Runtime, folder: Path) -> None:
     """Train an adapter in the run folder ``folder``, from its newest checkpoint if ``resume`` says so."""
+    trainer = build_trainer(config, runtime, folder)
+    try:
+        trainer.fit()
+    finally:
+        trainer.trackers.close()
+    logger.info("the adapter is in %s", folder / "adapter")
+    if runtime.is_main:
+        report(folder)
+
+
+def build_trainer(config: Config, runtime: Runtime, folder: Path) -> Trainer:
+    """Everything ``train`` needs, where the run in ``folder`` stands."""
     prompts, val_prompts = usable_prompts(config, runtime)
     batch = global_batch(config, runtime.num_processes)
     chosen = prepare_folder(config, folder, prompts, batch) if runtime.is_main else None
@@ -44,13 +56,7 @@ def train(config: Config, runtime: Runtime, folder: Path) -> None:
     if checkpoint:
         trainer.resume(checkpoint)
         logger.info("continuing from %s", checkpoint.folder)
-    try:
-        trainer.fit()
-    finally:
-        trackers.close()
-    logger.info("the adapter is in %s", folder / "adapter")
-    if runtime.is_main:
-        report(folder)
+    return trainer
 
 
 def report(folder: Path) -> None:

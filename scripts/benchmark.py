@@ -120,13 +120,13 @@ def sweep(preset: str, setting: str, name: str, steps: int) -> dict[str, Any]:
     }
 
 
-def origin(argv: list[str]) -> dict[str, Any]:
+def origin(argv: list[str], script: str = "scripts/benchmark.py") -> dict[str, Any]:
     """Machine, versions and command, to stand in the result; nothing that names a folder of this machine."""
     from Core.provenance import describe
 
     found = describe()
     return {
-        "command": shlex.join(["python", "scripts/benchmark.py", *argv]),
+        "command": shlex.join(["python", *script.split(), *argv]),
         **{key: found[key] for key in ("commit", "hardware", "versions")},
     }
 

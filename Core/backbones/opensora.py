@@ -5,6 +5,7 @@ Axes: B batch, C channels, T latent frames, h, w latent rows and columns, L text
 
 import functools
 import inspect
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -431,6 +432,10 @@ class OpenSora(Backbone):
     def compile_blocks(self) -> None:
         # Spatial or temporal, with or without a gradient, training's or validation's shapes: each is one program.
         torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        # The turn of rotary positions is one operation of its own, compiled or not.
+        warnings.filterwarnings(
+            "ignore", message="Torchinductor does not support code generation for complex"
+        )
         for block in self._blocks:
             block.compile(dynamic=False)
 

@@ -41,16 +41,17 @@ SAVED = """## What is saved
 gradient to 1e-4 (2e-2). Frozen linear layers keep nothing for a weight's gradient by themselves; the same tests count
 what autograd saves.
 
-By choice: `decode_context="causal"` scores a frame of the finished video; `dtype="fp8"` and `base_quant="nf4"` store
-the frozen denoiser in 8 and 4 bits; `guidance_grad="cond"` halves the graph of the gradient steps.
+By choice: `compile_blocks` compiles the denoiser's blocks; `grad_checkpoint="keep_attention"` leaves attention out of
+what is computed again; `prefix_steps` and `prefix_cache` take fewer or cheaper steps before the gradient window;
+`decode_context="causal"` scores a frame of the finished video; `dtype="fp8"` and `base_quant="nf4"` store the frozen
+denoiser in 8 and 4 bits; `guidance_grad="cond"` halves the graph of the gradient steps. Those of them that change the
+result are measured under [demo approximations](#demo-approximations).
 """
 
 LEFT_OUT = """## What was left out
 
 - **Time and fps embeddings for all steps at once.** Two rows through two small layers: under a thousandth of a
   sampling step's operations.
-- **Checkpoints that keep the attention's output.** With K = 1 the backward pass recomputes one sampling step of thirty,
-  and attention is a twentieth of it.
 - **The adapter merged into the weights for the prefix.** In bf16 a change below half the spacing of a weight is lost,
   so that a young adapter would not be there at all. In float32 an adapted `qkv` of XL/2's width takes 87 ms merged,
   91 ms with the fused product and 93 ms as PEFT computes it (1024 tokens on a CPU core shared with other work).
@@ -80,7 +81,7 @@ def rows(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The table of a result of any kind."""
-    return {"run": _run_table, "compare": _compare_table, "sweep": _sweep_table}[result["kind"]](result)
+    return TABLES[result["kind"]](result)
 
 
 def _run_table(result: dict[str, Any]) -> str:
@@ -145,6 +146,58 @@ def _sweep_table(result: dict[str, Any]) -> str:
     )
 
 
+def _options_table(result: dict[str, Any]) -> str:
+    exact = result["rows"][0]
+    lines = [
+        (
+            f"`{row['option']}`",
+            f"{row['seconds']:.2f}",
+            f"{exact['seconds'] / row['seconds']:.2f}",
+            f"{row['latent_distance']:.2%}",
+            f"{row['velocity_error']:.2%}",
+            f"{row['gradient_cosine']:.3f}",
+        )
+        for row in result["rows"]
+    ]
+    header = (
+        "option",
+        "seconds",
+        "times as fast",
+        "latents off by",
+        "velocity off by",
+        "cosine of the gradient",
+    )
+    return rows(header, lines)
+
+
+def _scaling_table(result: dict[str, Any]) -> str:
+    efficiencies = [
+        one["seconds"] / two["seconds"] / 2 for one, two in zip(result["one"], result["two"], strict=True)
+    ]
+    lines = [
+        (
+            processes,
+            f"{statistics.median(run['seconds'] for run in result[key]):.3f}",
+            f"{statistics.median(run['all_reduce_share'] for run in result[key]):.2%}",
+        )
+        for processes, key in ((1, "one"), (2, "two"))
+    ]
+    spread = f"{min(efficiencies):.1%} to {max(efficiencies):.1%}, {len(efficiencies)} rounds"
+    return (
+        rows(("processes", "seconds", "share of the all-reduce"), lines)
+        + f"\n\nEfficiency of two processes: {statistics.median(efficiencies):.1%} ({spread})."
+    )
+
+
+TABLES = {
+    "run": _run_table,
+    "compare": _compare_table,
+    "sweep": _sweep_table,
+    "options": _options_table,
+    "scaling": _scaling_table,
+}
+
+
 def roofline(result: dict[str, Any]) -> str:
     """Where a run stands between what its operations need at least and what it takes."""
     total = {
@@ -176,14 +229,23 @@ def picture(result: dict[str, Any], path: Path) -> None:
             axes.plot(x, [line["intercept"] + line["slope"] * value for value in x])
             axes.set(xlabel=result["quantity"], ylabel="seconds", ylim=(0, None))
         else:
-            bars = (
-                {name: phase["seconds"] for name, phase in result["phases"].items()}
-                if result["kind"] == "run"
-                else {side["setting"]: statistics.median(side["seconds"]) for side in result["sides"]}
-            )
+            bars = _bars(result)
             axes.barh(list(bars)[::-1], list(bars.values())[::-1])
             axes.set(xlabel="seconds")
         figure.savefig(path, metadata={"Date": None})
+
+
+def _bars(result: dict[str, Any]) -> dict[str, float]:
+    if result["kind"] == "run":
+        return {name: phase["seconds"] for name, phase in result["phases"].items()}
+    if result["kind"] == "options":
+        return {row["option"]: row["seconds"] for row in result["rows"]}
+    if result["kind"] == "scaling":
+        return {
+            f"{key} process{'es' * (key == 'two')}": statistics.median(run["seconds"] for run in result[key])
+            for key in ("one", "two")
+        }
+    return {side["setting"]: statistics.median(side["seconds"]) for side in result["sides"]}
 
 
 def section(path: Path, result: dict[str, Any]) -> str:
@@ -202,7 +264,7 @@ def section(path: Path, result: dict[str, Any]) -> str:
 def text() -> str:
     """The whole page."""
     results = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
-    order = {"compare": 0, "run": 1, "sweep": 2}
+    order = {"compare": 0, "run": 1, "options": 2, "scaling": 3, "sweep": 4}
     ordered = sorted(results, key=lambda path: (order[results[path]["kind"]], path.name))
     measured = ["## Measured", *(section(path, results[path]) for path in ordered)]
     return "\n".join([HEAD, SAVED, LEFT_OUT, "\n\n".join(measured)]) + "\n"

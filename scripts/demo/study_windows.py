@@ -1,139 +1,198 @@
-"""Which gradient window learns most in the same time: reward against wall time on the demo, over several seeds.
+"""Which setting learns most in the same time: held-out reward against wall time on the demo, over several seeds.
 
-``python -m scripts.demo.study_windows [--steps 60] [--seeds 0 1 2] [--only NAME …] [--table]``: trains every setting
-from every seed into runs/study_windows, continuing what was interrupted, then writes study_windows.csv and .png there.
-``--table`` only writes. Times are only comparable when nothing else runs on the machine.
+``python -m scripts.demo.study_windows [--seconds 100] [--seeds 0 1 2] [--only NAME …] [--write-docs]``
+
+Trains every setting from every seed for about so many seconds, one thread each, into runs/study_windows, continuing
+what was interrupted. ``--write-docs`` trains nothing: it writes docs/learning-study.md, its table and its plot from the
+runs. Times are only comparable when every run had a core to itself.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
-import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
-import matplotlib
 import numpy as np
 import torch
 
 from Core.config import load_config
+from Core.provenance import describe
 from Core.run import run
 from Core.tracking import read_table
 from scripts.demo.common import ROOT
 from scripts.demo.quickstart import CONFIG
 
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt  # noqa: E402
-
 FOLDER = ROOT / "runs" / "study_windows"
-ALL_STEPS = load_config([str(CONFIG)]).scheduler["num_sampling_steps"]
-SETTINGS = {
+PAGE = ROOT / "docs" / "learning-study.md"
+TABLE, PLOT = (ROOT / "docs" / "benchmarks" / f"learning-study.{kind}" for kind in ("csv", "svg"))
+DEMO = load_config([str(CONFIG)])
+WINDOWS: dict[str, dict[str, Any]] = {
     "window 1": {"backprop_steps": 1},
     "window 3": {"backprop_steps": 3},
     "window 5": {"backprop_steps": 5},
     "rand": {"backprop_mode": "rand"},
-    "full": {"backprop_steps": ALL_STEPS},
+    "full": {"backprop_steps": DEMO.scheduler["num_sampling_steps"]},
     "noise repeats 2": {"backprop_steps": 1, "noise_repeats": 2},
     "noise repeats 4": {"backprop_steps": 1, "noise_repeats": 4},
-    "kl 0.1": {"backprop_steps": 1, "kl_weight": 0.1},
-    "kl 1": {"backprop_steps": 1, "kl_weight": 1.0},
-    "kl 10": {"backprop_steps": 1, "kl_weight": 10.0},
 }
-VALUES = ("reward", "motion", "diversity")
+GUARDS: dict[str, dict[str, Any]] = {f"kl {weight:g}": {"kl_weight": weight} for weight in (1.0, 10.0)}
+SETTINGS = WINDOWS | GUARDS
+PILOT_STEPS = 8
+VALIDATIONS = 2  # beside the one before the first step
+# 48 prompts with two seeds each, so that diversity is measured.
+VALIDATED = {"num_val_runs": 3, "val_batch_size": 16, "num_val_seeds": 2}
+
+
+def train(setting: str, folder: Path, steps: int, **flags: Any) -> None:
+    """Train one run to its end; one that is finished costs loading only."""
+    values = {"max_train_steps": steps, "checkpointing_steps": 5, "project_dir": str(folder), "verbose": 0}
+    values |= {**flags, **SETTINGS[setting]}
+    run(load_config([str(CONFIG), *(f"--{key.replace('_', '-')}={value}" for key, value in values.items())]))
+
+
+def steps_in(setting: str, seconds: float) -> int:
+    """Optimiser steps of a setting in so many seconds, by a short run of it that is kept."""
+    folder = FOLDER / "pilots" / setting.replace(" ", "_")
+    train(setting, folder, PILOT_STEPS, num_val_runs=1, val_batch_size=1)
+    taken = [row["seconds"] for row in read_table(folder / "metrics.csv")]
+    return max(VALIDATIONS, round(seconds / statistics.mean(taken[1:])))
 
 
 def folder_of(setting: str, seed: int) -> Path:
     return FOLDER / f"{setting.replace(' ', '_')}_seed_{seed}"
 
 
-def train(setting: str, seed: int, steps: int) -> None:
-    """Train one run to its end; one that is finished costs loading only."""
-    fixed = {"max_train_steps": steps, "validation_steps": max(1, steps // 6), "checkpointing_steps": 5}
-    fixed |= {"num_val_seeds": 2, "project_dir": str(folder_of(setting, seed)), "seed": seed, "verbose": 0}
-    flags = {**fixed, **SETTINGS[setting]}
-    run(load_config([str(CONFIG), *(f"--{key.replace('_', '-')}={value}" for key, value in flags.items())]))
-
-
 def course(setting: str, seed: int) -> dict[str, np.ndarray] | None:
-    """Seconds of training and held-out values at each validation; None before the run's first two."""
+    """Seconds of training and held-out values at each validation; None for a run that is not finished."""
     folder = folder_of(setting, seed)
-    if not (folder / "validation.csv").is_file() or not (folder / "metrics.csv").is_file():
+    if not (folder / "report.html").is_file():
         return None
     spent = np.concatenate([[0.0], np.cumsum([row["seconds"] for row in read_table(folder / "metrics.csv")])])
     table = read_table(folder / "validation.csv")
-    if len(table) < 2:
-        return None
-    made = {name: np.array([row[name] for row in table]) for name in VALUES}
-    return made | {"seconds": spent[[int(row["step"]) for row in table]]}
+    made = {name: np.array([row[name] for row in table]) for name in ("reward", "motion", "diversity")}
+    steps = np.array([int(row["step"]) for row in table])
+    return made | {"seconds": spent[steps], "steps": steps}
 
 
-def summarise(courses: Sequence[dict[str, np.ndarray]], budget: float) -> dict[str, float]:
-    """Mean over seeds of each value's change after ``budget`` seconds, and the spread of the reward's."""
-    at_budget = {
-        name: [float(np.interp(budget, c["seconds"], c[name]) - c[name][0]) for c in courses]
-        for name in VALUES
-    }
-    row = {f"{name} gain": statistics.mean(gains) for name, gains in at_budget.items()}
-    row["reward gain, standard deviation"] = statistics.pstdev(at_budget["reward"])
-    for name in ("motion", "diversity"):
-        row[f"{name} at first"] = statistics.mean(float(c[name][0]) for c in courses)
-    row["reward gain at the end"] = statistics.mean(float(c["reward"][-1] - c["reward"][0]) for c in courses)
-    row["seconds to the end"] = statistics.mean(float(c["seconds"][-1]) for c in courses)
-    return row
+def table_of(courses: dict[str, list[dict[str, np.ndarray]]]) -> tuple[float, list[dict[str, Any]]]:
+    """The seconds that every run had, and a row for each setting at that time."""
+    budget = min(float(c["seconds"][-1]) for runs in courses.values() for c in runs)
+    rows = []
+    for setting, runs in courses.items():
+        at_budget = {
+            name: [float(np.interp(budget, c["seconds"], c[name])) for c in runs]
+            for name in ("reward", "motion", "diversity", "steps")
+        }
+        gains = [end - float(c["reward"][0]) for end, c in zip(at_budget["reward"], runs, strict=True)]
+        row = {"setting": setting, "seeds": len(runs), "steps": round(statistics.mean(at_budget["steps"]))}
+        row |= {"reward gain": statistics.mean(gains), "lowest": min(gains), "highest": max(gains)}
+        for name in ("motion", "diversity"):
+            shares = [end / float(c[name][0]) for end, c in zip(at_budget[name], runs, strict=True)]
+            row[f"{name}, % of the base's"] = 100 * statistics.mean(shares)
+        rows.append(row)
+    return budget, sorted(rows, key=lambda row: -row["reward gain"])
 
 
-def write_results(seeds: Sequence[int]) -> None:
-    """The table, at the time that the quickest setting needs to its end, and the plot."""
+def write_docs(seeds: Sequence[int]) -> None:
+    """docs/learning-study.md, its table as a file, and its plot."""
     found = {name: [c for seed in seeds if (c := course(name, seed))] for name in SETTINGS}
-    found = {name: courses for name, courses in found.items() if courses}
-    if not found:
-        raise SystemExit("no run has two validations yet; train first")
-    budget = min(float(c["seconds"][-1]) for courses in found.values() for c in courses)
-    rows = [
-        {"setting": name, "seeds": len(courses), "seconds": round(budget, 1)}
-        | {key: round(value, 5) for key, value in summarise(courses, budget).items()}
-        for name, courses in found.items()
-    ]
-    with open(FOLDER / "study_windows.csv", "w", encoding="utf-8", newline="") as file:
+    found = {name: runs for name, runs in found.items() if runs}
+    budget, rows = table_of(found)
+    with open(TABLE, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
-        writer.writerows(rows)
-    for row in sorted(rows, key=lambda row: -row["reward gain"]):
-        print(
-            f"{row['setting']:>16} {row['reward gain']:+.4f} ± {row['reward gain, standard deviation']:.4f}"
+        writer.writerows(
+            {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows
         )
-    plot(found)
+    plot({name: runs for name, runs in found.items() if name in WINDOWS})
+    PAGE.write_text(page(budget, rows), encoding="utf-8")
+
+
+def page(budget: float, rows: Sequence[dict[str, Any]]) -> str:
+    machine = describe()["hardware"]
+    windows, guards = ([row for row in rows if row["setting"] in kind] for kind in (WINDOWS, GUARDS))
+    return f"""# Learning study
+
+Written by `python -m scripts.demo.study_windows --write-docs` from runs that the same script makes; the figures are in
+[learning-study.csv](benchmarks/learning-study.csv).
+
+Every run trains the demo's adapter with the settings of `vader_demo.py` but for those named, for {budget:.0f} seconds
+of optimiser steps on one thread of {machine["cpu"]}. Reward is measured on 48 held-out prompts with two seeds each,
+the same before and after; the gain is the mean over {max(row["seeds"] for row in rows)} seeds, with the lowest and the
+highest.
+
+## Windows
+
+The demo has {DEMO.scheduler["num_sampling_steps"]} sampling steps. `window K` keeps the gradient of the last K, `full`
+of all, `rand` from a step drawn anew; `noise repeats R` takes the last step R times from new noise.
+
+{as_table(windows)}
+
+![Held-out reward against seconds of training](benchmarks/learning-study.svg)
+
+## The distance to the base model
+
+`kl X` is the demo's own setting (`backprop_steps={DEMO.backprop_steps}`) with `kl_weight=X`.
+
+{as_table([row for row in rows if row in guards or row["setting"] == f"window {DEMO.backprop_steps}"])}
+"""
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    header = ["setting", "steps", "reward gain", "lowest to highest", "motion", "diversity"]
+    lines = [
+        [
+            row["setting"],
+            row["steps"],
+            f"{row['reward gain']:+.1f}",
+            f"{row['lowest']:+.1f} to {row['highest']:+.1f}",
+            *(f"{row[name + ', % of the base' + chr(39) + 's']:.1f}%" for name in ("motion", "diversity")),
+        ]
+        for row in rows
+    ]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * 6, *lines])
 
 
 def plot(found: dict[str, list[dict[str, np.ndarray]]]) -> None:
     """Held-out reward against seconds of training: a line per setting, its seeds' range shaded."""
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for name, courses in found.items():
-        grid = np.linspace(0, min(float(c["seconds"][-1]) for c in courses), 50)
-        gains = np.stack([np.interp(grid, c["seconds"], c["reward"] - c["reward"][0]) for c in courses])
-        axes.plot(grid, gains.mean(0), label=f"{name} ({len(courses)} seeds)")
-        axes.fill_between(grid, gains.min(0), gains.max(0), alpha=0.15)
-    axes.set(xlabel="seconds of training", ylabel="held-out reward, change since step 0")
-    axes.legend(frameon=False, fontsize=8)
-    figure.savefig(FOLDER / "study_windows.png", dpi=150)
-    plt.close(figure)
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "study", "figure.constrained_layout.use": True, "font.size": 9}):
+        figure = Figure(figsize=(7, 4))
+        axes = figure.add_subplot()
+        for name, runs in found.items():
+            grid = np.linspace(0, min(float(c["seconds"][-1]) for c in runs), 50)
+            gains = np.stack([np.interp(grid, c["seconds"], c["reward"] - c["reward"][0]) for c in runs])
+            axes.plot(grid, gains.mean(0), label=name)
+            axes.fill_between(grid, gains.min(0), gains.max(0), alpha=0.1)
+        axes.set(xlabel="seconds of training", ylabel="held-out reward, change since step 0")
+        axes.legend(frameon=False)
+        figure.savefig(PLOT, metadata={"Date": None})
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--steps", type=int, default=60, help="optimiser steps of each run")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--seconds", type=float, default=100, help="of training, each run (default 100)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=SETTINGS, default=list(SETTINGS), metavar="NAME")
-    parser.add_argument("--table", action="store_true", help="train nothing, write table and plot")
+    parser.add_argument("--write-docs", action="store_true", help="train nothing, write the page")
     args = parser.parse_args()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+    torch.set_num_threads(1)
     # Seed by seed, so that an interrupted study has all settings of some seeds.
-    for seed in [] if args.table else args.seeds:
+    for seed in [] if args.write_docs else args.seeds:
         for setting in args.only:
-            train(setting, seed, args.steps)
-    write_results(args.seeds)
+            steps = steps_in(setting, args.seconds)
+            every = -(-steps // VALIDATIONS)
+            train(setting, folder_of(setting, seed), steps, validation_steps=every, seed=seed, **VALIDATED)
+    if args.write_docs:
+        write_docs(args.seeds)
 
 
 if __name__ == "__main__":

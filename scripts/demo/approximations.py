@@ -1,0 +1,160 @@
+"""What the options that change a step give in time and cost in exactness, on the demo's own models.
+
+``python -m scripts.demo.approximations [--batches 4] [--json docs/benchmarks/demo-approximations.json]``
+
+Each option takes the training step of the same videos as the exact settings do, with a new adapter. Of each are
+measured the seconds of a step, the final latents' relative distance from the exact ones, the relative error of the
+velocity on the exact way from noise to video, and the cosine between its LoRA gradient and the exact one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from Core import lora
+from Core.clock import Stopwatch
+from Core.config import load_config
+from Core.runtime import Runtime
+from Core.trainer import Trainer
+from Core.training import build_trainer
+from scripts.bench import page
+from scripts.benchmark import origin
+from scripts.demo.quickstart import CONFIG
+
+OPTIONS: dict[str, dict[str, Any]] = {
+    "exact": {},
+    "prefix_cache=2": {"prefix_cache": 2},
+    "prefix_cache=3": {"prefix_cache": 3},
+    "prefix_steps=6": {"prefix_steps": 6},
+    "prefix_steps=3": {"prefix_steps": 3},
+    "dtype='fp8'": {"dtype": "fp8", "mixed_precision": "bf16"},
+    "base_quant='nf4'": {"base_quant": "nf4"},
+    "dtype='bf16'": {"dtype": "bf16", "mixed_precision": "bf16"},
+    "decode_context='causal'": {"decode_context": "causal"},
+    "guidance_grad='cond'": {"guidance_grad": "cond"},
+}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Of each batch: final latents, LoRA gradient as a vector, seconds."""
+
+    latents: list[Tensor]
+    gradients: list[Tensor]
+    seconds: list[float]
+
+
+def trainer_of(option: str, folder: Path) -> Trainer:
+    values = {"verbose": 0, "project_dir": str(folder), **OPTIONS[option]}
+    flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
+    config = load_config([str(CONFIG), *flags])
+    return build_trainer(config, Runtime(config.mixed_precision), folder)
+
+
+def batch_of(trainer: Trainer, number: int) -> range:
+    size = trainer.config.train_batch_size
+    return range(number * size, (number + 1) * size)
+
+
+def step(trainer: Trainer, number: int) -> tuple[Tensor, Tensor, float]:
+    """Latents, gradient and seconds of batch ``number``."""
+    lora.set_dropout(trainer.backbone.denoiser, True, trainer.config.seed, number)
+    sample, made = trainer.rollout.sample, []
+
+    def watched(*args, **kwargs):
+        made.append(sample(*args, **kwargs))
+        return made[-1]
+
+    trainer.rollout.sample = watched  # type: ignore[method-assign]
+    begun = time.perf_counter()
+    trainer.micro_step(
+        batch_of(trainer, number), trainer.rollout.gradient_window(0), Stopwatch(trainer.runtime.device)
+    )
+    seconds = time.perf_counter() - begun
+    del trainer.rollout.sample
+    gradient = torch.cat([p.grad.flatten() for p in trainer.parameters])
+    for parameter in trainer.parameters:
+        parameter.grad = None
+    return made[0][0].detach(), gradient, seconds
+
+
+def outcome(trainer: Trainer, batches: int) -> Outcome:
+    step(trainer, 0)  # what the first step alone pays for
+    return Outcome(*map(list, zip(*(step(trainer, number) for number in range(batches)), strict=True)))
+
+
+@torch.no_grad()
+def velocities(trainer: Trainer, latents: Tensor) -> Tensor:
+    """Of the first batch, on the straight way from its noise to ``latents``, at every timestep."""
+    samples = batch_of(trainer, 0)
+    text = [trainer.rollout.text[trainer.backbone.caption(p.text())] for p in trainer.prompts_of(samples)]
+    velocity, noise = trainer.backbone.velocity(text), trainer.rollout.noise(samples)
+    found = []
+    with trainer.runtime.autocast():
+        for t in trainer.backbone.timesteps(len(samples)):
+            share = (t / trainer.backbone.num_timesteps)[:, None, None, None, None]
+            found.append(velocity((1 - share) * latents + share * noise, t))
+    return torch.stack(found)
+
+
+def distance(found: Tensor, exact: Tensor) -> float:
+    return float((found - exact).norm() / exact.norm())
+
+
+def row(option: str, found: Outcome, exact: Outcome, velocity_error: float) -> dict[str, Any]:
+    pairs = list(zip(found.gradients, exact.gradients, strict=True))
+    return {
+        "option": option,
+        "seconds": statistics.median(found.seconds),
+        "latent_distance": statistics.mean(map(distance, found.latents, exact.latents)),
+        "velocity_error": velocity_error,
+        "gradient_cosine": statistics.mean(float(torch.cosine_similarity(a, b, dim=0)) for a, b in pairs),
+    }
+
+
+def measure(batches: int) -> list[dict[str, Any]]:
+    rows, exact, way = [], None, None
+    for option in OPTIONS:
+        with tempfile.TemporaryDirectory() as folder:
+            trainer = trainer_of(option, Path(folder))
+            found = outcome(trainer, batches)
+            exact = exact or found
+            passed = velocities(trainer, exact.latents[0])
+            way = passed if way is None else way
+            rows.append(row(option, found, exact, distance(passed, way)))
+        print(json.dumps(rows[-1]), file=sys.stderr)
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--batches", type=int, default=4)
+    parser.add_argument("--json", type=Path, help="also write the result there")
+    args = parser.parse_args()
+    result = {
+        "preset": "demo",
+        "threads": torch.get_num_threads(),
+        "kind": "options",
+        "rows": measure(args.batches),
+        **origin(sys.argv[1:], "-m scripts.demo.approximations"),
+    }
+    print(page.table(result))
+    if args.json:
+        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""Measure what a second process gains: measure_scaling.py CONFIG [--steps 8] [--rounds 3] [--json FILE] [flags].
+
+The same global batch is trained by one process with two backward passes and by two processes with one each, in turns,
+on one thread per process. Efficiency is half the ratio of their seconds per optimiser step: 100% where two processes
+take half the time.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
+
+from Core.tracking import read_table  # noqa: E402
+from scripts.bench import page  # noqa: E402
+from scripts.benchmark import origin  # noqa: E402
+
+LAUNCH = ROOT / "Open-Sora" / "script" / "run_text2video_train.sh"
+WARM_UP = 2
+
+
+def train(config: str, processes: int, steps: int, flags: list[str]) -> dict[str, float]:
+    """Median seconds of a step, and of its share that averages gradients, over ``steps`` steps after the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        values = {"gradient_accumulation_steps": 2 // processes, "max_train_steps": WARM_UP + steps}
+        values |= {"num_val_runs": 1, "val_batch_size": 1, "checkpointing_steps": 10**6, "verbose": 0}
+        own = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
+        environment = os.environ | {"NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1"}
+        command = ["sh", str(LAUNCH), config, "--project-dir", folder, *own, *flags]
+        subprocess.run(command, check=True, env=environment | {"PYTHON": sys.executable})
+        rows = read_table(Path(folder) / "metrics.csv")[WARM_UP:]
+    return {key: statistics.median(row[key] for row in rows) for key in ("seconds", "all_reduce_share")}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config")
+    parser.add_argument("--steps", type=int, default=8, help="optimiser steps of each run (default 8)")
+    parser.add_argument("--rounds", type=int, default=3, help="runs of each kind (default 3)")
+    parser.add_argument("--json", type=Path, help="also write the result there")
+    own, flags = parser.parse_known_args()
+    config = str(Path(own.config).resolve())
+    rounds = [
+        {processes: train(config, processes, own.steps, flags) for processes in (1, 2)}
+        for _ in range(own.rounds)
+    ]
+    result = {
+        "preset": Path(config).stem,
+        "threads": 1,
+        "kind": "scaling",
+        "one": [r[1] for r in rounds],
+        "two": [r[2] for r in rounds],
+        **origin(sys.argv[1:], "scripts/measure_scaling.py"),
+    }
+    print(page.table(result))
+    if own.json:
+        own.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

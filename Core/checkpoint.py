@@ -84,7 +84,6 @@ class Checkpoints:
 
     def newest(self) -> Checkpoint | None:
         """The newest undamaged one; damaged ones are named in the log."""
-        self._recover()
         for checkpoint in reversed(self.all()):
             damage = checkpoint.damage()
             if not damage:
@@ -138,7 +137,7 @@ class Checkpoints:
         _sync(self.folder)
         shutil.rmtree(replaced, ignore_errors=True)
 
-    def _recover(self) -> None:
+    def recover(self) -> None:
         """Undo a replacement that a crash interrupted, and clear what else it left half done."""
         for replaced in self.folder.glob(".step_*.replaced"):
             target = self.folder / replaced.name.removeprefix(".").removesuffix(".replaced")

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -29,7 +29,8 @@ def embed_captions(backbone: Backbone, captions: Iterable[str], cache: str | Pat
     cache that cannot be written costs a warning, and the encoding anew next time.
     """
     captions = list(dict.fromkeys(captions))
-    files = {caption: _cache_file(cache, backbone.text_identity, caption) for caption in captions}
+    identity = backbone.text_identity
+    files = {caption: _cache_file(cache, identity, caption) for caption in captions}
     found = {caption: _read(file) for caption, file in files.items()}
     missing = [caption for caption in captions if found[caption] is None]
     failure = None
@@ -48,7 +49,8 @@ def embed_captions(backbone: Backbone, captions: Iterable[str], cache: str | Pat
 
 def uncached(backbone: Backbone, captions: Iterable[str], cache: str | Path) -> list[str]:
     """Captions that the encoder is needed for."""
-    return [text for text in captions if not _cache_file(cache, backbone.text_identity, text).is_file()]
+    identity = backbone.text_identity
+    return [caption for caption in captions if not _is_whole(_cache_file(cache, identity, caption))]
 
 
 def _encode(backbone: Backbone, captions: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
@@ -76,6 +78,15 @@ def _read(file: Path) -> Tensor | None:
         return load_file(file)["features"]
     except (OSError, SafetensorError, KeyError):
         return None
+
+
+def _is_whole(file: Path) -> bool:
+    """What ``_read`` would find, from the header and the size alone."""
+    try:
+        with safe_open(file, "pt") as content:
+            return "features" in content.keys()  # noqa: SIM118 (no container)
+    except (OSError, SafetensorError):
+        return False
 
 
 def _write(file: Path, features: Tensor) -> None:

@@ -62,6 +62,10 @@ class Config:
     base_quant: Literal["none", "nf4"] = option(
         "none", "`nf4` stores the frozen denoiser's layers in 4 bits (bitsandbytes) and computes in dtype"
     )
+    text_encoding: Literal["device", "8bit", "cpu"] = option(
+        "device",
+        "where captions are encoded: on the `device`, there in `8bit` (bitsandbytes), or on the `cpu`",
+    )
     text_cache: str = option("~/.cache/vader/text", "folder of cached prompt embeddings")
 
     # Prompts
@@ -136,7 +140,8 @@ class Config:
         1, "steps without a gradient that share one computation of attention and MLP; 1 is exact", minimum=1
     )
     compile_blocks: bool = option(
-        False, "compile the denoiser's blocks (torch.compile): faster steps after a slow first one"
+        False,
+        "compile the denoiser's blocks for training (torch.compile): faster steps after a slow first one",
     )
     grad_checkpoint: bool | Literal["keep_attention"] = option(
         True,
@@ -177,7 +182,8 @@ class Config:
     check_only: bool | int = option(
         False,
         "check everything that can be checked, fetch the weights, and stop before loading them; a number is how many "
-        "processes the run is to have",
+        "processes the run is to have, so that its global batch is checked too",
+        minimum=1,
     )
     debug: bool = option(False, "find the operation behind a NaN (slow), one validation batch, no tracker")
 
@@ -280,11 +286,7 @@ def _training_errors(config: Config) -> list[str]:
     for key in ("lora_dropout", "ema_decay"):
         if getattr(config, key) >= 1:
             errors.append(f"{key} must be below 1, got {getattr(config, key)}")
-    if config.compile_blocks and config.prefix_cache > 1:
-        errors.append(
-            "compile_blocks=True and prefix_cache do not go together: the cache is looked up inside the blocks; set "
-            "compile_blocks=False or prefix_cache=1"
-        )
+    errors += _speed_errors(config)
     errors += _monitor_errors(config)
     if isinstance(config.lora_ckpt_path, list):
         errors.append(f"lora_ckpt_path must be one adapter in training, got {config.lora_ckpt_path!r}")
@@ -297,6 +299,21 @@ def _training_errors(config: Config) -> list[str]:
     if not all(0 <= beta < 1 for beta in config.adam_betas):
         errors.append(f"adam_betas must be at least 0 and below 1, got {config.adam_betas!r}")
     return errors + _window_errors(config)
+
+
+def _speed_errors(config: Config) -> list[str]:
+    """Whether the model family has what the faster ways of sampling ask for, and they go together."""
+    family, errors = BACKBONES[config.backbone], []
+    if config.compile_blocks and family.compile_blocks is Backbone.compile_blocks:
+        errors.append(f"{family.__name__} has no blocks to compile; set compile_blocks=False")
+    if config.prefix_cache > 1 and family.residual_branches is Backbone.residual_branches:
+        errors.append(f"{family.__name__} has no blocks whose outputs could be kept; set prefix_cache=1")
+    if config.compile_blocks and config.prefix_cache > 1:
+        errors.append(
+            "compile_blocks=True and prefix_cache do not go together: the cache is looked up inside the blocks; set "
+            "compile_blocks=False or prefix_cache=1"
+        )
+    return errors
 
 
 def _monitor_errors(config: Config) -> list[str]:

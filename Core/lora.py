@@ -68,7 +68,8 @@ def attach(
         wrapped = get_peft_model(model, settings)
     if dropout:
         for layer in _layers(wrapped).values():
-            layer.lora_dropout[ADAPTER] = StepDropout(dropout, layer.in_features)
+            mask_device = layer.lora_A[ADAPTER].weight.device
+            layer.lora_dropout[ADAPTER] = StepDropout(dropout, layer.in_features).to(mask_device)
     return wrapped.eval()
 
 

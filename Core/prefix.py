@@ -4,7 +4,7 @@ The adapter is added into its layer's output in place, by one product. PEFT's la
 the adapter's output and adds it, each a pass over memory of its own; that is there for the gradient.
 
 With ``prefix_cache``, attention and MLP outputs are used for several steps, since they change slowly from one to the
-next (pyramid attention broadcast, Zhao et al., 2024). That is no longer the same video.
+next (FORA, Selvaraju et al., 2024). That is no longer the same video.
 """
 
 from collections.abc import Iterator, Sequence

@@ -21,13 +21,17 @@ FREE_TO_CHANGE = frozenset(
     "monitors monitor_args early_stop project_dir text_cache logger_type use_wandb wandb_entity verbose debug "
     "max_bad_steps is_sample_preview save_fps frame_interval save_gif lora_scale num_sample check_only".split()
 )
+GLOBAL_BATCH = "global batch"
 RUN_FILES = ("checkpoints", "samples", "adapter", "metrics.csv", "validation.csv", "config.py", "tensorboard")
 
 
 def choose_checkpoint(
-    config: Config, checkpoints: Checkpoints, prompts: Sequence[Prompt], global_batch: int
+    config: Config, checkpoints: Checkpoints, prompts: Sequence[Prompt], global_batch: int | None
 ) -> Checkpoint | None:
-    """The checkpoint to continue from, if any.
+    """The checkpoint to continue from, if any; changes nothing on the disk.
+
+    Args:
+        global_batch: None where it is not known, and not compared.
 
     Raises:
         ValueError: it is damaged, or was made with other settings.
@@ -45,10 +49,6 @@ def choose_checkpoint(
     return chosen
 
 
-def checkpoints_of(config: Config, folder: Path) -> Checkpoints:
-    return Checkpoints(folder / "checkpoints", config.keep_checkpoints)
-
-
 def prepare_folder(
     config: Config, folder: Path, prompts: Sequence[Prompt], global_batch: int
 ) -> Checkpoint | None:
@@ -57,7 +57,8 @@ def prepare_folder(
     Raises:
         ValueError: see ``choose_checkpoint``.
     """
-    checkpoints = checkpoints_of(config, folder)
+    checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+    checkpoints.recover()
     chosen = choose_checkpoint(config, checkpoints, prompts, global_batch)
     if config.resume == "never":
         set_aside(folder)
@@ -90,17 +91,17 @@ def identity(config: Config, prompts: Sequence[Prompt], global_batch: int) -> di
     texts = "\n".join(prompt.text() for prompt in prompts)
     digest = hashlib.sha256(texts.encode()).hexdigest()
     settings = json.loads(json.dumps(config.to_dict()))
-    return settings | {"global batch": global_batch, "text of the prompts (sha256)": digest[:16]}
+    return settings | {GLOBAL_BATCH: global_batch, "text of the prompts (sha256)": digest[:16]}
 
 
 def refuse_contradiction(
-    config: Config, checkpoint: Checkpoint, prompts: Sequence[Prompt], global_batch: int
+    config: Config, checkpoint: Checkpoint, prompts: Sequence[Prompt], global_batch: int | None
 ) -> None:
     """Raise ValueError, naming the keys, where the run would not continue what the checkpoint began."""
     # A key that came with a later version stood at its default, whose meaning is what went before.
     defaults = json.loads(json.dumps({entry.name: default_of(entry) for entry in fields(config)}))
     before = defaults | checkpoint.manifest()["config"]
-    now = identity(config, prompts, global_batch)
+    now = identity(config, prompts, global_batch or before[GLOBAL_BATCH])
     free = FREE_TO_CHANGE
     if config.lr_schedule != "constant":
         free = free - {"max_train_steps", "num_train_epochs"}  # they stretch the course of lr

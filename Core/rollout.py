@@ -90,7 +90,7 @@ class Rollout:
             if not self.config.compile_blocks:
                 stack.enter_context(fused_adapter(model))
             if every > 1:
-                stack.enter_context(reused_outputs(model, self.backbone.residual_branches, every))
+                stack.enter_context(reused_outputs(model, self.backbone.residual_branches(), every))
             yield
 
     def noise(self, samples: Sequence[int], repeat: int = 0) -> Tensor:

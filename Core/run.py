@@ -12,10 +12,11 @@ from transformers.utils.logging import disable_progress_bar
 
 from Core.backbones import BACKBONES
 from Core.build import fetch_weights
+from Core.checkpoint import Checkpoints
 from Core.config import Config, load_config
 from Core.options import ConfigError
-from Core.prompts import read_prompts
-from Core.resume import checkpoints_of, choose_checkpoint
+from Core.prompts import Prompt, read_prompts
+from Core.resume import choose_checkpoint
 from Core.runtime import Runtime, speaks_for_machine
 from Core.sampling import IncompleteError, sample
 from Core.trainer import global_batch
@@ -33,6 +34,7 @@ MEMORY_SAVERS = {
     "dtype": "fp8",
     "use_AdamW8bit": True,
     "guidance_grad": "cond",
+    "prefix_cache": 1,
 }
 
 
@@ -74,7 +76,7 @@ def run(config: Config) -> Path:
     runtime = Runtime(config.mixed_precision if config.is_vader_training else "no")
     folder = Path(config.project_dir).expanduser()
     if config.check_only:
-        check(config, runtime)
+        check(config, runtime, folder)
         return folder
     start_log(folder, runtime, config)
     try:
@@ -87,19 +89,39 @@ def run(config: Config) -> Path:
     return folder
 
 
-def check(config: Config, runtime: Runtime) -> None:
+def check(config: Config, runtime: Runtime, folder: Path) -> None:
     """Find what would stop a run before it loads a network, and bring its weights to this machine.
 
     Raises:
-        ValueError: with all that is wrong.
+        ConfigError: with all that is wrong.
     """
-    backbone = BACKBONES[config.backbone].from_config(config, runtime.device)
-    if not config.is_vader_training:
-        return fetch_weights(config, backbone, runtime, read_prompts(config))
-    prompts, val_prompts = usable_prompts(config, runtime)
-    checkpoints = checkpoints_of(config, Path(config.project_dir).expanduser())
-    choose_checkpoint(config, checkpoints, prompts, global_batch(config, int(config.check_only)))
-    fetch_weights(config, backbone, runtime, [*prompts, *val_prompts])
+    if config.is_vader_training:
+        training, validation = usable_prompts(config, runtime)
+        prompts = [*training, *validation]
+        errors = resume_errors(config, folder, training)
+    else:
+        prompts, errors = read_prompts(config), []
+    try:
+        fetch_weights(
+            config, BACKBONES[config.backbone].from_config(config, runtime.device), runtime, prompts
+        )
+    except ConfigError as error:
+        errors += error.errors
+    if errors:
+        raise ConfigError(errors)
+
+
+def resume_errors(config: Config, folder: Path, prompts: Sequence[Prompt]) -> list[str]:
+    """Why the run would not continue what lies in ``folder``; nothing there is changed."""
+    processes = None if config.check_only is True else int(config.check_only)
+    batch = global_batch(config, processes) if processes else None
+    try:
+        choose_checkpoint(
+            config, Checkpoints(folder / "checkpoints", config.keep_checkpoints), prompts, batch
+        )
+    except ValueError as error:
+        return [str(error)]
+    return []
 
 
 def memory_advice(config: Config, error: str) -> str:

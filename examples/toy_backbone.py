@@ -86,7 +86,7 @@ class Toy(Backbone):
     def text_encoder(self) -> WordVectors:
         return WordVectors()
 
-    def fetch(self) -> list[str]:
+    def fetch(self, text_encoder: bool = True) -> list[str]:
         return []
 
     def load(self) -> None:
@@ -126,7 +126,7 @@ class Toy(Backbone):
     def decode_frames(self, z: Tensor, index: Tensor) -> Tensor:
         return self.decode(gather_frames(z, index)).squeeze(2).unflatten(0, index.shape)
 
-    def enable_checkpointing(self) -> None:
+    def enable_checkpointing(self, keep_attention: bool = False) -> None:
         """Nothing here is worth recomputing."""
 
 

@@ -26,13 +26,13 @@ WARM_UP = 2
 
 
 def train(config: str, processes: int, steps: int, flags: list[str]) -> dict[str, float]:
-    """Median seconds of a step, and of its share that averages gradients, over ``steps`` steps after the first."""
+    """Median seconds of a step, and its share that averages gradients, over ``steps`` steps after the first two."""
     with tempfile.TemporaryDirectory() as folder:
         values = {"gradient_accumulation_steps": 2 // processes, "max_train_steps": WARM_UP + steps}
         values |= {"num_val_runs": 1, "val_batch_size": 1, "checkpointing_steps": 10**6, "verbose": 0}
         own = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
         environment = os.environ | {"NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1"}
-        command = ["sh", str(LAUNCH), config, "--project-dir", folder, *own, *flags]
+        command = ["sh", str(LAUNCH), config, "--project-dir", folder, *flags, *own]
         subprocess.run(command, check=True, env=environment | {"PYTHON": sys.executable})
         rows = read_table(Path(folder) / "metrics.csv")[WARM_UP:]
     return {key: statistics.median(row[key] for row in rows) for key in ("seconds", "all_reduce_share")}
@@ -49,8 +49,8 @@ def main() -> None:
     own, flags = parser.parse_known_args()
     config = str(Path(own.config).resolve())
     rounds = [
-        {processes: train(config, processes, own.steps, flags) for processes in (1, 2)}
-        for _ in range(own.rounds)
+        {n: train(config, n, own.steps, flags) for n in ((1, 2) if number % 2 else (2, 1))}
+        for number in range(own.rounds)
     ]
     result = {
         "preset": Path(config).stem,

@@ -138,6 +138,21 @@ def test_a_comparison_gives_the_ratio_with_its_spread():
     assert "`plain` takes 2.50 times as long (2.00 to 3.00, 3 rounds) by seconds" in shown
 
 
+def test_options_are_shown_with_the_range_of_their_ratios():
+    row = {"option": "prefix_cache=2", "seconds": 1.0, "times_as_fast": [1.5, 1.25, 2.0]}
+    row |= {"latent_distance": 0.125, "velocity_error": 0.0, "gradient_cosine": 0.5}
+    result = {"kind": "options", "rows": [row], "preset": "demo"}
+    assert "| `prefix_cache=2` | 1.00 | 1.50 (1.25 to 2.00) | 12.50% | 0.00% | 0.500 |" in page.table(result)
+    assert page.KINDS["options"].bars(result) == {"prefix_cache=2": 1.0}
+
+
+def test_efficiency_is_half_the_ratio():
+    one, two = ([{"seconds": s, "all_reduce_share": 0.01}] * 2 for s in (2.0, 1.25))
+    result = {"kind": "scaling", "one": one, "two": two}
+    assert "Efficiency of two processes: 80.0% (80.0% to 80.0%, 2 rounds)." in page.table(result)
+    assert page.KINDS["scaling"].bars(result) == {"one process": 2.0, "two processes": 1.25}
+
+
 def test_the_page_is_current():
     assert page.PAGE.read_text(encoding="utf-8") == page.text(), (
         "run python scripts/benchmark.py --write-docs"
@@ -147,7 +162,9 @@ def test_the_page_is_current():
 def test_the_committed_results_name_their_machine_and_no_folder_of_it():
     for path in page.FOLDER.glob("*.json"):
         result = json.loads(path.read_text(encoding="utf-8"))
-        assert result["command"].startswith("python scripts/benchmark.py ") and result["hardware"]["cpu"]
+        python, *words = result["command"].split()
+        script = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
+        assert python == "python" and (page.ROOT / script).is_file() and result["hardware"]["cpu"]
         assert "folder" not in result and path.with_suffix(".svg").is_file()
 
 

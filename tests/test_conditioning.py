@@ -13,7 +13,11 @@ from safetensors.torch import load_file
 
 from Core.backbones import OpenSora, VideoSpec
 from Core.backbones.base import TextEncoder, file_identity, pad_text
+from Core.build import fetch_weights
 from Core.conditioning import ENCODE_BATCH, embed_captions, uncached
+from Core.config import Config
+from Core.prompts import read_prompts
+from Core.runtime import Runtime
 
 
 class CountingEncoder(TextEncoder):
@@ -180,12 +184,35 @@ def test_a_text_encoder_downloaded_without_its_tokenizer_is_taken_up_again(
     assert opensora.fetch() == [] and asked == ["someone/t5"] * 2
 
 
-def test_captions_that_are_all_cached_need_no_encoder(opensora, tmp_path, monkeypatch):
-    embed_captions(opensora, ["a fox"], tmp_path)
-    assert uncached(opensora, ["a fox", "a bird"], tmp_path) == ["a bird"]
-    opensora.entries["text_encoder"] = {**opensora.entries["text_encoder"], "from_pretrained": "someone/t5"}
-    monkeypatch.setattr(opensora, "_weight", lambda key: pytest.fail(f"{key} was looked for"))
-    assert opensora.fetch(text_encoder=False) == []
+def test_another_way_of_encoding_has_files_of_its_own(opensora, tmp_path):
+    (exact,) = embed_captions(opensora, ["a fox"], tmp_path).values()
+    for way, error in (("8bit", 0.05), ("cpu", 1e-6)):
+        opensora.text_encoding = way
+        assert uncached(opensora, ["a fox"], tmp_path) == ["a fox"]
+        (features,) = embed_captions(opensora, ["a fox"], tmp_path).values()
+        assert (features - exact).norm() <= error * exact.norm()
+
+
+def test_the_encoder_is_needed_for_what_is_not_cached_or_damaged(opensora, tmp_path):
+    embed_captions(opensora, ["a fox", "a bird"], tmp_path)
+    assert uncached(opensora, ["a fox", "a bird", "a cloud"], tmp_path) == ["a cloud"]
+    next(tmp_path.rglob("*.safetensors")).write_bytes(b"cut off")
+    assert len(uncached(opensora, ["a fox", "a bird"], tmp_path)) == 1
+
+
+@pytest.mark.parametrize("prompt, needed", [("a red fox", False), ("a green fox", True)])
+def test_the_encoder_is_fetched_only_for_captions_that_are_not_cached(
+    twin, tmp_path, monkeypatch, prompt, needed
+):
+    asked = []
+    monkeypatch.setattr(OpenSora, "fetch", lambda self, text_encoder: asked.append(text_encoder) or [])
+    config = Config(
+        **twins.settings(twin, tmp_path / "run", prompt=[prompt], text_cache=str(tmp_path / "cache"))
+    )
+    backbone = OpenSora.from_config(config, torch.device("cpu"))
+    embed_captions(backbone, [backbone.caption("a red fox")], config.text_cache)
+    fetch_weights(config, backbone, Runtime(), read_prompts(config))
+    assert asked == [needed]
 
 
 def test_captions_carry_the_scores_told_to_the_model(opensora):

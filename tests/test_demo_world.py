@@ -95,3 +95,13 @@ def test_oracle_finds_nothing_in_a_grey_video():
 def test_oracle_sees_that_a_still_shape_does_not_move():
     video = np.repeat(world.render(world.scene(0, 4), [8]), world.FRAMES, axis=0)
     assert oracle.read(video)["direction"] is None
+
+
+def test_a_shape_turns_round_at_the_border_and_stays_inside():
+    scene = world.scene(0, 3)
+    x, y = world.centres(scene, range(200))
+    for places in (x, y):
+        assert places.min() >= scene.size / 2 and places.max() <= world.SIDE - scene.size / 2
+    steps = np.abs(np.diff(x)) + np.abs(np.diff(y))
+    assert np.isclose(steps, scene.speed).mean() > 0.9 and steps.max() <= scene.speed + 1e-9
+    assert (np.diff(np.sign(np.diff(x if scene.direction in ("left", "right") else y))) != 0).any()

@@ -119,14 +119,33 @@ def test_a_config_that_contradicts_the_checkpoint_is_refused(finished, capsys, f
     assert all(name in message for name in named) and "resume='never'" in message
 
 
-def test_a_key_that_a_later_version_brought_does_not_contradict(finished):
+def test_a_key_that_a_later_version_brought_does_not_contradict(finished, tmp_path):
     config, run = finished
+    run = shutil.copytree(run, tmp_path / "run")
     checkpoint = Checkpoints(run / "checkpoints", 1).newest()
     manifest = checkpoint.manifest()
     del manifest["config"]["compile_blocks"]
     (checkpoint.folder / "manifest.json").write_text(json.dumps(manifest))
-    assert main([str(config), "--check-only"]) == 0
-    assert main([str(config), "--check-only", "--compile-blocks"]) == 2
+    arguments = [str(config), "--project-dir", str(run), "--check-only"]
+    assert main(arguments) == 0
+    assert main([*arguments, "--compile-blocks"]) == 2
+
+
+def test_a_check_leaves_a_save_in_the_making_alone(finished, tmp_path):
+    config, run = finished
+    run = shutil.copytree(run, tmp_path / "run")
+    partial = run / "checkpoints" / ".step_000009.partial"
+    partial.mkdir()
+    before = sorted(run.rglob("*"))
+    assert main([str(config), "--project-dir", str(run), "--check-only", "1"]) == 0
+    assert sorted(run.rglob("*")) == before
+
+
+def test_a_check_by_itself_does_not_guess_the_number_of_processes(finished, capsys):
+    config, _ = finished
+    assert main([str(config), "--train-batch-size", "4", "--check-only"]) == 0
+    assert main([str(config), "--check-only", "0"]) == 2
+    assert "check_only must be at least 1, got 0" in capsys.readouterr().err
 
 
 def test_never_begins_anew_and_keeps_the_old_run(finished, configured):

@@ -138,6 +138,14 @@ def test_dropout_masks_follow_from_seed_step_and_layer(loaded):
     assert torch.equal(dropout.eval()(x), x)
 
 
+def test_dropout_masks_lie_where_their_layer_does():
+    with torch.device("meta"):
+        model = lora.attach(nn.Sequential(nn.Linear(4, 4)), ["0"], rank=2, alpha=2, dropout=0.5)
+    assert {module.mask.device.type for module in model.modules() if isinstance(module, StepDropout)} == {
+        "meta"
+    }
+
+
 def test_the_moving_average_is_applied_and_taken_back():
     parameter = nn.Parameter(torch.zeros(2))
     ema = Ema({"w": parameter}, decay=0.5)

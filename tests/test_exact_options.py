@@ -42,20 +42,20 @@ def trained(request, twin, tmp_path_factory) -> Trainer:
     return trainer
 
 
-def outcome(trainer: Trainer) -> tuple[Tensor, Tensor]:
+def outcome(trainer: Trainer, samples: tuple[int, ...] = SAMPLES, step: int = 0) -> tuple[Tensor, Tensor]:
     """Final latents of two samples, and the adapter's gradient as one vector.
 
     The gradient is that of the training loss; in bf16 that of a projection of the latents, since the twin's scorer in
     bf16 turns a rounding of its pixels into another gradient.
     """
-    lora.set_dropout(trainer.backbone.denoiser, True, 0, 0)
-    prompts = trainer.prompts_of(SAMPLES)
+    lora.set_dropout(trainer.backbone.denoiser, True, 0, step)
+    prompts = trainer.prompts_of(samples)
     with trainer.runtime.autocast():
-        z, _ = trainer.rollout.sample(prompts, SAMPLES, FIRST)
+        z, _ = trainer.rollout.sample(prompts, samples, FIRST)
         if trainer.backbone.dtype == torch.bfloat16:
             loss = (z * torch.randn(z.shape, generator=torch.Generator().manual_seed(3))).sum()
         else:
-            frames = trainer.backbone.decode_frames(z, trainer.rollout.frame_numbers(SAMPLES))
+            frames = trainer.backbone.decode_frames(z, trainer.rollout.frame_numbers(samples))
             loss = trainer.reward(frames, [prompt.reward_text for prompt in prompts]).loss.mean()
     gradient = torch.autograd.grad(loss, trainer.parameters)
     return z.detach(), torch.cat([g.flatten() for g in gradient])
@@ -132,9 +132,15 @@ def changed(trainer: Trainer, monkeypatch: pytest.MonkeyPatch, **values) -> tupl
         return outcome(trainer)
 
 
-def test_compiled_blocks_are_the_plain_path_in_a_few_programs(twin, tmp_path):
-    options = dict(
-        dtype="fp32", mixed_precision="no", backprop_steps=2, lora_dropout=0.1, backprop_mode="last"
+def programs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+@pytest.mark.parametrize("checkpointing", [True, "keep_attention"])
+def test_compiled_blocks_are_the_plain_path_in_a_few_programs(twin, tmp_path, checkpointing):
+    options = dict(dtype="fp32", mixed_precision="no", backprop_steps=2, lora_dropout=0.1)
+    options |= dict(
+        grad_checkpoint=checkpointing, prompt=["a fox", "a red fox runs through the snow", "a bird sings"]
     )
     plain, compiled = (
         twin_runs.built_trainer(twin, tmp_path / str(flag), compile_blocks=flag, **options)
@@ -145,13 +151,21 @@ def test_compiled_blocks_are_the_plain_path_in_a_few_programs(twin, tmp_path):
             if "lora_B" in name:
                 parameter.data.fill_(0.02)
     torch._dynamo.reset()
-    counters = torch._dynamo.utils.counters
-    counters.clear()
-    for step in range(2):
-        for expected, found, bound in zip(outcome(plain), outcome(compiled), BOUNDS["fp32"], strict=True):
+    torch._dynamo.utils.counters.clear()
+    counts, lengths = [], set()
+    for step in range(4):
+        samples = (2 * step, 2 * step + 1)
+        lengths.add(
+            max(len(plain.rollout.text[plain.backbone.caption(p.text())]) for p in plain.prompts_of(samples))
+        )
+        for expected, found, bound in zip(
+            outcome(plain, samples, step), outcome(compiled, samples, step), BOUNDS["fp32"], strict=True
+        ):
             assert relative(found, expected) <= bound, step
-    # Spatial and temporal blocks, with and without a gradient; a second step compiles nothing more.
-    assert counters["stats"]["unique_graphs"] <= 6 and not counters["graph_break"]
+        counts.append(programs())
+    # Spatial and temporal blocks, with and without a gradient, captions of one length or of several.
+    assert len(lengths) > 1 and counts[0] == 4 and counts[-1] <= 8
+    assert not torch._dynamo.utils.counters["graph_break"]
 
 
 def test_a_cached_prefix_is_near_the_exact_one_and_leaves_no_trace(trained, monkeypatch):

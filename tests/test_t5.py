@@ -146,6 +146,15 @@ def test_number_types(folder):
     assert brain.encode(PROMPTS)["y"].dtype == torch.bfloat16
 
 
+def test_eight_bits(tiny, folder):
+    encoder = encoder_of(folder, dtype=torch.bfloat16, load_in_8bit=True)
+    stored = {weight.dtype for name, weight in encoder.t5.model.named_parameters() if ".q." in name}
+    assert stored == {torch.int8} and not any(w.requires_grad for w in encoder.t5.model.parameters())
+    embeddings, mask = reference(tiny, PROMPTS)
+    found = encoder.encode(PROMPTS)["y"][:, 0][mask != 0].float()
+    assert (found - embeddings[mask != 0]).norm() < 0.05 * embeddings[mask != 0].norm()
+
+
 def test_the_encoder_is_frozen(folder):
     model = encoder_of(folder).t5.model
     assert not model.training

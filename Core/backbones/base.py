@@ -148,17 +148,18 @@ class Backbone(ABC):
         """Recompute activations in the backward pass, once, wherever gradients flow.
 
         Args:
-            keep_attention: leave out what the denoiser's attention computed, which costs most to compute again.
+            keep_attention: all but the outputs of the denoiser's attention.
         """
 
-    @abstractmethod
     def compile_blocks(self) -> None:
-        """Compile the denoiser's blocks when they are next run, once for each shape of their input."""
+        """Have the denoiser's blocks compiled when they next run."""
+        raise ValueError(f"{type(self).__name__} has no blocks to compile; set compile_blocks=False")
 
-    @property
-    @abstractmethod
     def residual_branches(self) -> list[nn.Module]:
         """Attentions and MLPs, whose outputs the denoiser's blocks add to their tokens."""
+        raise ValueError(
+            f"{type(self).__name__} has no blocks whose outputs could be kept; set prefix_cache=1"
+        )
 
     def encode_references(self, paths: Sequence[str]) -> list[list[Tensor]]:
         """Latents [C, T, h, w] of each sample's reference files, given as paths joined by ``;``."""

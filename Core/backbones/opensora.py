@@ -191,6 +191,7 @@ class OpenSora(Backbone):
         decode_context: what a scored frame is decoded from: its latent frame alone (``isolated``), or all of the
             chunk it belongs to (``causal``), as in the finished video.
         base_quant: ``nf4`` stores the denoiser's linear layers in 4 bits.
+        text_encoding: where and how captions are encoded: on the ``device``, there in ``8bit``, or on the ``cpu``.
     """
 
     lora_targets = ("qkv", "q_linear", "kv_linear")
@@ -209,6 +210,7 @@ class OpenSora(Backbone):
         device: torch.device,
         decode_context: str = "isolated",
         base_quant: str = "none",
+        text_encoding: str = "device",
     ):
         self.entries = {"model": model, "vae": vae, "text_encoder": text_encoder}
         self.video = video
@@ -217,6 +219,7 @@ class OpenSora(Backbone):
         self.device, self.dtype = device, DTYPES[dtype]
         self.fp8_storage, self.nf4_storage = dtype == "fp8", base_quant == "nf4"
         self.decode_context, self.checkpointing = decode_context, False
+        self.text_encoding = text_encoding
         self.num_sampling_steps = scheduler["num_sampling_steps"]
         self.guidance_scale = scheduler["cfg_scale"]
         self.transform = scheduler.get("use_timestep_transform", False)
@@ -262,7 +265,7 @@ class OpenSora(Backbone):
                 f"multi_resolution must be {' or '.join(map(repr, MULTI_RESOLUTION))}, which tell the denoiser the "
                 f"size of the video, got {config.multi_resolution!r}"
             )
-        return errors + _scheduler_errors(config.scheduler) + _length_errors(config)
+        return errors + _scheduler_errors(config.scheduler) + _length_errors(config) + _package_errors(config)
 
     @classmethod
     def prompt_errors(cls, config, prompts: Sequence) -> list[str]:
@@ -278,7 +281,7 @@ class OpenSora(Backbone):
     @classmethod
     def from_config(cls, config, device: torch.device) -> "OpenSora":
         keys = ["model", "vae", "text_encoder", "scheduler", "video", "multi_resolution", "scores", "dtype"]
-        keys += ["decode_context", "base_quant"]
+        keys += ["decode_context", "base_quant", "text_encoding"]
         return cls(**{key: getattr(config, key) for key in keys}, device=device)
 
     def caption(self, prompt: str) -> str:
@@ -287,13 +290,18 @@ class OpenSora(Backbone):
     @property
     def text_identity(self) -> str:
         entry = self.entries["text_encoder"]
-        return f"{file_identity(entry['from_pretrained'])} {entry['model_max_length']} {self.dtype}"
+        identity = f"{file_identity(entry['from_pretrained'])} {entry['model_max_length']} {self.dtype}"
+        return identity if self.text_encoding == "device" else f"{identity} {self.text_encoding}"
 
     def text_encoder(self) -> OpenSoraText:
         entry = self.entries["text_encoder"]
         # As a folder, since transformers asks the network about a hub id that is all here.
         folder = locate(self._weight("text_encoder"))
-        return OpenSoraText({**entry, "from_pretrained": str(folder)}, self.device, self.dtype)
+        entry = {**entry, "from_pretrained": str(folder)}
+        if self.text_encoding == "8bit":
+            entry["load_in_8bit"] = True
+        device = torch.device("cpu") if self.text_encoding == "cpu" else self.device
+        return OpenSoraText(entry, device, self.dtype)
 
     def fetch(self, text_encoder: bool = True) -> list[str]:
         errors = []
@@ -425,13 +433,13 @@ class OpenSora(Backbone):
     def _blocks(self) -> list[nn.Module]:
         return [*self.denoiser.spatial_blocks, *self.denoiser.temporal_blocks]
 
-    @property
     def residual_branches(self) -> list[nn.Module]:
         return [branch for block in self._blocks for branch in (block.attn, block.cross_attn, block.mlp)]
 
     def compile_blocks(self) -> None:
-        # Spatial or temporal, with or without a gradient, training's or validation's shapes: each is one program.
-        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 32)
+        # Spatial or temporal, with or without a gradient, of training or validation, captions of one length or not:
+        # each is one program. Past the limit blocks would run uncompiled, without a word.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
         # The turn of rotary positions is one operation of its own, compiled or not.
         warnings.filterwarnings(
             "ignore", message="Torchinductor does not support code generation for complex"
@@ -441,10 +449,6 @@ class OpenSora(Backbone):
 
     def enable_checkpointing(self, keep_attention: bool = False) -> None:
         self.checkpointing = True
-        if keep_attention and "keep_attention" not in inspect.signature(set_grad_checkpoint).parameters:
-            raise ValueError(
-                "grad_checkpoint='keep_attention' is not in upstream's opensora package; use grad_checkpoint=True"
-            )
         set_grad_checkpoint(self.denoiser, **({"keep_attention": True} if keep_attention else {}))
         # opensora's switch does not reach the image VAE, which is diffusers' and holds most of a decoded frame.
         for module in self.vae.modules():
@@ -510,6 +514,20 @@ def _count_errors(key: str, entry: dict) -> list[str]:
         f"{key}.{name} must be a whole number of at least 1, got {entry[name]!r}"
         for name in COUNTS
         if entry.get(name) is not None and (type(entry[name]) is not int or entry[name] < 1)
+    ]
+
+
+def _package_errors(config) -> list[str]:
+    """What is asked for, and not in upstream's own opensora package where that is in use."""
+    asked = {}
+    if config.grad_checkpoint == "keep_attention":
+        asked["grad_checkpoint='keep_attention'"] = (set_grad_checkpoint, "keep_attention")
+    if config.text_encoding == "8bit":
+        asked["text_encoding='8bit'"] = (MODELS.get("t5"), "load_in_8bit")
+    return [
+        f"{setting} is not in upstream's opensora package; choose another value"
+        for setting, (function, parameter) in asked.items()
+        if parameter not in inspect.signature(function).parameters
     ]
 
 

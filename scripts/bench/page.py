@@ -2,7 +2,8 @@
 
 import json
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -81,7 +82,7 @@ def rows(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
 
 def table(result: dict[str, Any]) -> str:
     """The table of a result of any kind."""
-    return TABLES[result["kind"]](result)
+    return KINDS[result["kind"]].table(result)
 
 
 def _run_table(result: dict[str, Any]) -> str:
@@ -147,12 +148,11 @@ def _sweep_table(result: dict[str, Any]) -> str:
 
 
 def _options_table(result: dict[str, Any]) -> str:
-    exact = result["rows"][0]
     lines = [
         (
             f"`{row['option']}`",
             f"{row['seconds']:.2f}",
-            f"{exact['seconds'] / row['seconds']:.2f}",
+            "{:.2f} ({:.2f} to {:.2f})".format(*row["times_as_fast"]),
             f"{row['latent_distance']:.2%}",
             f"{row['velocity_error']:.2%}",
             f"{row['gradient_cosine']:.3f}",
@@ -189,12 +189,38 @@ def _scaling_table(result: dict[str, Any]) -> str:
     )
 
 
-TABLES = {
-    "run": _run_table,
-    "compare": _compare_table,
-    "sweep": _sweep_table,
-    "options": _options_table,
-    "scaling": _scaling_table,
+def _phase_bars(result: dict[str, Any]) -> dict[str, float]:
+    return {name: phase["seconds"] for name, phase in result["phases"].items()}
+
+
+def _side_bars(result: dict[str, Any]) -> dict[str, float]:
+    return {side["setting"]: statistics.median(side["seconds"]) for side in result["sides"]}
+
+
+def _option_bars(result: dict[str, Any]) -> dict[str, float]:
+    return {row["option"]: row["seconds"] for row in result["rows"]}
+
+
+def _scaling_bars(result: dict[str, Any]) -> dict[str, float]:
+    names = {"one": "one process", "two": "two processes"}
+    return {name: statistics.median(run["seconds"] for run in result[key]) for key, name in names.items()}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How results of a kind are shown: a table, and bars of seconds or else a line through points."""
+
+    table: Callable[[dict[str, Any]], str]
+    bars: Callable[[dict[str, Any]], dict[str, float]] | None
+
+
+# In the order of the page.
+KINDS = {
+    "compare": Kind(_compare_table, _side_bars),
+    "run": Kind(_run_table, _phase_bars),
+    "options": Kind(_options_table, _option_bars),
+    "scaling": Kind(_scaling_table, _scaling_bars),
+    "sweep": Kind(_sweep_table, None),
 }
 
 
@@ -222,30 +248,18 @@ def picture(result: dict[str, Any], path: Path) -> None:
     with rc_context({"svg.hashsalt": path.stem, "figure.constrained_layout.use": True, "font.size": 9}):
         figure = Figure(figsize=(6.4, 2.4))
         axes = figure.add_subplot()
-        if result["kind"] == "sweep":
+        show = KINDS[result["kind"]].bars
+        if show is None:
             x = [point["value"] for point in result["points"]]
             line = result["lines"]["seconds"]
             axes.plot(x, [point["seconds"] for point in result["points"]], "o")
             axes.plot(x, [line["intercept"] + line["slope"] * value for value in x])
             axes.set(xlabel=result["quantity"], ylabel="seconds", ylim=(0, None))
         else:
-            bars = _bars(result)
+            bars = show(result)
             axes.barh(list(bars)[::-1], list(bars.values())[::-1])
             axes.set(xlabel="seconds")
         figure.savefig(path, metadata={"Date": None})
-
-
-def _bars(result: dict[str, Any]) -> dict[str, float]:
-    if result["kind"] == "run":
-        return {name: phase["seconds"] for name, phase in result["phases"].items()}
-    if result["kind"] == "options":
-        return {row["option"]: row["seconds"] for row in result["rows"]}
-    if result["kind"] == "scaling":
-        return {
-            f"{key} process{'es' * (key == 'two')}": statistics.median(run["seconds"] for run in result[key])
-            for key in ("one", "two")
-        }
-    return {side["setting"]: statistics.median(side["seconds"]) for side in result["sides"]}
 
 
 def section(path: Path, result: dict[str, Any]) -> str:
@@ -264,8 +278,8 @@ def section(path: Path, result: dict[str, Any]) -> str:
 def text() -> str:
     """The whole page."""
     results = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
-    order = {"compare": 0, "run": 1, "options": 2, "scaling": 3, "sweep": 4}
-    ordered = sorted(results, key=lambda path: (order[results[path]["kind"]], path.name))
+    order = list(KINDS)
+    ordered = sorted(results, key=lambda path: (order.index(results[path]["kind"]), path.name))
     measured = ["## Measured", *(section(path, results[path]) for path in ordered)]
     return "\n".join([HEAD, SAVED, LEFT_OUT, "\n\n".join(measured)]) + "\n"
 

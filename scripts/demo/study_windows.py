@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from Core.config import load_config
-from Core.provenance import describe
+from Core.config import load_config, read_file
+from Core.provenance import read_starts
 from Core.run import run
 from Core.tracking import read_table
 from scripts.demo.common import ROOT
@@ -41,6 +41,7 @@ WINDOWS: dict[str, dict[str, Any]] = {
 }
 GUARDS: dict[str, dict[str, Any]] = {f"kl {weight:g}": {"kl_weight": weight} for weight in (1.0, 10.0)}
 SETTINGS = WINDOWS | GUARDS
+DEFAULT = f"window {DEMO.backprop_steps}"
 PILOT_STEPS = 8
 VALIDATIONS = 2  # beside the one before the first step
 # 48 prompts with two seeds each, so that diversity is measured.
@@ -69,17 +70,19 @@ def folder_of(setting: str, seed: int) -> Path:
 def course(setting: str, seed: int) -> dict[str, np.ndarray] | None:
     """Seconds of training and held-out values at each validation; None for a run that is not finished."""
     folder = folder_of(setting, seed)
-    if not (folder / "report.html").is_file():
+    if not (folder / "validation.csv").is_file():
+        return None
+    table = read_table(folder / "validation.csv")
+    steps = np.array([int(row["step"]) for row in table])
+    if steps[-1] != read_file(str(folder / "config.py"), [])["max_train_steps"]:
         return None
     spent = np.concatenate([[0.0], np.cumsum([row["seconds"] for row in read_table(folder / "metrics.csv")])])
-    table = read_table(folder / "validation.csv")
     made = {name: np.array([row[name] for row in table]) for name in ("reward", "motion", "diversity")}
-    steps = np.array([int(row["step"]) for row in table])
     return made | {"seconds": spent[steps], "steps": steps}
 
 
 def table_of(courses: dict[str, list[dict[str, np.ndarray]]]) -> tuple[float, list[dict[str, Any]]]:
-    """The seconds that every run had, and a row for each setting at that time."""
+    """The seconds that every run had, and a row for each setting at that time, between its validations."""
     budget = min(float(c["seconds"][-1]) for runs in courses.values() for c in runs)
     rows = []
     for setting, runs in courses.items():
@@ -89,12 +92,12 @@ def table_of(courses: dict[str, list[dict[str, np.ndarray]]]) -> tuple[float, li
         }
         gains = [end - float(c["reward"][0]) for end, c in zip(at_budget["reward"], runs, strict=True)]
         row = {"setting": setting, "seeds": len(runs), "steps": round(statistics.mean(at_budget["steps"]))}
-        row |= {"reward gain": statistics.mean(gains), "lowest": min(gains), "highest": max(gains)}
+        row |= {"reward_gain": statistics.mean(gains), "lowest": min(gains), "highest": max(gains)}
         for name in ("motion", "diversity"):
             shares = [end / float(c[name][0]) for end, c in zip(at_budget[name], runs, strict=True)]
-            row[f"{name}, % of the base's"] = 100 * statistics.mean(shares)
+            row[f"{name}_share"] = statistics.mean(shares)
         rows.append(row)
-    return budget, sorted(rows, key=lambda row: -row["reward gain"])
+    return budget, sorted(rows, key=lambda row: -row["reward_gain"])
 
 
 def write_docs(seeds: Sequence[int]) -> None:
@@ -106,24 +109,25 @@ def write_docs(seeds: Sequence[int]) -> None:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(
-            {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()} for row in rows
+            {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows
         )
     plot({name: runs for name, runs in found.items() if name in WINDOWS})
-    PAGE.write_text(page(budget, rows), encoding="utf-8")
+    name = next(iter(found))
+    first = next(folder for seed in seeds if (folder := folder_of(name, seed)).is_dir())
+    PAGE.write_text(page(budget, rows, read_starts(first)[0]["hardware"]["cpu"]), encoding="utf-8")
 
 
-def page(budget: float, rows: Sequence[dict[str, Any]]) -> str:
-    machine = describe()["hardware"]
+def page(budget: float, rows: Sequence[dict[str, Any]], cpu: str) -> str:
     windows, guards = ([row for row in rows if row["setting"] in kind] for kind in (WINDOWS, GUARDS))
     return f"""# Learning study
 
 Written by `python -m scripts.demo.study_windows --write-docs` from runs that the same script makes; the figures are in
 [learning-study.csv](benchmarks/learning-study.csv).
 
-Every run trains the demo's adapter with the settings of `vader_demo.py` but for those named, for {budget:.0f} seconds
-of optimiser steps on one thread of {machine["cpu"]}. Reward is measured on 48 held-out prompts with two seeds each,
-the same before and after; the gain is the mean over {max(row["seeds"] for row in rows)} seeds, with the lowest and the
-highest.
+Every run trains the demo's adapter with the settings of `vader_demo.py` but for those named, on one thread of {cpu},
+beside another such run. Reward, motion and diversity are measured on 48 held-out prompts with two seeds each, before,
+halfway and at the end; the tables hold them after {budget:.0f} seconds of optimiser steps, on the line between two
+measurements, as means over the seeds.
 
 ## Windows
 
@@ -134,27 +138,44 @@ of all, `rand` from a step drawn anew; `noise repeats R` takes the last step R t
 
 ![Held-out reward against seconds of training](benchmarks/learning-study.svg)
 
+{conclusion(windows)}
+
 ## The distance to the base model
 
-`kl X` is the demo's own setting (`backprop_steps={DEMO.backprop_steps}`) with `kl_weight=X`.
+`kl X` is the demo's own setting (`backprop_steps={DEMO.backprop_steps}`) with `kl_weight=X`; motion and diversity are
+shares of the base model's.
 
-{as_table([row for row in rows if row in guards or row["setting"] == f"window {DEMO.backprop_steps}"])}
+{as_table([row for row in rows if row in guards or row["setting"] == DEFAULT])}
 """
 
 
+def conclusion(windows: Sequence[dict[str, Any]]) -> str:
+    """Whether the demo's default is the setting that learned most, in a sentence."""
+    best = windows[0]
+    own = next(row for row in windows if row["setting"] == DEFAULT)
+    if best is own:
+        return f"`{DEFAULT}` learns most in this time, and is what `vader_demo.py` uses."
+    return (
+        f"`{best['setting']}` has the highest mean, {best['reward_gain']:+.1f}; `vader_demo.py` uses `{DEFAULT}` with "
+        f"{own['reward_gain']:+.1f}."
+    )
+
+
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["setting", "steps", "reward gain", "lowest to highest", "motion", "diversity"]
+    header = ["setting", "seeds", "steps", "reward gain", "lowest to highest", "motion", "diversity"]
     lines = [
         [
             row["setting"],
+            row["seeds"],
             row["steps"],
-            f"{row['reward gain']:+.1f}",
+            f"{row['reward_gain']:+.1f}",
             f"{row['lowest']:+.1f} to {row['highest']:+.1f}",
-            *(f"{row[name + ', % of the base' + chr(39) + 's']:.1f}%" for name in ("motion", "diversity")),
+            f"{row['motion_share']:.1%}",
+            f"{row['diversity_share']:.1%}",
         ]
         for row in rows
     ]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * 6, *lines])
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * 7, *lines])
 
 
 def plot(found: dict[str, list[dict[str, np.ndarray]]]) -> None:
@@ -191,6 +212,8 @@ def main() -> None:
             steps = steps_in(setting, args.seconds)
             every = -(-steps // VALIDATIONS)
             train(setting, folder_of(setting, seed), steps, validation_steps=every, seed=seed, **VALIDATED)
+            if course(setting, seed) is None:
+                raise SystemExit("stopped; the same command continues")
     if args.write_docs:
         write_docs(args.seeds)
 

@@ -33,7 +33,7 @@ FADE = (0.2, 0.8)  # share of grey in the colours of a faded clip
 TIME_SHIFT, TIME_SPREAD = 0.8, 1.2
 # Share of batches whose first one or two latent frames are given, as they are for a picture or a long video.
 CONTINUED, CONTINUED_AT_LAST = 0.2, 0.5
-LONGEST_WAIT = 48  # frames before a window into a longer clip
+LONGEST_WAIT = 48  # a window into a longer clip begins before this frame
 
 
 def sizes(n: int) -> dict[str, Tensor]:
@@ -74,7 +74,10 @@ def faded_clip(index: int) -> np.ndarray:
 
 
 def window(index: int) -> np.ndarray:
-    """A clip to be continued from its first frames: every second one lies in the middle of a longer one."""
+    """A clip to be continued from its first frames: every second one lies in the middle of a longer one.
+
+    There the shape may have turned at a border, and move against its caption's direction: the given frames say so.
+    """
     wait = np.random.default_rng([SEED, index, WINDOWS]).integers(1, LONGEST_WAIT) if index % 2 else 0
     return world.render(extra_scene(index), range(wait, wait + world.FRAMES))
 

@@ -20,7 +20,7 @@ def set_grad_checkpoint(model: nn.Module, enabled: bool = True, keep_attention: 
     """Recompute the activations of every checkpointed block of ``model`` in the backward pass.
 
     Args:
-        keep_attention: all but the outputs of attention, the dearest of them for their size.
+        keep_attention: all but the outputs of attention.
     """
     for module in model.modules():
         module.grad_checkpointing = enabled

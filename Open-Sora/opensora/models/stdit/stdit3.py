@@ -82,6 +82,14 @@ class TextContext:
     keys_values: tuple[tuple[Tensor, Tensor], ...]
     attn_mask: Tensor | None
 
+    def let_length_vary(self) -> None:
+        """Tell the compiler that L differs between batches, so that it makes one program for all of them."""
+        for keys, values in self.keys_values:
+            torch._dynamo.maybe_mark_dynamic(keys, 2)
+            torch._dynamo.maybe_mark_dynamic(values, 2)
+        if self.attn_mask is not None:
+            torch._dynamo.maybe_mark_dynamic(self.attn_mask, 3)
+
 
 class STDiT3Block(nn.Module):
     """One transformer block: attention within a frame (spatial) or along time (temporal), text, MLP."""
@@ -208,7 +216,9 @@ class STDiT3(nn.Module):
             y, valid = y[:, :, used], valid[:, used]
             attn_mask = None if bool(valid.all()) else valid[:, None, None]
         text = self.y_embedder(y).squeeze(1)
-        return TextContext(tuple(block.cross_attn.keys_values(text) for block in self.blocks), attn_mask)
+        context = TextContext(tuple(block.cross_attn.keys_values(text) for block in self.blocks), attn_mask)
+        context.let_length_vary()
+        return context
 
     def forward(
         self,

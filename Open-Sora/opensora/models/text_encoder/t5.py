@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import AutoTokenizer, BitsAndBytesConfig, T5EncoderModel
 
 from opensora.registry import MODELS
 from opensora.utils.ckpt_utils import is_hub_id
@@ -27,6 +27,7 @@ class T5Embedder:
             stay in float32, because their products overflow float16.
         model_max_length: L; captions are padded or truncated to it.
         local_files_only: never go to the network.
+        load_in_8bit: keep the products' weights as 8-bit integers (bitsandbytes, LLM.int8).
 
     Raises:
         FileNotFoundError: the folder or hub id yields no model.
@@ -42,11 +43,15 @@ class T5Embedder:
         torch_dtype=torch.float,
         model_max_length=120,
         local_files_only=False,
+        load_in_8bit=False,
     ):
         self.device = torch.device(device)
         self.model_max_length = model_max_length
         is_folder = _check_folder(from_pretrained)
         source = dict(cache_dir=cache_dir, local_files_only=local_files_only or is_folder)
+        storage = {}
+        if load_in_8bit:
+            storage = dict(quantization_config=BitsAndBytesConfig(load_in_8bit=True), device_map={"": device})
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(from_pretrained, **source)
             # Sizes are compared below, for a sentence in place of transformers' report.
@@ -55,6 +60,7 @@ class T5Embedder:
                 dtype=torch_dtype,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
+                **storage,
                 **source,
             )
         except OSError as error:
@@ -64,7 +70,9 @@ class T5Embedder:
                 f"text encoder {from_pretrained!r} has a damaged weight file ({error}); fetch it again"
             ) from error
         _check_complete(from_pretrained, self.model, self.tokenizer, loading)
-        self.model.to(self.device).eval().requires_grad_(False)
+        if not load_in_8bit:  # then it is there, and must not be moved
+            self.model.to(self.device)
+        self.model.eval().requires_grad_(False)
 
     @torch.no_grad()
     def get_text_embeddings(self, texts):
@@ -95,6 +103,7 @@ class T5Encoder:
         cache_dir: cache folder for downloads.
         shardformer: only False; the colossalai layers it stands for upstream are not used here.
         local_files_only: never go to the network.
+        load_in_8bit: see `T5Embedder`.
     """
 
     def __init__(
@@ -106,6 +115,7 @@ class T5Encoder:
         cache_dir=None,
         shardformer=False,
         local_files_only=False,
+        load_in_8bit=False,
     ):
         if from_pretrained is None:
             raise ValueError(
@@ -122,6 +132,7 @@ class T5Encoder:
             torch_dtype=dtype,
             model_max_length=model_max_length,
             local_files_only=local_files_only,
+            load_in_8bit=load_in_8bit,
         )
         self.y_embedder = None
         self.model_max_length = model_max_length

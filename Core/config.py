@@ -308,11 +308,14 @@ def _speed_errors(config: Config) -> list[str]:
         errors.append(f"{family.__name__} has no blocks to compile; set compile_blocks=False")
     if config.prefix_cache > 1 and family.residual_branches is Backbone.residual_branches:
         errors.append(f"{family.__name__} has no blocks whose outputs could be kept; set prefix_cache=1")
-    if config.compile_blocks and config.prefix_cache > 1:
-        errors.append(
-            "compile_blocks=True and prefix_cache do not go together: the cache is looked up inside the blocks; set "
-            "compile_blocks=False or prefix_cache=1"
-        )
+    kept_inside = {"prefix_cache": (config.prefix_cache > 1, 1)}
+    kept_inside["grad_checkpoint"] = (config.grad_checkpoint == "keep_attention", True)
+    errors += [
+        f"compile_blocks=True and {key}={getattr(config, key)!r} do not go together, since what is kept is kept inside "
+        f"the blocks; set compile_blocks=False or {key}={other!r}"
+        for key, (asked, other) in kept_inside.items()
+        if config.compile_blocks and asked
+    ]
     return errors
 
 

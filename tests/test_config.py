@@ -10,7 +10,7 @@ import twins
 from torch import nn
 
 from Core import lora
-from Core.backbones import Backbone, OpenSora
+from Core.backbones import Backbone, OpenSora, opensora
 from Core.config import NESTED_FLAGS, Config, build_config, load_config
 from Core.options import ConfigError
 
@@ -251,3 +251,22 @@ def test_a_config_file_that_is_none(tmp_path):
 def test_malformed_overrides_are_named(file):
     with pytest.raises(ConfigError, match="--cfg-options takes KEY=VALUE, got 'lr'"):
         load_config([file, "--cfg-options", "lr", "1e-4"])
+
+
+@pytest.mark.parametrize("key, value", [("prefix_cache", 2), ("grad_checkpoint", "keep_attention")])
+def test_what_is_kept_inside_blocks_is_refused_of_compiled_ones(values, key, value):
+    (sentence,) = errors_of(values, compile_blocks=True, **{key: value})
+    assert sentence.startswith(f"compile_blocks=True and {key}={value!r} do not go together")
+
+
+def test_a_family_without_blocks_is_asked_for_none(values, monkeypatch):
+    for method in ("compile_blocks", "residual_branches"):
+        monkeypatch.setattr(OpenSora, method, getattr(Backbone, method))
+    assert "no blocks to compile" in errors_of(values, compile_blocks=True)[0]
+    assert "no blocks whose outputs" in errors_of(values, prefix_cache=2)[0]
+
+
+def test_what_upstreams_package_lacks_is_refused_before_anything_loads(values, monkeypatch):
+    monkeypatch.setattr(opensora, "set_grad_checkpoint", lambda model: None)
+    (sentence,) = errors_of(values, grad_checkpoint="keep_attention")
+    assert "grad_checkpoint='keep_attention' is not in upstream's opensora package" in sentence

@@ -6,12 +6,11 @@ import pytest
 from scripts.demo import study_windows
 
 
-def course(rewards, seconds=(0.0, 50.0, 100.0)):
+def course(rewards):
     return {
         "reward": np.array(rewards, dtype=float),
         "motion": np.array([0.02, 0.02, 0.01]),
         "diversity": np.array([0.5, 0.5, 0.5]),
-        "seconds": np.array(seconds),
         "steps": np.array([0, 10, 20]),
     }
 
@@ -19,13 +18,13 @@ def course(rewards, seconds=(0.0, 50.0, 100.0)):
 def test_settings_are_compared_at_the_time_that_all_of_them_had():
     runs = {
         "window 1": [course([40, 45, 50]), course([40, 44, 46])],
-        "window 3": [course([40, 48, 60], seconds=(0.0, 50.0, 150.0))],
+        "window 3": [course([40, 48, 60])],
     }
-    budget, (first, second) = study_windows.table_of(runs)
+    budget, (first, second) = study_windows.table_of(runs, {"window 1": 5.0, "window 3": 20 / 3})
     assert budget == 100.0
     assert (first["setting"], first["reward_gain"], first["seeds"]) == ("window 3", 14.0, 1)
     assert (second["reward_gain"], second["lowest"], second["highest"]) == (8.0, 6.0, 10.0)
-    assert second["motion_share"] == 0.5 and second["diversity_share"] == 1.0
+    assert second["motion_gain"] == pytest.approx(-0.01) and second["diversity_gain"] == 0.0
     assert (first["steps"], second["steps"]) == (15, 20)
     assert "learns most" in study_windows.conclusion([first, second])
     assert "`window 3` with +14.0" in study_windows.conclusion([second, first])
@@ -37,8 +36,7 @@ def test_a_run_that_was_stopped_does_not_count(tmp_path, monkeypatch, steps, fin
     folder = study_windows.folder_of("window 1", 0)
     folder.mkdir()
     (folder / "config.py").write_text(f"max_train_steps = {steps}\n")
-    (folder / "metrics.csv").write_text("step,seconds\n1,1.5\n2,2.5\n")
     (folder / "validation.csv").write_text("step,reward,motion,diversity\n0,40,1,1\n2,45,1,1\n")
     found = study_windows.course("window 1", 0)
     assert (found is not None) == finished
-    assert not finished or found["seconds"].tolist() == [0.0, 4.0]
+    assert not finished or found["steps"].tolist() == [0, 2]

@@ -189,6 +189,28 @@ def _scaling_table(result: dict[str, Any]) -> str:
     )
 
 
+def _paths_table(result: dict[str, Any]) -> str:
+    lines = [
+        (
+            f"`{row['path']}`",
+            f"{row['seconds']:.0f}",
+            f"{row['reward']:.1f}",
+            f"{row['gain']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})",
+        )
+        for row in result["rows"]
+    ]
+    kept = result["default_over_plain"]
+    return (
+        rows(("path", "seconds of training", "reward", "gain over the base model"), lines)
+        + f"\n\nVideo by video, `default` is {kept['difference']:+.2f} above `plain` ({kept['low']:+.2f} to "
+        f"{kept['high']:+.2f}), on {result['prompts']} held-out prompts."
+    )
+
+
+def _path_bars(result: dict[str, Any]) -> dict[str, float]:
+    return {row["path"]: row["seconds"] for row in result["rows"]}
+
+
 def _phase_bars(result: dict[str, Any]) -> dict[str, float]:
     return {name: phase["seconds"] for name, phase in result["phases"].items()}
 
@@ -218,6 +240,7 @@ class Kind:
 KINDS = {
     "compare": Kind(_compare_table, _side_bars),
     "run": Kind(_run_table, _phase_bars),
+    "paths": Kind(_paths_table, _path_bars),
     "options": Kind(_options_table, _option_bars),
     "scaling": Kind(_scaling_table, _scaling_bars),
     "sweep": Kind(_sweep_table, None),

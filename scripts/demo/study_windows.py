@@ -39,10 +39,11 @@ WINDOWS: dict[str, dict[str, Any]] = {
     "noise repeats 2": {"backprop_steps": 1, "noise_repeats": 2},
     "noise repeats 4": {"backprop_steps": 1, "noise_repeats": 4},
 }
-GUARDS: dict[str, dict[str, Any]] = {f"kl {weight:g}": {"kl_weight": weight} for weight in (1.0, 10.0)}
+GUARDS: dict[str, dict[str, Any]] = {f"kl {weight:g}": {"kl_weight": weight} for weight in (0.3, 1.0, 10.0)}
 SETTINGS = WINDOWS | GUARDS
 DEFAULT = f"window {DEMO.backprop_steps}"
-PILOT_STEPS = 8
+PILOT_STEPS = 12
+MEASURES = ("reward", "motion", "diversity")
 VALIDATIONS = 2  # beside the one before the first step
 # 48 prompts with two seeds each, so that diversity is measured.
 VALIDATED = {"num_val_runs": 3, "val_batch_size": 16, "num_val_seeds": 2}
@@ -55,12 +56,11 @@ def train(setting: str, folder: Path, steps: int, **flags: Any) -> None:
     run(load_config([str(CONFIG), *(f"--{key.replace('_', '-')}={value}" for key, value in values.items())]))
 
 
-def steps_in(setting: str, seconds: float) -> int:
-    """Optimiser steps of a setting in so many seconds, by a short run of it that is kept."""
+def step_seconds(setting: str) -> float:
+    """Seconds of an optimiser step, by a short run of the setting that is kept."""
     folder = FOLDER / "pilots" / setting.replace(" ", "_")
     train(setting, folder, PILOT_STEPS, num_val_runs=1, val_batch_size=1)
-    taken = [row["seconds"] for row in read_table(folder / "metrics.csv")]
-    return max(VALIDATIONS, round(seconds / statistics.mean(taken[1:])))
+    return statistics.mean(row["seconds"] for row in read_table(folder / "metrics.csv")[1:])
 
 
 def folder_of(setting: str, seed: int) -> Path:
@@ -68,7 +68,7 @@ def folder_of(setting: str, seed: int) -> Path:
 
 
 def course(setting: str, seed: int) -> dict[str, np.ndarray] | None:
-    """Seconds of training and held-out values at each validation; None for a run that is not finished."""
+    """Steps and held-out values at each validation; None for a run that is not finished."""
     folder = folder_of(setting, seed)
     if not (folder / "validation.csv").is_file():
         return None
@@ -76,26 +76,36 @@ def course(setting: str, seed: int) -> dict[str, np.ndarray] | None:
     steps = np.array([int(row["step"]) for row in table])
     if steps[-1] != read_file(str(folder / "config.py"), [])["max_train_steps"]:
         return None
-    spent = np.concatenate([[0.0], np.cumsum([row["seconds"] for row in read_table(folder / "metrics.csv")])])
-    made = {name: np.array([row[name] for row in table]) for name in ("reward", "motion", "diversity")}
-    return made | {"seconds": spent[steps], "steps": steps}
+    return {name: np.array([row[name] for row in table]) for name in MEASURES} | {"steps": steps}
 
 
-def table_of(courses: dict[str, list[dict[str, np.ndarray]]]) -> tuple[float, list[dict[str, Any]]]:
-    """The seconds that every run had, and a row for each setting at that time, between its validations."""
-    budget = min(float(c["seconds"][-1]) for runs in courses.values() for c in runs)
+def table_of(
+    courses: dict[str, list[dict[str, np.ndarray]]], seconds: dict[str, float]
+) -> tuple[float, list[dict[str, Any]]]:
+    """The seconds that every run had, and a row for each setting at that time, between its validations.
+
+    Args:
+        seconds: of a step of each setting.
+    """
+    budget = min(float(c["steps"][-1]) * seconds[name] for name, runs in courses.items() for c in runs)
     rows = []
     for setting, runs in courses.items():
-        at_budget = {
-            name: [float(np.interp(budget, c["seconds"], c[name])) for c in runs]
-            for name in ("reward", "motion", "diversity", "steps")
+        steps = budget / seconds[setting]
+        gains = {
+            name: [float(np.interp(steps, c["steps"], c[name]) - c[name][0]) for c in runs]
+            for name in MEASURES
         }
-        gains = [end - float(c["reward"][0]) for end, c in zip(at_budget["reward"], runs, strict=True)]
-        row = {"setting": setting, "seeds": len(runs), "steps": round(statistics.mean(at_budget["steps"]))}
-        row |= {"reward_gain": statistics.mean(gains), "lowest": min(gains), "highest": max(gains)}
+        row = {
+            "setting": setting,
+            "seeds": len(runs),
+            "step_seconds": seconds[setting],
+            "steps": round(steps),
+        }
+        row |= {"reward_gain": statistics.mean(gains["reward"])}
+        row |= {"lowest": min(gains["reward"]), "highest": max(gains["reward"])}
         for name in ("motion", "diversity"):
-            shares = [end / float(c[name][0]) for end, c in zip(at_budget[name], runs, strict=True)]
-            row[f"{name}_share"] = statistics.mean(shares)
+            row[f"{name}_gain"] = statistics.mean(gains[name])
+            row[f"{name}_before"] = statistics.mean(float(c[name][0]) for c in runs)
         rows.append(row)
     return budget, sorted(rows, key=lambda row: -row["reward_gain"])
 
@@ -104,14 +114,15 @@ def write_docs(seeds: Sequence[int]) -> None:
     """docs/learning-study.md, its table as a file, and its plot."""
     found = {name: [c for seed in seeds if (c := course(name, seed))] for name in SETTINGS}
     found = {name: runs for name, runs in found.items() if runs}
-    budget, rows = table_of(found)
+    seconds = {name: step_seconds(name) for name in found}
+    budget, rows = table_of(found, seconds)
     with open(TABLE, "w", encoding="utf-8", newline="") as file:
         writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(
             {k: round(v, 4) if isinstance(v, float) else v for k, v in row.items()} for row in rows
         )
-    plot({name: runs for name, runs in found.items() if name in WINDOWS})
+    plot({name: runs for name, runs in found.items() if name in WINDOWS}, seconds)
     name = next(iter(found))
     first = next(folder for seed in seeds if (folder := folder_of(name, seed)).is_dir())
     PAGE.write_text(page(budget, rows, read_starts(first)[0]["hardware"]["cpu"]), encoding="utf-8")
@@ -124,10 +135,12 @@ def page(budget: float, rows: Sequence[dict[str, Any]], cpu: str) -> str:
 Written by `python -m scripts.demo.study_windows --write-docs` from runs that the same script makes; the figures are in
 [learning-study.csv](benchmarks/learning-study.csv).
 
-Every run trains the demo's adapter with the settings of `vader_demo.py` but for those named, on one thread of {cpu},
-beside another such run. Reward, motion and diversity are measured on 48 held-out prompts with two seeds each, before,
-halfway and at the end; the tables hold them after {budget:.0f} seconds of optimiser steps, on the line between two
-measurements, as means over the seeds.
+Every run trains the demo's adapter with the settings of `vader_demo.py` but for those named, on one thread of {cpu}.
+Reward, motion and diversity are measured on 48 held-out prompts with two seeds each, before, halfway and at the end.
+The tables hold their change after {budget:.0f} seconds of optimiser steps, on the line between two measurements, as
+means over the seeds. Seconds are steps times the seconds of a step, which a run of {PILOT_STEPS} steps gives for each
+setting, two such runs at a time. Motion and diversity are in hundredths of a pixel's scale of [-1, 1]; brackets hold
+their change as a share of the base model's.
 
 ## Windows
 
@@ -142,8 +155,7 @@ of all, `rand` from a step drawn anew; `noise repeats R` takes the last step R t
 
 ## The distance to the base model
 
-`kl X` is the demo's own setting (`backprop_steps={DEMO.backprop_steps}`) with `kl_weight=X`; motion and diversity are
-shares of the base model's.
+`kl X` is the demo's own setting (`backprop_steps={DEMO.backprop_steps}`) with `kl_weight=X`.
 
 {as_table([row for row in rows if row in guards or row["setting"] == DEFAULT])}
 """
@@ -162,23 +174,35 @@ def conclusion(windows: Sequence[dict[str, Any]]) -> str:
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
-    header = ["setting", "seeds", "steps", "reward gain", "lowest to highest", "motion", "diversity"]
+    header = [
+        "setting",
+        "seeds",
+        "seconds a step",
+        "steps",
+        "reward gain",
+        "lowest to highest",
+        "motion",
+        "diversity",
+    ]
     lines = [
         [
             row["setting"],
             row["seeds"],
+            f"{row['step_seconds']:.2f}",
             row["steps"],
             f"{row['reward_gain']:+.1f}",
             f"{row['lowest']:+.1f} to {row['highest']:+.1f}",
-            f"{row['motion_share']:.1%}",
-            f"{row['diversity_share']:.1%}",
+            *(
+                f"{100 * row[n + '_gain']:+.2f} ({row[n + '_gain'] / row[n + '_before']:+.1%})"
+                for n in MEASURES[1:]
+            ),
         ]
         for row in rows
     ]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * 7, *lines])
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in [header, ["---"] * 8, *lines])
 
 
-def plot(found: dict[str, list[dict[str, np.ndarray]]]) -> None:
+def plot(found: dict[str, list[dict[str, np.ndarray]]], seconds: dict[str, float]) -> None:
     """Held-out reward against seconds of training: a line per setting, its seeds' range shaded."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
@@ -187,10 +211,10 @@ def plot(found: dict[str, list[dict[str, np.ndarray]]]) -> None:
         figure = Figure(figsize=(7, 4))
         axes = figure.add_subplot()
         for name, runs in found.items():
-            grid = np.linspace(0, min(float(c["seconds"][-1]) for c in runs), 50)
-            gains = np.stack([np.interp(grid, c["seconds"], c["reward"] - c["reward"][0]) for c in runs])
-            axes.plot(grid, gains.mean(0), label=name)
-            axes.fill_between(grid, gains.min(0), gains.max(0), alpha=0.1)
+            grid = np.linspace(0, min(float(c["steps"][-1]) for c in runs), 50)
+            gains = np.stack([np.interp(grid, c["steps"], c["reward"] - c["reward"][0]) for c in runs])
+            axes.plot(seconds[name] * grid, gains.mean(0), label=name)
+            axes.fill_between(seconds[name] * grid, gains.min(0), gains.max(0), alpha=0.1)
         axes.set(xlabel="seconds of training", ylabel="held-out reward, change since step 0")
         axes.legend(frameon=False)
         figure.savefig(PLOT, metadata={"Date": None})
@@ -209,7 +233,7 @@ def main() -> None:
     # Seed by seed, so that an interrupted study has all settings of some seeds.
     for seed in [] if args.write_docs else args.seeds:
         for setting in args.only:
-            steps = steps_in(setting, args.seconds)
+            steps = max(VALIDATIONS, round(args.seconds / step_seconds(setting)))
             every = -(-steps // VALIDATIONS)
             train(setting, folder_of(setting, seed), steps, validation_steps=every, seed=seed, **VALIDATED)
             if course(setting, seed) is None:

@@ -308,12 +308,15 @@ def _speed_errors(config: Config) -> list[str]:
         errors.append(f"{family.__name__} has no blocks to compile; set compile_blocks=False")
     if config.prefix_cache > 1 and family.residual_branches is Backbone.residual_branches:
         errors.append(f"{family.__name__} has no blocks whose outputs could be kept; set prefix_cache=1")
-    kept_inside = {"prefix_cache": (config.prefix_cache > 1, 1)}
-    kept_inside["grad_checkpoint"] = (config.grad_checkpoint == "keep_attention", True)
+    # What these keep or widen inside a block is not compiled with it, or fails to be recomputed.
+    uncompiled = {"prefix_cache": (config.prefix_cache > 1, 1)}
+    uncompiled["grad_checkpoint"] = (config.grad_checkpoint == "keep_attention", True)
+    uncompiled["dtype"] = (config.dtype == "fp8", "bf16")
+    uncompiled["base_quant"] = (config.base_quant != "none", "none")
     errors += [
-        f"compile_blocks=True and {key}={getattr(config, key)!r} do not go together, since what is kept is kept inside "
-        f"the blocks; set compile_blocks=False or {key}={other!r}"
-        for key, (asked, other) in kept_inside.items()
+        f"compile_blocks=True and {key}={getattr(config, key)!r} do not go together; set compile_blocks=False or "
+        f"{key}={other!r}"
+        for key, (asked, other) in uncompiled.items()
         if config.compile_blocks and asked
     ]
     return errors

@@ -253,8 +253,11 @@ def test_malformed_overrides_are_named(file):
         load_config([file, "--cfg-options", "lr", "1e-4"])
 
 
-@pytest.mark.parametrize("key, value", [("prefix_cache", 2), ("grad_checkpoint", "keep_attention")])
-def test_what_is_kept_inside_blocks_is_refused_of_compiled_ones(values, key, value):
+@pytest.mark.parametrize(
+    "key, value",
+    [("prefix_cache", 2), ("grad_checkpoint", "keep_attention"), ("dtype", "fp8"), ("base_quant", "nf4")],
+)
+def test_what_does_not_compile_is_refused_of_compiled_blocks(values, key, value):
     (sentence,) = errors_of(values, compile_blocks=True, **{key: value})
     assert sentence.startswith(f"compile_blocks=True and {key}={value!r} do not go together")
 

@@ -26,8 +26,11 @@ def test_settings_are_compared_at_the_time_that_all_of_them_had():
     assert (second["reward_gain"], second["lowest"], second["highest"]) == (8.0, 6.0, 10.0)
     assert second["motion_gain"] == pytest.approx(-0.01) and second["diversity_gain"] == 0.0
     assert (first["steps"], second["steps"]) == (15, 20)
-    assert "learns most" in study_windows.conclusion([first, second])
-    assert "`window 3` with +14.0" in study_windows.conclusion([second, first])
+    assert study_windows.conclusion([first, second]).startswith("`window 3` learns most in this time, and is")
+    assert "cannot be told apart" in study_windows.conclusion(
+        [{**first, "setting": "full", "lowest": 9.0}, second | {"setting": "window 3"}]
+    )
+    assert study_windows.kept([first, second]).endswith("are kept: `window 1` 57%.")
 
 
 @pytest.mark.parametrize("steps, finished", [(2, True), (4, False)])

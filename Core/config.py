@@ -309,7 +309,7 @@ def _speed_errors(config: Config) -> list[str]:
     if config.prefix_cache > 1 and family.residual_branches is Backbone.residual_branches:
         errors.append(f"{family.__name__} has no blocks whose outputs could be kept; set prefix_cache=1")
     # What these keep or widen inside a block is not compiled with it, or fails to be recomputed.
-    uncompiled = {"prefix_cache": (config.prefix_cache > 1, 1)}
+    uncompiled: dict[str, tuple[bool, Any]] = {"prefix_cache": (config.prefix_cache > 1, 1)}
     uncompiled["grad_checkpoint"] = (config.grad_checkpoint == "keep_attention", True)
     uncompiled["dtype"] = (config.dtype == "fp8", "bf16")
     uncompiled["base_quant"] = (config.base_quant != "none", "none")

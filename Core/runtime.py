@@ -40,6 +40,7 @@ class Runtime:
         self.accelerator = Accelerator(
             mixed_precision=mixed_precision, cpu=on_cpu, kwargs_handlers=[patience]
         )
+        self._bucket: Tensor | None = None
         asked = int(os.environ.get(PROCESSES_ASKED_FOR) or os.environ.get("WORLD_SIZE") or 0)
         if asked and asked != self.accelerator.num_processes:
             raise ValueError(
@@ -80,7 +81,8 @@ class Runtime:
     def average_gradients(self, parameters: Iterable[nn.Parameter], flags: Sequence[bool]) -> list[bool]:
         """Replace each gradient by its mean over the processes; whether each flag is raised on any of them.
 
-        One all-reduce carries both. A parameter that no gradient reached counts as zero.
+        One all-reduce carries both. A parameter that no gradient reached counts as zero. Until they are forgotten
+        the gradients lie in one buffer, which is kept: to make it anew would take longer than to send it.
         """
         parameters = list(parameters)
         for p in parameters:
@@ -89,11 +91,15 @@ class Runtime:
         if self.num_processes == 1:
             return list(flags)
         raised = parameters[0].grad.new_tensor([float(flag) for flag in flags])
-        grads = [p.grad for p in parameters]
-        flat = self.accelerator.reduce(torch.cat([*(g.flatten() for g in grads), raised]), reduction="mean")
-        *means, raised = flat.split([*(g.numel() for g in grads), len(flags)])
-        for grad, mean in zip(grads, means, strict=True):
-            grad.copy_(mean.view_as(grad))
+        parts = [*(p.grad.flatten() for p in parameters), raised]
+        size = sum(part.numel() for part in parts)
+        if self._bucket is None or self._bucket.numel() != size:
+            self._bucket = raised.new_empty(size)
+        torch.cat(parts, out=self._bucket)
+        torch.distributed.all_reduce(self._bucket)
+        *means, raised = self._bucket.div_(self.num_processes).split([part.numel() for part in parts])
+        for p, mean in zip(parameters, means, strict=True):
+            p.grad = mean.view_as(p)
         return (raised > 0).tolist()
 
     def any(self, flag: bool) -> bool:

@@ -61,8 +61,15 @@ def measure(samples: int, latent: tuple[int, ...], checkpointing_steps: int) -> 
     runtime = Runtime()
     named = lora.parameters(adapter_of_xl())
     parameters = list(named.values())
-    for parameter in parameters:
-        parameter.grad = torch.randn_like(parameter)
+    gradients = [torch.randn_like(parameter) for parameter in parameters]
+
+    def arrive() -> None:
+        """Gradients as a backward pass leaves them."""
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient.clone()
+        runtime.barrier()
+
+    arrive()
     numbers = range(samples)
     values = torch.ones(samples, 3)
     scalars = {f"train/value_{n}": 0.123456789 for n in range(16)}
@@ -75,7 +82,7 @@ def measure(samples: int, latent: tuple[int, ...], checkpointing_steps: int) -> 
             ),
             "guards": median_seconds(lambda: find_fault([(n, "") for n in numbers], values, named)),
             "all-reduce": median_seconds(
-                lambda: runtime.average_gradients(parameters, [False, False]), runtime.barrier
+                lambda: runtime.average_gradients(parameters, [False, False]), arrive
             ),
             "metrics": median_seconds(lambda: tracker.log(scalars, next(step))),
             "hashing / checkpoint": median_seconds(lambda: lora.digest(parameters)) / checkpointing_steps,

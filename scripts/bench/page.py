@@ -53,6 +53,11 @@ LEFT_OUT = """## What was left out
 
 - **Time and fps embeddings for all steps at once.** Two rows through two small layers: under a thousandth of a
   sampling step's operations.
+- **Compiling by default.** On two CPU cores the first step takes half a minute longer, which later steps win back after
+  some thirty; it is `compile_blocks`.
+- **CUDA graphs, 8-bit products, preparing the next batch while a GPU works.** None of the figures below come from a
+  GPU, and what cannot be measured is not added. Drawing a step's noise, all there is to prepare, takes milliseconds
+  (`scripts/measure_overhead.py`).
 - **The adapter merged into the weights for the prefix.** In bf16 a change below half the spacing of a weight is lost,
   so that a young adapter would not be there at all. In float32 an adapted `qkv` of XL/2's width takes 87 ms merged,
   91 ms with the fused product and 93 ms as PEFT computes it (1024 tokens on a CPU core shared with other work).

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from Core.backbones import BACKBONES, Backbone
@@ -29,10 +30,20 @@ def build_backbone(
     # One process of a machine fills its cache, so that the encoder is loaded once and not once per process.
     for turn in (True, False):
         if runtime.is_first_on_machine == turn:
-            text = embed_captions(backbone, captions, config.text_cache)
+            text = _embed(config, backbone, captions)
         runtime.barrier()
     backbone.load()
     return backbone, text
+
+
+def _embed(config: Config, backbone: Backbone, captions: Sequence[str]) -> dict[str, Tensor]:
+    try:
+        return embed_captions(backbone, captions, config.text_cache)
+    except torch.OutOfMemoryError as error:
+        smaller = (
+            "text_encoding='8bit' or 'cpu'" if config.text_encoding == "device" else "text_encoding='cpu'"
+        )
+        raise MemoryError(f"the device's memory is too small for the text encoder; set {smaller}") from error
 
 
 def fetch_weights(config: Config, backbone: Backbone, runtime: Runtime, prompts: Sequence[Prompt]) -> None:

@@ -138,7 +138,10 @@ class Checkpoints:
         shutil.rmtree(replaced, ignore_errors=True)
 
     def recover(self) -> None:
-        """Undo a replacement that a crash interrupted, and clear what else it left half done."""
+        """Undo a replacement that a crash interrupted, and clear what else it left half done.
+
+        For a run that begins, before it looks for checkpoints; another that saves here would lose what it writes.
+        """
         for replaced in self.folder.glob(".step_*.replaced"):
             target = self.folder / replaced.name.removeprefix(".").removesuffix(".replaced")
             if not target.exists():

@@ -28,7 +28,7 @@ RUN_FILES = ("checkpoints", "samples", "adapter", "metrics.csv", "validation.csv
 def choose_checkpoint(
     config: Config, checkpoints: Checkpoints, prompts: Sequence[Prompt], global_batch: int | None
 ) -> Checkpoint | None:
-    """The checkpoint to continue from, if any; changes nothing on the disk.
+    """The checkpoint to continue from, if any; changes nothing on the disk, not even what a crash left half done.
 
     Args:
         global_batch: None where it is not known, and not compared.

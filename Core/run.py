@@ -25,6 +25,7 @@ from Core.training import train, usable_prompts
 logger = logging.getLogger("vader")
 # Settings of training that need less memory, those first that cost the least quality.
 MEMORY_SAVERS = {
+    "prefix_cache": 1,
     "grad_checkpoint": True,
     "train_batch_size": 1,
     "val_batch_size": 1,
@@ -34,7 +35,6 @@ MEMORY_SAVERS = {
     "dtype": "fp8",
     "use_AdamW8bit": True,
     "guidance_grad": "cond",
-    "prefix_cache": 1,
 }
 
 
@@ -93,7 +93,7 @@ def check(config: Config, runtime: Runtime, folder: Path) -> None:
     """Find what would stop a run before it loads a network, and bring its weights to this machine.
 
     Raises:
-        ConfigError: with all that is wrong.
+        ValueError: unusable prompts, or else with all that is wrong with weights and checkpoint.
     """
     if config.is_vader_training:
         training, validation = usable_prompts(config, runtime)
@@ -128,6 +128,8 @@ def memory_advice(config: Config, error: str) -> str:
     """One sentence: what did not fit, and the settings that would still save memory."""
     savers = MEMORY_SAVERS if config.is_vader_training else {"val_batch_size": 1, "dtype": "fp8"}
     same = {"decode_frame"} if isinstance(config.decode_frame, int) else set()  # any one frame costs the same
+    if config.compile_blocks or config.base_quant != "none":
+        same.add("dtype")  # would be refused beside them
     unused = [f"{k}={v!r}" for k, v in savers.items() if k not in same and getattr(config, k) != v]
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
     failed = f", which tried to allocate {asked[1]} more" if asked else ""

@@ -81,8 +81,9 @@ class Runtime:
     def average_gradients(self, parameters: Iterable[nn.Parameter], flags: Sequence[bool]) -> list[bool]:
         """Replace each gradient by its mean over the processes; whether each flag is raised on any of them.
 
-        One all-reduce carries both. A parameter that no gradient reached counts as zero. Until they are forgotten
-        the gradients lie in one buffer, which is kept: to make it anew would take longer than to send it.
+        One all-reduce carries both. A parameter that no gradient reached counts as zero. From then on the gradients lie
+        in one buffer, which is kept, since on a CPU to make it anew takes longer than to send it: they must be
+        forgotten (None) before the next call.
         """
         parameters = list(parameters)
         for p in parameters:

@@ -78,6 +78,7 @@ def test_a_checkpoint_replaced_when_the_power_failed_is_still_there(tmp_path, mo
         save(checkpoints, 1, mark="new")
     monkeypatch.undo()
     assert steps(checkpoints) == []
+    checkpoints.recover()
     assert checkpoints.newest().state()["mark"] == "old"
     assert [path.name for path in tmp_path.iterdir()] == ["step_000001"]
 

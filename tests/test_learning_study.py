@@ -26,7 +26,7 @@ def test_settings_are_compared_at_the_time_that_all_of_them_had():
     assert (second["reward_gain"], second["lowest"], second["highest"]) == (8.0, 6.0, 10.0)
     assert second["motion_gain"] == pytest.approx(-0.01) and second["diversity_gain"] == 0.0
     assert (first["steps"], second["steps"]) == (15, 20)
-    assert study_windows.conclusion([first, second]).startswith("`window 3` learns most in this time, and is")
+    assert study_windows.conclusion([first, second]).startswith("`window 3` has the highest mean. ")
     assert "cannot be told apart" in study_windows.conclusion(
         [{**first, "setting": "full", "lowest": 9.0}, second | {"setting": "window 3"}]
     )

@@ -520,7 +520,7 @@ def _count_errors(key: str, entry: dict) -> list[str]:
 def _package_errors(config) -> list[str]:
     """What is asked for, and not in upstream's own opensora package where that is in use."""
     asked = {}
-    if config.grad_checkpoint == "keep_attention":
+    if config.is_vader_training and config.grad_checkpoint == "keep_attention":
         asked["grad_checkpoint='keep_attention'"] = (set_grad_checkpoint, "keep_attention")
     if config.text_encoding == "8bit":
         asked["text_encoding='8bit'"] = (MODELS.get("t5"), "load_in_8bit")

@@ -292,7 +292,12 @@ def picture(result: dict[str, Any], path: Path) -> None:
 
 def section(path: Path, result: dict[str, Any]) -> str:
     cpu = result["hardware"]
-    where = ", ".join(cpu["gpus"]) or f"{cpu['cpu']}, {result['threads']} of {cpu['cores']} cores"
+    used = (
+        "a core for each process"
+        if result["kind"] == "scaling"
+        else f"{result['threads']} of {cpu['cores']} cores"
+    )
+    where = ", ".join(cpu["gpus"]) or f"{cpu['cpu']}, {used}"
     parts = [
         f"### {path.stem.replace('-', ' ').replace('_', ' ')}",
         f"`{result['command']}` on {where}; PyTorch {result['versions']['torch']}.",

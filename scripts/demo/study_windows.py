@@ -4,7 +4,7 @@
 
 Trains every setting from every seed for about so many seconds, one thread each, into runs/study_windows, continuing
 what was interrupted. ``--write-docs`` trains nothing: it writes docs/learning-study.md, its table and its plot from the
-runs. Times are only comparable when every run had a core to itself.
+runs and the pilots, which say how long a step takes. Times are only comparable when every run had a core to itself.
 """
 
 from __future__ import annotations
@@ -56,11 +56,13 @@ def train(setting: str, folder: Path, steps: int, **flags: Any) -> None:
     run(load_config([str(CONFIG), *(f"--{key.replace('_', '-')}={value}" for key, value in values.items())]))
 
 
+def pilot_of(setting: str) -> Path:
+    return FOLDER / "pilots" / setting.replace(" ", "_")
+
+
 def step_seconds(setting: str) -> float:
-    """Seconds of an optimiser step, by a short run of the setting that is kept."""
-    folder = FOLDER / "pilots" / setting.replace(" ", "_")
-    train(setting, folder, PILOT_STEPS, num_val_runs=1, val_batch_size=1)
-    return statistics.mean(row["seconds"] for row in read_table(folder / "metrics.csv")[1:])
+    """Seconds of an optimiser step, by the setting's pilot."""
+    return statistics.mean(row["seconds"] for row in read_table(pilot_of(setting) / "metrics.csv")[1:])
 
 
 def folder_of(setting: str, seed: int) -> Path:
@@ -140,7 +142,7 @@ Every run trains the demo's adapter with the settings of `vader_demo.py` but for
 Reward, motion and diversity are measured on 48 held-out prompts with two seeds each, before, halfway and at the end.
 The tables hold their change after {budget:.0f} seconds of optimiser steps, on the line between two measurements, as
 means over the seeds. Seconds are steps times the seconds of a step, which a run of {PILOT_STEPS} steps gives for each
-setting, two such runs at a time. Motion and diversity are in hundredths of a pixel's scale of [-1, 1]; brackets hold
+setting. Motion and diversity are in hundredths of a pixel's scale of [-1, 1]; brackets hold
 their change as a share of the base model's.
 
 ## Windows
@@ -168,14 +170,12 @@ def conclusion(windows: Sequence[dict[str, Any]]) -> str:
     """Whether the demo's default is the setting that learned most, in a sentence."""
     best = windows[0]
     own = next(row for row in windows if row["setting"] == DEFAULT)
-    if best is own:
-        return f"`{DEFAULT}` learns most in this time, and is what `vader_demo.py` uses."
-    if own["highest"] < best["lowest"]:
-        return f"`{best['setting']}` learns most in this time; `vader_demo.py` uses `{DEFAULT}`."
-    return (
-        f"`{best['setting']}` has the highest mean, but its seeds and those of `{DEFAULT}`, which `vader_demo.py` "
-        "uses, overlap: the two cannot be told apart here, and memory grows with the window."
-    )
+    equals = [row["setting"] for row in windows[1:] if row["highest"] >= best["lowest"]]
+    same = f"; its seeds overlap with those of {', '.join(f'`{name}`' for name in equals)}" if equals else ""
+    found = f"`{best['setting']}` has the highest mean{same}. `vader_demo.py` uses `{DEFAULT}`"
+    if best is own or DEFAULT not in equals:
+        return f"{found}."
+    return f"{found}: the two cannot be told apart here, and memory grows with the window."
 
 
 def kept(rows: Sequence[dict[str, Any]]) -> str:
@@ -184,7 +184,7 @@ def kept(rows: Sequence[dict[str, Any]]) -> str:
     shares = [
         f"`{row['setting']}` {row['reward_gain'] / own['reward_gain']:.0%}" for row in rows if row is not own
     ]
-    return f"Of the reward gained without it are kept: {', '.join(shares)}."
+    return f"Of the reward gained without it in the same time, are kept: {', '.join(shares)}."
 
 
 def as_table(rows: Sequence[dict[str, Any]]) -> str:
@@ -247,6 +247,7 @@ def main() -> None:
     # Seed by seed, so that an interrupted study has all settings of some seeds.
     for seed in [] if args.write_docs else args.seeds:
         for setting in args.only:
+            train(setting, pilot_of(setting), PILOT_STEPS, num_val_runs=1, val_batch_size=1)
             steps = max(VALIDATIONS, round(args.seconds / step_seconds(setting)))
             every = -(-steps // VALIDATIONS)
             train(setting, folder_of(setting, seed), steps, validation_steps=every, seed=seed, **VALIDATED)

@@ -156,6 +156,19 @@ def test_too_small_a_memory_is_one_sentence_and_an_exit_code_of_its_own(
     assert logging.getLogger("vader").propagate  # the log was started, and is left as it was
 
 
+def test_too_small_a_memory_for_the_text_encoder_says_where_else_it_can_run(
+    twin, tmp_path, capfd, monkeypatch
+):
+    def fill_up(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.50 GiB. GPU 0 has a total …")
+
+    monkeypatch.setattr(build, "embed_captions", fill_up)
+    assert twin_runs.start(twin, tmp_path / "run") == 3
+    assert "for the text encoder; set text_encoding='8bit' or 'cpu'" in capfd.readouterr().err
+    assert twin_runs.start(twin, tmp_path / "run", text_encoding="8bit") == 3
+    assert "set text_encoding='cpu'" in capfd.readouterr().err
+
+
 def test_inference_faults(answer):
     sentences = answer(is_vader_training=False, lora_ckpt_path="gone", loop=2, condition_frame_length=5)
     assert any("lora_ckpt_path: there is no file or folder 'gone'" in sentence for sentence in sentences)

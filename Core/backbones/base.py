@@ -152,14 +152,12 @@ class Backbone(ABC):
         """
 
     def compile_blocks(self) -> None:
-        """Have the denoiser's blocks compiled when they next run."""
-        raise ValueError(f"{type(self).__name__} has no blocks to compile; set compile_blocks=False")
+        """Have the denoiser's blocks compiled when they next run; optional, or the configuration refuses it."""
+        raise NotImplementedError
 
     def residual_branches(self) -> list[nn.Module]:
-        """Attentions and MLPs, whose outputs the denoiser's blocks add to their tokens."""
-        raise ValueError(
-            f"{type(self).__name__} has no blocks whose outputs could be kept; set prefix_cache=1"
-        )
+        """Attentions and MLPs, whose outputs the denoiser's blocks add to their tokens; optional for prefix_cache."""
+        raise NotImplementedError
 
     def encode_references(self, paths: Sequence[str]) -> list[list[Tensor]]:
         """Latents [C, T, h, w] of each sample's reference files, given as paths joined by ``;``."""

@@ -146,6 +146,15 @@ def test_options_are_shown_with_the_range_of_their_ratios():
     assert page.KINDS["options"].bars(result) == {"prefix_cache=2": 1.0}
 
 
+def test_two_paths_are_compared_by_reward_and_video_by_video():
+    row = {"path": "plain", "seconds": 200.4, "reward": 61.0, "gain": 10.0, "low": 5.0, "high": 15.0}
+    kept = {"difference": 0.25, "low": -1.0, "high": 1.5}
+    result = {"kind": "paths", "rows": [row], "default_over_plain": kept, "prompts": 128}
+    shown = page.table(result)
+    assert "| `plain` | 200 | 61.0 | +10.0 (+5.0 to +15.0) |" in shown
+    assert "`default` is +0.25 above `plain` (-1.00 to +1.50), on 128 held-out prompts." in shown
+
+
 def test_efficiency_is_half_the_ratio():
     one, two = ([{"seconds": s, "all_reduce_share": 0.01}] * 2 for s in (2.0, 1.25))
     result = {"kind": "scaling", "one": one, "two": two}

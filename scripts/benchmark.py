@@ -10,7 +10,6 @@ project's savings), and then `;key=value` for each key of the configuration to c
 """
 
 import argparse
-import json
 import shlex
 import statistics
 import sys
@@ -154,10 +153,7 @@ def main(argv: list[str] | None = None) -> int:
     else:
         result = run(args.preset, args.setting, args.steps)
     result = {"preset": args.preset, "threads": torch.get_num_threads(), **result, **origin(argv)}
-    print(page.table(result))
-    if args.json:
-        args.json.parent.mkdir(parents=True, exist_ok=True)
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    page.deliver(result, args.json)
     return 0
 
 

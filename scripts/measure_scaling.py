@@ -6,7 +6,6 @@ take half the time.
 """
 
 import argparse
-import json
 import os
 import statistics
 import subprocess
@@ -60,9 +59,7 @@ def main() -> None:
         "two": [r[2] for r in rounds],
         **origin(sys.argv[1:], "scripts/measure_scaling.py"),
     }
-    print(page.table(result))
-    if own.json:
-        own.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    page.deliver(result, own.json)
 
 
 if __name__ == "__main__":

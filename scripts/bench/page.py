@@ -90,6 +90,16 @@ def table(result: dict[str, Any]) -> str:
     return KINDS[result["kind"]].table(result)
 
 
+def deliver(result: dict[str, Any], path: Path | None) -> None:
+    """Print the table of a result, and write the result to ``path`` if there is one."""
+    from Core.scoring import write_json
+
+    print(table(result))
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_json(path, result)
+
+
 def _run_table(result: dict[str, Any]) -> str:
     lines = []
     for name, phase in result["phases"].items():

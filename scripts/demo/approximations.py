@@ -10,7 +10,6 @@ velocity on the exact way from noise to video, and the cosine between its LoRA g
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 import tempfile
@@ -156,9 +155,7 @@ def main() -> None:
         "rows": measure(args.batches),
         **origin(sys.argv[1:], "-m scripts.demo.approximations"),
     }
-    print(page.table(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    page.deliver(result, args.json)
 
 
 if __name__ == "__main__":

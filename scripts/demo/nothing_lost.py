@@ -83,9 +83,7 @@ def main() -> None:
         **measure(args.prompts, flags),
         **origin(sys.argv[1:], "-m scripts.demo.nothing_lost"),
     }
-    print(page.table(result))
-    if args.json:
-        args.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    page.deliver(result, args.json)
 
 
 if __name__ == "__main__":

@@ -53,8 +53,9 @@ LEFT_OUT = """## What was left out
 
 - **Time and fps embeddings for all steps at once.** Two rows through two small layers: under a thousandth of a
   sampling step's operations.
-- **Compiling by default.** On two CPU cores the first step takes half a minute longer, which later steps win back after
-  some thirty; it is `compile_blocks`.
+- **Compiling by default.** With `compile_blocks` the demo's first step takes 39 s on two CPU cores instead of 1.5 s
+  (`vader_demo.py --compile-blocks`, `metrics.csv`), and validation compiles programs of its own. A step of the twin
+  saves 1.3 s (below), so that some thirty steps win that back.
 - **CUDA graphs, 8-bit products, preparing the next batch while a GPU works.** None of the figures below come from a
   GPU, and what cannot be measured is not added. Drawing a step's noise, all there is to prepare, takes milliseconds
   (`scripts/measure_overhead.py`).

@@ -85,10 +85,14 @@ class Rollout:
     def prefix(self) -> Iterator[None]:
         """Context of the steps before the gradient window."""
         model, every = self.backbone.denoiser, self.config.prefix_cache
+        kind = self.backbone.device.type
         with ExitStack() as stack:
             # The compiler fuses PEFT's layer itself, and would compile anew for one that changes with each step.
             if not self.config.compile_blocks:
                 stack.enter_context(fused_adapter(model))
+                # Every product is in the weights' dtype as it is; autocast to the same would widen norms between them.
+                if torch.get_autocast_dtype(kind) == self.backbone.dtype:
+                    stack.enter_context(torch.autocast(kind, enabled=False))
             if every > 1:
                 stack.enter_context(reused_outputs(model, self.backbone.residual_branches(), every))
             yield

@@ -26,8 +26,8 @@ from scripts.bench.presets import PRESETS, Setting  # noqa: E402
 SWEEPS: dict[str, tuple[str, list[tuple[float, str]]]] = {
     "steps": ("sampling step", [(n, f"scheduler.num_sampling_steps={n}") for n in (5, 10, 20, 30)]),
     "window": ("gradient step", [(n, f"backprop_steps={n}") for n in (1, 2, 3, 4)]),
-    "frames": ("frame", [(n, f"num_frames={n}") for n in (17, 34, 51, 102)]),
-    "resolution": ("megapixel", [(n * n / 1e6, f"image_size=({n},{n})") for n in (64, 96, 128, 192)]),
+    "frames": ("frame", [(n, f"num_frames={n}") for n in (17, 34, 51)]),
+    "resolution": ("megapixel", [(n * n / 1e6, f"image_size=({n},{n})") for n in (128, 192, 256, 320)]),
     "rank": ("rank", [(n, f"lora_rank={n}") for n in (4, 16, 64, 128)]),
     "batch": ("video", [(n, f"train_batch_size={n}") for n in (1, 2, 3)]),
 }

@@ -100,7 +100,8 @@ def test_the_default_is_the_plain_path(name, trained, monkeypatch):
     assert relative(gradient, plain_gradient) <= bounds[1]
 
 
-def test_the_fused_adapter_is_used_in_the_prefix_alone(trained, monkeypatch):
+def test_the_prefix_alone_fuses_the_adapter_and_leaves_autocast_to_its_own_dtype(trained, monkeypatch):
+    half = trained.backbone.dtype == torch.bfloat16
     layers = [m for m in trained.backbone.denoiser.modules() if hasattr(m, "lora_A")]
     seen = []
     make = trained.backbone.velocity
@@ -109,14 +110,21 @@ def test_the_fused_adapter_is_used_in_the_prefix_alone(trained, monkeypatch):
         inner = make(*args, **kwargs)
 
         def watched(z, t, generated=None):
-            seen.append((torch.is_grad_enabled(), all("forward" in vars(layer) for layer in layers)))
+            fused = all("forward" in vars(layer) for layer in layers)
+            seen.append((torch.is_grad_enabled(), fused, torch.is_autocast_enabled("cpu")))
             return inner(z, t, generated)
 
         return watched
 
     monkeypatch.setattr(trained.backbone, "velocity", velocity)
     outcome(trained)
-    assert seen == [(False, True)] * FIRST + [(True, False)] * 2
+    assert seen == [(False, True, False)] * FIRST + [(True, False, half)] * 2
+
+
+def test_weights_in_another_dtype_keep_autocast_in_the_prefix(trained, monkeypatch):
+    monkeypatch.setattr(trained.backbone, "dtype", torch.float16)
+    with torch.autocast("cpu", torch.bfloat16), trained.rollout.prefix():
+        assert torch.is_autocast_enabled("cpu")
 
 
 def test_an_exception_leaves_no_fused_layer_behind(trained):

@@ -27,7 +27,6 @@ from opensora.registry import MODELS
 
 TEXT_TOKENS = 300  # what a caption is padded to
 CAPTION_TOKENS = 40  # a sentence with its score suffix
-VOCABULARY = 32128
 
 
 @MODELS.register_module("benchmark-stdit3")
@@ -70,14 +69,15 @@ class RandomT5(TextEncoder):
     """T5's encoder on made-up tokens, padded as the real tokenizer pads."""
 
     def __init__(self, sizes: dict, device: torch.device, dtype: torch.dtype):
-        config = T5Config(vocab_size=VOCABULARY, feed_forward_proj="gated-gelu", **sizes)
+        config = T5Config(feed_forward_proj="gated-gelu", **sizes)
         with device:
             self.model = T5EncoderModel(config).to(dtype).eval().requires_grad_(False)
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str]) -> list[Tensor]:
+        size = self.model.config.vocab_size
         rows = [
-            torch.randint(2, VOCABULARY, (TEXT_TOKENS,), generator=draws.generator(0, "tokens", caption))
+            torch.randint(2, size, (TEXT_TOKENS,), generator=draws.generator(0, "tokens", caption))
             for caption in captions
         ]
         tokens = torch.stack(rows).to(self.model.device)

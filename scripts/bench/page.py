@@ -20,8 +20,9 @@ Written by `python scripts/benchmark.py --write-docs` from the files in `docs/be
 machine and the versions it was measured with. Weights are random: the cost of a step does not depend on what they are.
 
 A step samples N − K steps without a gradient (`prefix`), K with one (`gradient_steps`), decodes, scores, and goes back.
-`cpu-twin` is a sixth of XL/2 in every width and depth, with the same proportions. `plain` is the same step without the
-savings listed [below](#what-is-saved).
+`cpu-twin` is one of XL/2's 28 layers at its full width and 240p, with one layer each of T5-XXL and ViT-H, a VAE of a
+thirtieth of the operations, 17 frames and 10 steps. `plain` is the same step without the savings listed
+[below](#what-is-saved).
 """
 
 SAVED = """## What is saved
@@ -37,10 +38,13 @@ SAVED = """## What is saved
 | in the prefix the adapter added in place, by one product | PEFT's layer: copy, two products, scale, add | rounding |
 | convolutions of the frozen VAE keep no input | PyTorch keeps it for a weight's gradient | the same numbers |
 | rotary position, norms and modulation as one operation each | two to seven | rounding |
+| tokens in memory as the blocks read them | as the patch embedding's convolution leaves them, transposed | rounding |
+| on a CPU, GELU within the product before it | a pass of its own | rounding |
 
 `tests/test_exact_options.py` holds the final latent to a relative 1e-5 in float32 (2e-2 in bf16) and the adapter's
 gradient to 1e-4 (2e-2). Frozen linear layers keep nothing for a weight's gradient by themselves; the same tests count
-what autograd saves.
+what autograd saves. Besides, the prefix runs without autocast where the weights are in autocast's dtype, as inference
+does: on a GPU PyTorch would run its norms in float32.
 
 By choice: `compile_blocks` compiles the denoiser's blocks; `grad_checkpoint="keep_attention"` leaves attention out of
 what is computed again; `prefix_steps` and `prefix_cache` take fewer or cheaper steps before the gradient window;

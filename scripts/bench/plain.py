@@ -2,7 +2,10 @@
 
 Score matrices in attention, the text encoder resident and run at every step, text keys and values computed at every
 sampling step, modulation by frame though every frame is generated, checkpoints inside checkpoints, PEFT's own layer in
-the prefix, convolutions that keep their input. Each is put in place of a public piece for as long as the context lasts.
+the prefix, convolutions that keep their input, norms, modulation, rotary position and GELU as they are written down,
+tokens in the order in memory that the patch embedding's convolution leaves them in. The release computes all of these
+so, but for the score matrix where its fused kernels are installed. Each is put in place of a piece for as long as the
+context lasts.
 
 Axes: B batch, N heads, Q queries, K keys, d head dimension, T latent frames.
 """
@@ -15,13 +18,15 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from Core import rollout
 from Core.backbones import TextEncoder, opensora
 from Core.frozen import forget_conv_inputs
 from Core.trainer import Trainer
 from opensora.models.layers import blocks
+from opensora.models.layers.embeddings import PatchEmbed3D, RotaryEmbedding, at_least_float32
+from opensora.models.stdit import stdit3
 
 
 def score_matrix_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
@@ -31,6 +36,36 @@ def score_matrix_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | 
     if attn_mask is not None:
         scores = scores.masked_fill(~attn_mask, float("-inf"))
     return scores.softmax(-1).to(v.dtype) @ v
+
+
+def separate_rms_norm(norm: blocks.RMSNorm, x: Tensor) -> Tensor:
+    wide = at_least_float32(x)
+    return norm.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + blocks.NORM_EPS)).to(
+        x.dtype
+    )
+
+
+def separate_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    return x * (1 + scale) + shift
+
+
+def separate_rotary(rope: RotaryEmbedding, x: Tensor) -> Tensor:
+    turns = rope._turns(x.shape[-2], x.device)
+    cos, sin = (part.repeat_interleave(2, -1) for part in (turns.real, turns.imag))
+    wide = at_least_float32(x)
+    even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
+    return (wide * cos + torch.stack([-odd, even], -1).flatten(-2) * sin).to(x.dtype)
+
+
+def separate_gelu(linear: nn.Module, x: Tensor) -> Tensor:
+    return F.gelu(linear(x), approximate="tanh")
+
+
+def transposed_tokens(
+    embed: Callable[[PatchEmbed3D, Tensor], Tensor],
+) -> Callable[[PatchEmbed3D, Tensor], Tensor]:
+    """The same tokens [B, Q, D], Q innermost in memory."""
+    return lambda self, x: embed(self, x).transpose(1, 2).contiguous().transpose(1, 2)
 
 
 class EncodedEachTime:
@@ -65,6 +100,11 @@ def plain_path(trainer: Trainer, encoder: TextEncoder, lap: Callable[[str], None
     with ExitStack() as stack:
         for target, name, value in (
             (blocks, "F", functional),
+            (blocks, "gelu_linear", separate_gelu),
+            (blocks.RMSNorm, "forward", separate_rms_norm),
+            (RotaryEmbedding, "forward", separate_rotary),
+            (stdit3, "modulate", separate_modulate),
+            (PatchEmbed3D, "forward", transposed_tokens(PatchEmbed3D.forward)),
             (network, "accepts_text_context", False),
             (opensora, "guided_velocity", doubled),
             (rollout, "fused_adapter", lambda model: nullcontext()),

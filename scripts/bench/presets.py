@@ -1,7 +1,9 @@
-"""What is measured: the released sizes, and a twin of a sixth of every width and depth for a CPU.
+"""What is measured: the released sizes, and a twin for a CPU.
 
-The twin keeps XL/2's proportions of 240p, 2 s: heads of 64 channels, a third as many patches per frame as channels, 15
-latent frames, 30 steps, a text encoder four times as wide as the denoiser.
+The twin is one of the 28 layers of XL/2 (a spatial and a temporal block) as it is at 240p, one of T5-XXL's 24 and of
+ViT-H's 32, and a VAE of about a fifth of the widths, a thirtieth of the operations; of a video it has 17 frames, and it
+takes 10 steps. It is the depth that is cut and not the width, since layers are alike, while the width decides what a
+product costs beside the operations on each element.
 """
 
 from dataclasses import dataclass, field
@@ -10,7 +12,9 @@ from typing import Any
 from Core.options import parse_literal
 
 XL2 = dict(type="benchmark-stdit3", depth=28, hidden_size=1152, num_heads=16, caption_channels=4096)
-T5_XXL = dict(type="benchmark-t5", d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64)
+T5_XXL = dict(
+    type="benchmark-t5", d_model=4096, d_kv=64, d_ff=10240, num_layers=24, num_heads=64, vocab_size=32128
+)
 VIT_H = dict(
     hidden_size=1280,
     intermediate_size=5120,
@@ -22,17 +26,9 @@ VIT_H = dict(
 )
 VAE = dict(type="benchmark-vae", vae_2d=None, vae_temporal={}, micro_frame_size=17, micro_batch_size=4)
 
-TWIN = dict(type="benchmark-stdit3", depth=6, hidden_size=192, num_heads=3, caption_channels=672)
-TWIN_T5 = dict(type="benchmark-t5", d_model=672, d_kv=64, d_ff=1712, num_layers=4, num_heads=10)
-TWIN_VIT = dict(
-    hidden_size=208,
-    intermediate_size=832,
-    num_hidden_layers=6,
-    num_attention_heads=4,
-    image_size=98,
-    patch_size=14,
-    projection_dim=160,
-)
+TWIN = dict(XL2, depth=1)
+TWIN_T5 = dict(T5_XXL, num_layers=1, vocab_size=1339)
+TWIN_VIT = dict(VIT_H, num_hidden_layers=1)
 TWIN_VAE = dict(
     type="benchmark-vae",
     vae_2d=dict(
@@ -83,7 +79,9 @@ PRESETS = {
     "cpu-twin": Preset(
         {
             **COMMON,
-            "image_size": (128, 128),
+            "resolution": "240p",
+            "num_frames": 17,
+            "scheduler": {**SCHEDULER, "num_sampling_steps": 10},
             "model": TWIN,
             "vae": TWIN_VAE,
             "text_encoder": {**TWIN_T5, **TEXT_LENGTH},

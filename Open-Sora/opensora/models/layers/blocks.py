@@ -1,15 +1,18 @@
 """Attention and feed-forward layers of STDiT3.
 
-Axes: B batch, N heads, Q query tokens, L key tokens, D width, d head dimension.
+Axes: B batch, T frames, S patches of a frame, N heads, Q query tokens, L key tokens, D width, d head dimension.
 """
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from .embeddings import RotaryEmbedding
 
 NORM_EPS = 1e-6
+ONEDNN = torch.backends.mkldnn.is_available()
+ONEDNN_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
 
 
 class RMSNorm(nn.Module):
@@ -25,7 +28,7 @@ class RMSNorm(nn.Module):
 
 
 class Attention(nn.Module):
-    """Self-attention over the tokens of ``x`` [B, Q, D]."""
+    """Self-attention of ``x`` [B, T, S, D] along S, or with a rotary position along T."""
 
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, rope: RotaryEmbedding | None = None):
         super().__init__()
@@ -38,11 +41,16 @@ class Attention(nn.Module):
         self._rope = (rope,)
 
     def forward(self, x: Tensor) -> Tensor:
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
+        rope = self._rope[0]
+        rows, heads = ("(B T) S D", "(B T) N S d") if rope is None else ("(B S) T D", "(B S) N T d")
+        qkv = self.qkv(rearrange(x, f"B T S D -> {rows}"))
+        q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
-        if (rope := self._rope[0]) is not None:
+        if rope is not None:
             q, k = rope(q), rope(k)
-        return self.proj(merge_heads(F.scaled_dot_product_attention(q, k, v)))
+        out = F.scaled_dot_product_attention(q, k, v)
+        # Merged in the order of ``x``, so that what follows reads memory in one go.
+        return self.proj(rearrange(out, f"{heads} -> B T S (N d)", B=x.shape[0]))
 
 
 class CrossAttention(nn.Module):
@@ -78,4 +86,19 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu_linear(self.fc1, x))
+
+
+def gelu_linear(linear: nn.Module, x: Tensor) -> Tensor:
+    """gelu(W x + b) in its tanh form; where oneDNN serves, as one operation, which compiled code takes too."""
+    if _onednn_serves(linear, x):
+        return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
+    return F.gelu(linear(x), approximate="tanh")
+
+
+def _onednn_serves(linear: nn.Module, x: Tensor) -> bool:
+    """On a CPU, uncompiled, for no gradient, in a dtype of its own that autocast leaves alone."""
+    unlike = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
+    if unlike or type(linear) is not nn.Linear or x.device.type != "cpu" or x.dtype != linear.weight.dtype:
+        return False
+    return ONEDNN and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and ONEDNN_BF16()))

@@ -30,7 +30,8 @@ class PatchEmbed3D(nn.Module):
         pads = [-size % patch for size, patch in zip(x.shape[2:], self.patch_size, strict=True)]
         if any(pads):
             x = F.pad(x, (0, pads[2], 0, pads[1], 0, pads[0]))
-        return self.proj(x).flatten(2).transpose(1, 2)
+        # In memory as it is read from here on: a transposed view would pass its order on to every sum along the blocks.
+        return self.proj(x).flatten(2).transpose(1, 2).contiguous()
 
 
 class PositionEmbedding2D(nn.Module):

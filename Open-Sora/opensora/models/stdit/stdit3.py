@@ -97,7 +97,6 @@ class STDiT3Block(nn.Module):
     def __init__(self, config: STDiT3Config, rope: RotaryEmbedding | None = None):
         super().__init__()
         dim = config.hidden_size
-        self.temporal = rope is not None
         self.norm1 = nn.LayerNorm(dim, eps=NORM_EPS, elementwise_affine=False)
         self.attn = Attention(dim, config.num_heads, config.qk_norm, rope)
         self.cross_attn = CrossAttention(dim, config.num_heads)
@@ -111,17 +110,10 @@ class STDiT3Block(nn.Module):
         """x [B, T, S, D]; modulation [B, F, 6, D]; k, v [B, N, L, d]; attn_mask [B, 1, 1, L] or None."""
         table = (self.scale_shift_table + modulation)[:, :, :, None]
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = table.unbind(2)
-        attended = self._self_attention(modulate(self.norm1(x), shift_attn, scale_attn))
+        attended = self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
         x = torch.addcmul(x, gate_attn, attended)
         x = x + self.cross_attn(x.flatten(1, 2), k, v, attn_mask).view_as(x)
         return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
-
-    def _self_attention(self, x: Tensor) -> Tensor:
-        B, T = x.shape[:2]
-        if self.temporal:
-            out = self.attn(rearrange(x, "B T S D -> (B S) T D"))
-            return rearrange(out, "(B S) T D -> B T S D", B=B)
-        return self.attn(x.flatten(0, 1)).unflatten(0, (B, T))
 
 
 class FinalLayer(nn.Module):

@@ -141,7 +141,7 @@ class Config:
     )
     compile_blocks: bool = option(
         False,
-        "compile the denoiser's blocks for training (torch.compile): faster steps after a slow first one",
+        "compile the denoiser's blocks for training (torch.compile): to be tried on a GPU; the first step is slow",
     )
     grad_checkpoint: bool | Literal["keep_attention"] = option(
         True,

@@ -20,9 +20,15 @@ CONVOLVE = {
 def forget_conv_inputs(model: nn.Module) -> None:
     """Let the frozen 2-D and 3-D convolutions of ``model`` keep no input for the backward pass."""
     for module in model.modules():
-        if type(module) in CONVOLVE and module.padding_mode == "zeros" and not module.weight.requires_grad:
+        if type(module) in CONVOLVE and _replaceable(module):
             # On the instance, so that the module stays of its own class for whoever looks.
             module.forward = partial(_forward, module)
+
+
+def _replaceable(conv: nn.Module) -> bool:
+    """Frozen, and padded by numbers of zeros, as the formula of the input's gradient takes them."""
+    frozen = not any(p.requires_grad for p in conv.parameters())
+    return frozen and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
 def _forward(conv: nn.Module, x: Tensor) -> Tensor:

@@ -26,14 +26,14 @@ def fused_adapter(model: nn.Module) -> Iterator[None]:
     are those at entry. A model without an adapter is left alone.
     """
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and ADAPTER in m.lora_A]
-    for layer in layers:
-        # On the instance, where it hides the class's own until it is deleted.
-        layer.forward = partial(_fused, layer.base_layer, *_factors(layer), {})
     try:
+        for layer in layers:
+            # On the instance, where it hides the class's own until it is removed.
+            layer.forward = partial(_fused, layer.base_layer, *_factors(layer), {})
         yield
     finally:
         for layer in layers:
-            del layer.forward
+            vars(layer).pop("forward", None)
 
 
 def _factors(layer: LoraLayer) -> tuple[Tensor, Tensor]:
@@ -69,7 +69,7 @@ def reused_outputs(model: nn.Module, branches: Sequence[nn.Module], every: int) 
             outputs.clear()
         calls += 1
 
-    def kept(branch: nn.Module, *args: Tensor) -> Tensor:
+    def kept(branch: nn.Module, *args: Tensor | None) -> Tensor:
         if branch not in outputs:
             outputs[branch] = type(branch).forward(branch, *args)
         return outputs[branch]

@@ -86,7 +86,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the code, with ``+`` when files differ from it; None outside a repository."""
+    """Commit of the code, with ``+`` when files other than documentation differ; None outside a repository."""
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
     try:
@@ -94,7 +94,10 @@ def _commit() -> str | None:
             [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True, check=True
         )
         dirty = subprocess.run(
-            [*git, "status", "--porcelain", "-uno"], capture_output=True, text=True, check=True
+            [*git, "status", "--porcelain", "-uno", ":/", ":(exclude,top)docs"],
+            capture_output=True,
+            text=True,
+            check=True,
         )
     except (OSError, subprocess.CalledProcessError):
         return None

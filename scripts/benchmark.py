@@ -38,9 +38,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", nargs="?", choices=list(PRESETS), help="what to measure")
-    parser.add_argument("--setting", default="default", help="how (default: default)")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two settings, step by step in turns")
-    parser.add_argument("--sweep", choices=list(SWEEPS), help="cost against one quantity")
+    parser.add_argument("--setting", help="how (default: default)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two settings, step by step in turns")
+    which.add_argument("--sweep", choices=list(SWEEPS), help="cost against one quantity")
     parser.add_argument("--steps", type=int, default=3, help="steps measured, each way (default 3)")
     parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's own choice by default")
     parser.add_argument("--json", type=Path, help="also write the result there")
@@ -50,8 +51,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if bool(args.preset) == args.write_docs:
         parser.error("give a preset to measure, or --write-docs alone")
-    if args.steps < 1:
-        parser.error(f"--steps must be at least 1, got {args.steps}")
+    for name in ("steps", "threads"):
+        if (value := getattr(args, name)) is not None and value < 1:
+            parser.error(f"--{name} must be at least 1, got {value}")
+    if args.compare and args.setting:
+        parser.error("--compare names its two settings itself; leave --setting out")
+    args.setting = args.setting or "default"
     return args
 
 
@@ -98,17 +103,10 @@ def sweep(preset: str, setting: str, name: str, steps: int) -> dict[str, Any]:
         worker = Worker(preset, f"{setting};{change}")
         taken = [worker.step() for _ in range(steps)]
         worker.close()
-        seconds, cpu, peaks = zip(*taken, strict=True)
-        rows.append(
-            {
-                "value": value,
-                "seconds": statistics.median(seconds),
-                "cpu_seconds": statistics.median(cpu),
-                "peak_bytes": max(peaks),
-            }
-        )
+        seconds, _, peaks = zip(*taken, strict=True)
+        rows.append({"value": value, "seconds": statistics.median(seconds), "peak_bytes": max(peaks)})
         print(f"{name} {value:g}: {rows[-1]['seconds']:.2f} s", file=sys.stderr)
-    lines = {key: page.fit_line(rows, key) for key in ("seconds", "cpu_seconds", "peak_bytes")}
+    lines = {key: page.fit_line(rows, key) for key in ("seconds", "peak_bytes")}
     return {
         "kind": "sweep",
         "setting": setting,
@@ -136,9 +134,11 @@ def main(argv: list[str] | None = None) -> int:
     if args.write_docs:
         page.write()
         return 0
+    from scripts.bench.bench import config_of
+
     try:
         for text in args.compare or [args.setting]:
-            Setting.parse(text)
+            config_of(args.preset, Setting.parse(text), "")
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

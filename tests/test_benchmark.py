@@ -1,15 +1,17 @@
 """The benchmark: the plain path computes the same, counts are right, tables and the page come from the files."""
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
+import twins
 from torch import nn
 
 from Core import lora
 from Core.backbones import BACKBONES
 from scripts import benchmark
-from scripts.bench import page
+from scripts.bench import meter, page
 from scripts.bench.bench import Bench
 from scripts.bench.meter import OperationCounter
 from scripts.bench.plain import score_matrix_attention
@@ -34,10 +36,8 @@ def outcome(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
     lora.set_dropout(trainer.backbone.denoiser, False)
     z, _ = trainer.rollout.sample(trainer.prompts_of([0]), [0], 1)
     frames = trainer.backbone.decode_frames(z, trainer.rollout.frame_numbers([0]))
-    gradient = torch.autograd.grad(
-        trainer.reward(frames, ["a fox"]).loss.mean(), trainer.parameters, allow_unused=True
-    )
-    return z.detach(), torch.cat([g.flatten() for g in gradient if g is not None])
+    gradient = torch.autograd.grad(trainer.reward(frames, ["a fox"]).loss.mean(), trainer.parameters)
+    return z.detach(), torch.cat([g.flatten() for g in gradient])
 
 
 def test_the_plain_path_computes_what_the_default_does(bench):
@@ -70,7 +70,7 @@ def test_a_measurement_has_every_phase_with_its_cost(bench):
 
 def test_operations_of_products_convolutions_and_attention_are_counted():
     counter = OperationCounter(ceiling=1e9, bandwidth=1e9)
-    x, image = torch.randn(4, 8), torch.randn(1, 2, 6, 6)
+    x, y, image = torch.randn(4, 8), torch.zeros(4, 8), torch.randn(1, 2, 6, 6)
     q, k = torch.randn(1, 2, 5, 16), torch.randn(1, 2, 7, 16)
     expected = {
         "product": (lambda: x @ x.T, 2 * 4 * 8 * 4),
@@ -78,6 +78,8 @@ def test_operations_of_products_convolutions_and_attention_are_counted():
         "convolution": (lambda: nn.functional.conv2d(image, torch.randn(3, 2, 3, 3)), 2 * 3 * 2 * 9 * 16),
         "attention": (lambda: nn.functional.scaled_dot_product_attention(q, k, k), 4 * 2 * 5 * 7 * 16),
         "view": (lambda: x.T, 0),
+        "allocation": (lambda: torch.empty(9), 0),
+        "copy": (lambda: y.copy_(x), 0),
     }
     with counter:
         for name, (action, _) in expected.items():
@@ -86,7 +88,53 @@ def test_operations_of_products_convolutions_and_attention_are_counted():
     assert {name: phase["operations"] for name, phase in counter.phases.items()} == {
         name: operations for name, (_, operations) in expected.items()
     }
-    assert counter.phases["product"]["bytes"] == 4 * (32 + 32 + 16) and counter.phases["view"]["bytes"] == 0
+    moved = {name: phase["bytes"] for name, phase in counter.phases.items()}
+    assert moved["product"] == 4 * (32 + 32 + 16) and moved["copy"] == 4 * (32 + 32)
+    assert moved["view"] == moved["allocation"] == 0
+
+
+def operations_of(action) -> float:
+    counter = OperationCounter(ceiling=1e9, bandwidth=1e9)
+    with counter:
+        action()
+    counter.lap("all")
+    return counter.phases["all"]["operations"]
+
+
+def test_a_forward_pass_counts_the_same_with_and_without_a_gradient():
+    """Whatever operators the two run as."""
+    model = twins.stdit()
+    inputs = (torch.randn(1, 4, 2, 4, 4), torch.tensor([500.0]), torch.randn(1, 1, 5, twins.TEXT_WIDTH))
+    sizes = {key: torch.tensor([32.0]) for key in ("fps", "height", "width")}
+    with_gradient = operations_of(lambda: model(*inputs, **sizes))
+    with torch.no_grad():
+        assert operations_of(lambda: model(*inputs, **sizes)) == with_gradient > 0
+
+
+def test_a_backward_pass_counts_two_products_for_one_and_five_for_attentions_two():
+    x, weight = (torch.randn(6, 6, requires_grad=True) for _ in range(2))
+    product = operations_of(lambda: (x @ weight).sum().backward())
+    assert product == 3 * 2 * 6**3
+    q = torch.randn(1, 2, 5, 16, requires_grad=True)
+    attend = lambda: nn.functional.scaled_dot_product_attention(q, q, q)  # noqa: E731
+    assert operations_of(lambda: attend().sum().backward()) == 3.5 * operations_of(attend)
+
+
+@pytest.mark.skipif(not meter.CLEAR.exists(), reason="Linux alone lets the high-water mark start anew")
+def test_the_peak_starts_anew_each_time():
+    memory = meter.PeakMemory(torch.device("cpu"))
+    held = torch.ones(2**28, dtype=torch.uint8)
+    with_it = memory.take()
+    del held
+    memory.take()
+    assert memory.take() < with_it - 2**27
+
+
+def test_two_settings_are_stepped_in_turns_in_processes_of_their_own():
+    result = benchmark.compare("cpu-twin", ["default" + TINY, "plain" + TINY], rounds=1)
+    (first, second), ratios = result["sides"], result["ratios"]
+    assert ratios["seconds"] == [second["seconds"][0] / first["seconds"][0]]
+    assert min(first["peak_bytes"], second["peak_bytes"]) > 2**26
 
 
 def test_score_matrices_give_the_same_attention():
@@ -111,10 +159,30 @@ def test_a_setting_reaches_into_entries_and_says_what_is_wrong_with_it():
         Setting.parse("fast")
 
 
-def test_wrong_calls_are_refused(capsys):
-    assert benchmark.main(["cpu-twin", "--setting", "fast"]) == 2
-    assert "a setting is default or plain" in capsys.readouterr().err
-    for argv in ([], ["cpu-twin", "--write-docs"], ["cpu-twin", "--steps", "0"]):
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        ("fast", "a setting is default or plain"),
+        ("default;nosuch=1", "unknown key 'nosuch'"),
+        ("default;nosuch.inner=1", "no entry 'nosuch'"),
+        ("plain;dtype=fp7", "dtype must be"),
+    ],
+)
+def test_a_wrong_setting_is_refused_in_a_sentence(setting, said, capsys):
+    assert benchmark.main(["cpu-twin", "--setting", setting]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_wrong_calls_are_refused():
+    twice = ["--compare", "default", "plain"]
+    for argv in (
+        [],
+        ["cpu-twin", "--write-docs"],
+        ["cpu-twin", "--steps", "0"],
+        ["cpu-twin", "--threads", "0"],
+        ["cpu-twin", *twice, "--sweep", "rank"],
+        ["cpu-twin", *twice, "--setting", "plain"],
+    ):
         with pytest.raises(SystemExit):
             benchmark.parse(argv)
 
@@ -149,13 +217,13 @@ def test_options_are_shown_with_the_range_of_their_ratios():
     assert page.KINDS["options"].bars(result) == {"prefix_cache=2": 1.0}
 
 
-def test_two_paths_are_compared_by_reward_and_video_by_video():
-    row = {"path": "plain", "seconds": 200.4, "reward": 61.0, "gain": 10.0, "low": 5.0, "high": 15.0}
-    kept = {"difference": 0.25, "low": -1.0, "high": 1.5}
-    result = {"kind": "paths", "rows": [row], "default_over_plain": kept, "prompts": 128}
-    shown = page.table(result)
-    assert "| `plain` | 200 | 61.0 | +10.0 (+5.0 to +15.0) |" in shown
-    assert "`default` is +0.25 above `plain` (-1.00 to +1.50), on 128 held-out prompts." in shown
+def test_paths_are_compared_by_reward_and_video_by_video():
+    gain = {"gain": 10.0, "low": 5.0, "high": 15.0}
+    over = {"gain": 0.25, "low": -1.0, "high": 1.5}
+    row = {"path": "default", "seconds": 99.6, "reward": 61.0, "gain": gain, "over_plain": over}
+    shown = page.table({"kind": "paths", "rows": [row], "prompts": 128})
+    assert "| `default` | 100 | 61.0 | +10.00 (+5.00 to +15.00) | +0.25 (-1.00 to +1.50) |" in shown
+    assert "of 128 held-out prompts" in shown
 
 
 def test_efficiency_is_half_the_ratio():
@@ -172,12 +240,21 @@ def test_the_page_is_current():
 
 
 def test_the_committed_results_name_their_machine_and_no_folder_of_it():
-    for path in page.FOLDER.glob("*.json"):
+    paths = list(page.FOLDER.glob("*.json"))
+    assert paths
+    for path in paths:
         result = json.loads(path.read_text(encoding="utf-8"))
         python, *words = result["command"].split()
         script = words[1].replace(".", "/") + ".py" if words[0] == "-m" else words[0]
         assert python == "python" and (page.ROOT / script).is_file() and result["hardware"]["cpu"]
-        assert "folder" not in result and path.with_suffix(".svg").is_file()
+        assert not any("/" in word and Path(word.split("=")[-1]).is_absolute() for word in words)
+
+
+def test_the_pictures_are_those_of_the_committed_results(tmp_path):
+    for path in page.FOLDER.glob("*.json"):
+        redrawn = tmp_path / f"{path.stem}.svg"
+        page.picture(json.loads(path.read_text(encoding="utf-8")), redrawn)
+        assert redrawn.read_bytes() == path.with_suffix(".svg").read_bytes(), path.stem
 
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="counts what a GPU does")
@@ -204,7 +281,7 @@ def test_the_sampling_loop_waits_for_no_gpu(tmp_path):
     backbone = bench.trainer.backbone
     velocity = backbone.velocity(list(bench.trainer.rollout.text.values())[:1])
     z, timesteps = bench.trainer.rollout.noise([0]), backbone.timesteps(1)
-    with torch.no_grad(), bench.trainer.runtime.autocast():
+    with torch.no_grad(), bench.trainer.runtime.autocast(), bench.trainer.rollout.prefix():
         velocity(z, timesteps[0])  # the captions' keys and values, once for each sample
         torch.cuda.set_sync_debug_mode("error")
         try:

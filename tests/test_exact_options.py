@@ -2,7 +2,6 @@
 
 import dataclasses
 from collections.abc import Callable
-from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -11,17 +10,24 @@ import twins
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from Core import lora, rollout
+from Core import lora
 from Core.backbones import OpenSora, VideoSpec
 from Core.frozen import forget_conv_inputs
 from Core.prefix import fused_adapter, reused_outputs
 from Core.trainer import Trainer
-from opensora.models.stdit.stdit3 import STDiT3
+from scripts.bench.plain import kept_conv_inputs, undoing, undone
 
 SAMPLES = (0, 1)
 FIRST = 2
 # Relative errors of latent and gradient. In bf16 two roundings of a twin lie 0.9% to 1.3% apart, as its captions fall.
 BOUNDS = {"fp32": (1e-5, 1e-4), "bf16": (2e-2, 2e-2)}
+# Savings that round otherwise in bf16 than the plain way does.
+ROUNDED = {
+    "fused attention",
+    "fused adapter and no autocast",
+    "norms, modulation and position as one operation",
+    "GELU in its product",
+}
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -61,43 +67,35 @@ def outcome(trainer: Trainer, samples: tuple[int, ...] = SAMPLES, step: int = 0)
     return z.detach(), torch.cat([g.flatten() for g in gradient])
 
 
-def plain_convolutions(trainer: Trainer) -> Callable[[], None]:
-    """Give the VAE its convolutions' own forward; the function returned undoes it."""
-    convolutions = [m for m in trainer.backbone.vae.modules() if "forward" in vars(m)]
-    assert convolutions
-    for module in convolutions:
-        del module.forward
-    return lambda: forget_conv_inputs(trainer.backbone.vae)
+def errors(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> list[float]:
+    return [relative(*pair) for pair in zip(found, expected, strict=True)]
 
 
-@contextmanager
-def without(name: str, trainer: Trainer, monkeypatch: pytest.MonkeyPatch):
-    """The plain path in place of one of the defaults."""
-    with monkeypatch.context() as patch:
-        if name == "fused adapter":
-            patch.setattr(rollout, "fused_adapter", lambda model: nullcontext())
-        if name == "text keys and values computed once":
-            patch.setattr(STDiT3, "accepts_text_context", False)
-        if name == "checkpointing":
-            for module in trainer.backbone.denoiser.modules():
-                patch.setattr(module, "grad_checkpointing", False, raising=False)
-        undo = plain_convolutions(trainer) if name == "frozen convolutions" else lambda: None
-        try:
-            yield
-        finally:
-            undo()
+def bounds_of(trainer: Trainer) -> tuple[float, float]:
+    return BOUNDS["bf16" if trainer.backbone.dtype == torch.bfloat16 else "fp32"]
 
 
-@pytest.mark.parametrize(
-    "name", ["fused adapter", "text keys and values computed once", "checkpointing", "frozen convolutions"]
-)
-def test_the_default_is_the_plain_path(name, trained, monkeypatch):
-    latent, gradient = outcome(trained)
-    with without(name, trained, monkeypatch):
-        plain_latent, plain_gradient = outcome(trained)
-    bounds = BOUNDS["bf16" if trained.backbone.dtype == torch.bfloat16 else "fp32"]
-    assert relative(latent, plain_latent) <= bounds[0]
-    assert relative(gradient, plain_gradient) <= bounds[1]
+def test_each_saving_computes_what_the_plain_way_does(trained):
+    found = outcome(trained)
+    for name in undoing(trained):
+        with undone(trained, name):
+            plain = outcome(trained)
+        assert all(e <= bound for e, bound in zip(errors(found, plain), bounds_of(trained), strict=True)), (
+            name
+        )
+        if trained.backbone.dtype == torch.bfloat16 and name in ROUNDED:
+            assert not torch.equal(found[0], plain[0]), f"{name} was not undone"
+    assert torch.equal(outcome(trained)[0], found[0])
+
+
+def test_checkpointing_and_forgotten_inputs_change_no_gradient(trained, monkeypatch):
+    found = outcome(trained)
+    with kept_conv_inputs(trained):
+        plain = outcome(trained)
+    assert all(e <= bound for e, bound in zip(errors(found, plain), bounds_of(trained), strict=True))
+    for module in trained.backbone.denoiser.modules():
+        monkeypatch.setattr(module, "grad_checkpointing", False, raising=False)
+    assert errors(outcome(trained), found) == [0, 0]
 
 
 def test_the_prefix_alone_fuses_the_adapter_and_leaves_autocast_to_its_own_dtype(trained, monkeypatch):
@@ -127,9 +125,13 @@ def test_weights_in_another_dtype_keep_autocast_in_the_prefix(trained, monkeypat
         assert torch.is_autocast_enabled("cpu")
 
 
-def test_an_exception_leaves_no_fused_layer_behind(trained):
-    with pytest.raises(RuntimeError, match="inside"), fused_adapter(trained.backbone.denoiser):
-        raise RuntimeError("inside")
+@pytest.mark.parametrize("place", ["entry", "body"])
+def test_an_exception_leaves_no_fused_layer_behind(place, trained, monkeypatch):
+    if place == "entry":
+        factors = iter([(torch.zeros(1, 1), torch.zeros(1, 1))])
+        monkeypatch.setattr("Core.prefix._factors", lambda layer: next(factors))
+    with pytest.raises((RuntimeError, StopIteration)), fused_adapter(trained.backbone.denoiser):
+        raise RuntimeError
     assert not any("forward" in vars(m) for m in trained.backbone.denoiser.modules())
 
 
@@ -144,8 +146,9 @@ def programs() -> int:
     return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
-def test_compiled_blocks_are_the_plain_path_in_a_few_programs(twin, tmp_path):
-    options = dict(dtype="fp32", mixed_precision="no", backprop_steps=2, lora_dropout=0.1)
+@pytest.mark.parametrize(("dtype", "mixed"), [("fp32", "no"), ("bf16", "bf16")])
+def test_compiled_blocks_are_the_plain_path_in_a_few_programs(dtype, mixed, twin, tmp_path):
+    options = dict(dtype=dtype, mixed_precision=mixed, backprop_steps=2, lora_dropout=0.1)
     options |= dict(prompt=["fox", "a fox", "a red fox"], aes=None)  # captions of 5, 7 and 10 tokens
     plain, compiled = (
         twin_runs.built_trainer(twin, tmp_path / str(flag), compile_blocks=flag, **options)
@@ -164,7 +167,7 @@ def test_compiled_blocks_are_the_plain_path_in_a_few_programs(twin, tmp_path):
             max(len(plain.rollout.text[plain.backbone.caption(p.text())]) for p in plain.prompts_of(samples))
         )
         for expected, found, bound in zip(
-            outcome(plain, samples, step), outcome(compiled, samples, step), BOUNDS["fp32"], strict=True
+            outcome(plain, samples, step), outcome(compiled, samples, step), BOUNDS[dtype], strict=True
         ):
             assert relative(found, expected) <= bound, step
         counts.append(programs())
@@ -234,10 +237,13 @@ def test_a_frozen_layer_keeps_no_activation(module, shape):
     assert relative(torch.autograd.grad(module(x).square().sum(), x)[0], expected) <= 1e-5
 
 
-def test_a_trainable_convolution_is_left_alone():
-    conv = nn.Conv2d(4, 4, 3)
-    forget_conv_inputs(conv)
-    assert saved_bytes(conv, lambda: conv(torch.randn(1, 4, 6, 6))) > 0
+def test_a_convolution_that_is_trainable_or_padded_by_name_is_left_alone():
+    trainable, named = nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, padding="same").requires_grad_(False)
+    biased = nn.Conv2d(4, 4, 3)
+    biased.weight.requires_grad_(False)
+    for conv in (trainable, named, biased):
+        forget_conv_inputs(conv)
+        assert "forward" not in vars(conv)
 
 
 def decoder(num_frames: int, context: str) -> OpenSora:

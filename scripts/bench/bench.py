@@ -14,7 +14,7 @@ from unittest import mock
 import torch
 
 from Core import trainer as trainer_module
-from Core.config import Config
+from Core.config import Config, build_config
 from Core.inference import captions_of
 from Core.prompts import read_prompts
 from Core.runtime import Runtime
@@ -34,30 +34,35 @@ from scripts.bench.plain import plain_path
 from scripts.bench.presets import PRESETS, Setting
 
 
+def config_of(preset: str, setting: Setting, folder: Path | str) -> Config:
+    """The configuration of ``preset`` under ``setting``.
+
+    Raises:
+        ValueError: a key or value that is not allowed; the message lists all of them.
+    """
+    with registered():
+        return build_config({**setting.values(PRESETS[preset]), "project_dir": str(folder)})
+
+
 class Bench:
     """A trainer with random weights, whose steps are measured by phase."""
 
     def __init__(self, preset: str, setting: Setting, folder: Path):
-        sizes = PRESETS[preset]
+        self.config = config = config_of(preset, setting, folder)
+        self.setting, runtime = setting, Runtime(config.mixed_precision)
+        self.device = runtime.device
         with registered():
-            self.config = config = Config(**setting.values(sizes), project_dir=str(folder))
-            self.setting, runtime = setting, Runtime(config.mixed_precision)
-            self.device = runtime.device
             backbone = RandomOpenSora.from_config(config, runtime.device)
         prompts = read_prompts(config)
         captions = captions_of(backbone, prompts)
-        started = time.perf_counter()
         self.encoder = backbone.text_encoder()
-        self.text_build_seconds = time.perf_counter() - started
         text = {caption: self.encoder.encode([caption])[0].cpu() for caption in captions}
-        # What a run pays once for each caption; the cache makes it once for all runs.
-        self.text_seconds = (time.perf_counter() - started - self.text_build_seconds) / len(captions)
         if not setting.plain:
             self.encoder = None
             gc.collect()
             torch.cuda.empty_cache()
         backbone.load()
-        reward = RandomHPS(sizes.vit).to(runtime.device).cast(backbone.dtype)
+        reward = RandomHPS(PRESETS[preset].vit).to(runtime.device).cast(backbone.dtype)
         adapt_for_training(config, backbone)
         validation = Validation(config, runtime, backbone, reward, {}, prompts, text)
         self.trainer = Trainer(
@@ -116,7 +121,6 @@ class Bench:
             "phases": phases,
             "step_seconds": [sum(step.values()) for step in taken],
             "cpu_seconds": cpu_seconds,
-            "text_seconds_per_caption": self.text_seconds,
             "dtype": str(self.trainer.backbone.dtype).removeprefix("torch."),
             "ceiling": ceiling,
             "bandwidth": bandwidth,
@@ -142,7 +146,11 @@ def _serve(pipe, preset: str, text: str, threads: int) -> None:
 
 
 class Worker:
-    """A bench in a process of its own, whose memory is its own as well."""
+    """A bench in a process of its own, whose memory is its own as well.
+
+    Raises:
+        RuntimeError: it could not be built; why stands in what it printed.
+    """
 
     def __init__(self, preset: str, text: str):
         context = multiprocessing.get_context("spawn")
@@ -151,7 +159,12 @@ class Worker:
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         child.close()
-        self.pipe.recv()
+        try:
+            self.pipe.recv()
+        except EOFError:
+            raise RuntimeError(
+                f"the worker of {preset} under {text!r} stopped; see its message above"
+            ) from None
 
     def step(self) -> tuple[float, float, int]:
         """(seconds, seconds of processor time, peak bytes) of one step."""

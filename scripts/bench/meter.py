@@ -18,6 +18,7 @@ CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
 BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**31}
 REPEATS = 5
 FUSED_ATTENTION = re.compile(r"_scaled_dot_product_\w*attention\w*")
+UNMOVED = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty"}
 BACKWARD_ATTENTION = 2.5  # five products of the forward pass's two sizes
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
@@ -46,8 +47,9 @@ class OperationCounter(TorchDispatchMode):
     """Operations and bytes of everything PyTorch runs, split into phases by ``lap``.
 
     Operations are those of products and convolutions. Bytes are those of every operation's inputs and outputs, as if
-    nothing were fused or cached; views move none. ``roofline_seconds`` adds up, over the operations, the larger of
-    operations / ``ceiling`` and bytes / ``bandwidth``.
+    nothing were cached between two of them; views and bare allocations move none. ``roofline_seconds`` adds up, over
+    the operations, the larger of operations / ``ceiling`` and bytes / ``bandwidth``: where caches help, a step may
+    take less.
     """
 
     def __init__(self, ceiling: float, bandwidth: float):
@@ -68,9 +70,12 @@ class OperationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if not func.is_view:
+        name = func._overloadpacket.__name__
+        if not (func.is_view or name in UNMOVED):
             operations = count_operations(func, args, kwargs or {}, out)
-            moved = _bytes(args) + _bytes(out)
+            # A copy's target, among its arguments, is not read.
+            read = args[1:] if name == "copy_" else (*args, *(kwargs or {}).values())
+            moved = _bytes(read) + _bytes(out)
             self.now["operations"] += operations
             self.now["bytes"] += moved
             self.now["roofline_seconds"] += max(operations / self.ceiling, moved / self.bandwidth)
@@ -89,6 +94,9 @@ def count_operations(func, args: tuple, kwargs: dict, out) -> float:
     if name == "addmm_":
         _, left, right = args[:3]
         return 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
+    if name == "_linear_pointwise":
+        x, weight = args[:2]
+        return 2.0 * x.numel() * weight.shape[0]
     formula = flop_registry.get(packet)
     return float(formula(*args, **kwargs, out_val=out)) if formula else 0.0
 

@@ -30,21 +30,24 @@ SAVED = """## What is saved
 | on by default | plain path | the result |
 | --- | --- | --- |
 | captions encoded once, kept on disk, the encoder freed | encoder resident and run at every step | the same numbers |
-| text keys and values computed once per sample | once per sampling step and block | the same numbers |
+| text keys and values computed once without a gradient, once with | once per sampling step | the same numbers |
 | fused attention | score matrix in float32 | rounding |
 | no frame mask where all frames are generated | modulation by frame, twice | the same numbers |
 | blocks checkpointed, once | whole step and blocks | the same numbers |
 | frozen weights in bf16 | float32 | bf16 rounding |
-| in the prefix the adapter added in place, by one product | PEFT's layer: copy, two products, scale, add | rounding |
+| in the prefix the adapter added in place, by one product, and no autocast | PEFT's layer and autocast | rounding |
 | convolutions of the frozen VAE keep no input | PyTorch keeps it for a weight's gradient | the same numbers |
-| rotary position, norms and modulation as one operation each | two to seven | rounding |
+| norms, modulation, gates and rotary position in one to three operations each | in two to seven | rounding |
 | tokens in memory as the blocks read them | as the patch embedding's convolution leaves them, transposed | rounding |
-| on a CPU, GELU within the product before it | a pass of its own | rounding |
+| without a gradient on a CPU, GELU within the product before it | a pass of its own | rounding |
 
-`tests/test_exact_options.py` holds the final latent to a relative 1e-5 in float32 (2e-2 in bf16) and the adapter's
-gradient to 1e-4 (2e-2). Frozen linear layers keep nothing for a weight's gradient by themselves; the same tests count
-what autograd saves. Besides, the prefix runs without autocast where the weights are in autocast's dtype, as inference
-does: on a GPU PyTorch would run its norms in float32.
+`tests/test_exact_options.py` undoes them one by one, and holds the final latent to a relative 1e-5 in float32 (2e-2 in
+bf16) and the adapter's gradient to 1e-4 (2e-2). Frozen linear layers keep nothing for a weight's gradient by
+themselves; the same tests count what autograd saves. The prefix runs without autocast where the weights are in its
+dtype, as inference does: on a GPU PyTorch would run its norms in float32.
+
+How much of the time the bf16 weights save, and how much the rest, is measured by comparisons in one dtype
+([both in float32](#cpu-twin-fp32-compare), [both in bf16](#cpu-twin-bf16-compare)).
 
 By choice: `compile_blocks` compiles the denoiser's blocks; `grad_checkpoint="keep_attention"` leaves attention out of
 what is computed again; `prefix_steps` and `prefix_cache` take fewer or cheaper steps before the gradient window;
@@ -55,17 +58,15 @@ result are measured under [demo approximations](#demo-approximations).
 
 LEFT_OUT = """## What was left out
 
-- **Time and fps embeddings for all steps at once.** Two rows through two small layers: under a thousandth of a
-  sampling step's operations.
-- **Compiling by default.** With `compile_blocks` the demo's first step takes 39 s on two CPU cores instead of 1.5 s
-  (`vader_demo.py --compile-blocks`, `metrics.csv`), and validation compiles programs of its own. A step of the twin
-  saves 1.3 s (below), so that some thirty steps win that back.
-- **CUDA graphs, 8-bit products, preparing the next batch while a GPU works.** None of the figures below come from a
-  GPU, and what cannot be measured is not added. Drawing a step's noise, all there is to prepare, takes milliseconds
+- **Time and fps embeddings for all steps at once.** They are two rows through two small layers, beside thousands
+  through every block.
+- **Compiling by default.** On a CPU a step of compiled blocks takes [as long](#cpu-twin-compiled-compare) as without,
+  after a first step of half a minute. `compile_blocks` is there for GPUs, where passes over memory weigh more.
+- **CUDA graphs, 8-bit products, preparing the next batch while a GPU works.** There was no GPU to measure them on, and
+  what is not measured is not added. Drawing a step's noise, all there is to prepare, takes milliseconds
   (`scripts/measure_overhead.py`).
 - **The adapter merged into the weights for the prefix.** In bf16 a change below half the spacing of a weight is lost,
-  so that a young adapter would not be there at all. In float32 an adapted `qkv` of XL/2's width takes 87 ms merged,
-  91 ms with the fused product and 93 ms as PEFT computes it (1024 tokens on a CPU core shared with other work).
+  so that a young adapter would not be there at all.
 - **bitsandbytes' own 4-bit layer.** On a CPU it switches to a kernel without a gradient; `base_quant` uses its packing
   and widens the weight itself.
 """
@@ -215,15 +216,17 @@ def _paths_table(result: dict[str, Any]) -> str:
             f"`{row['path']}`",
             f"{row['seconds']:.0f}",
             f"{row['reward']:.1f}",
-            f"{row['gain']:+.1f} ({row['low']:+.1f} to {row['high']:+.1f})",
+            *(
+                f"{gain['gain']:+.2f} ({gain['low']:+.2f} to {gain['high']:+.2f})"
+                for gain in (row["gain"], row["over_plain"])
+            ),
         )
         for row in result["rows"]
     ]
-    kept = result["default_over_plain"]
+    header = ("path", "seconds of training", "reward", "over the base model", "over the plain path")
     return (
-        rows(("path", "seconds of training", "reward", "gain over the base model"), lines)
-        + f"\n\nVideo by video, `default` is {kept['difference']:+.2f} above `plain` ({kept['low']:+.2f} to "
-        f"{kept['high']:+.2f}), on {result['prompts']} held-out prompts."
+        rows(header, lines)
+        + f"\n\nDifferences are paired video by video, of {result['prompts']} held-out prompts."
     )
 
 
@@ -277,9 +280,9 @@ def roofline(result: dict[str, Any]) -> str:
     return (
         f"Roofline: {total['operations'] / 1e12:.2f} T operations and {total['bytes'] / 1e9:.1f} GB, counted at every "
         f"operator. The machine does {result['ceiling'] / 1e12:.3f} T/s in a large {result['dtype']} product and "
-        f"copies {result['bandwidth'] / 1e9:.1f} GB/s. Products alone need {floor:.2f} s; with each operator at its "
-        f"own limit, unfused, {total['roofline_seconds']:.2f} s; the step takes {total['seconds']:.2f} s, that is "
-        f"{floor / total['seconds']:.0%} of the ceiling."
+        f"copies {result['bandwidth'] / 1e9:.1f} GB/s. Products alone need {floor:.2f} s; with the bytes of each "
+        f"operator from memory, none from a cache, {total['roofline_seconds']:.2f} s; the step takes "
+        f"{total['seconds']:.2f} s, that is {floor / total['seconds']:.0%} of the ceiling."
     )
 
 

@@ -1,11 +1,10 @@
 """The step as it is without this project's savings: what the defaults are compared with.
 
 Score matrices in attention, the text encoder resident and run at every step, text keys and values computed at every
-sampling step, modulation by frame though every frame is generated, checkpoints inside checkpoints, PEFT's own layer in
-the prefix, convolutions that keep their input, norms, modulation, rotary position and GELU as they are written down,
-tokens in the order in memory that the patch embedding's convolution leaves them in. The release computes all of these
-so, but for the score matrix where its fused kernels are installed. Each is put in place of a piece for as long as the
-context lasts.
+sampling step, modulation by frame though every frame is generated, checkpoints inside checkpoints, PEFT's own layer and
+autocast in the prefix, convolutions that keep their input, norms, modulation, rotary position and GELU as they are
+written down, tokens in the order in memory that the patch embedding's convolution leaves them in. Each is put in place
+of a piece for as long as the context lasts.
 
 Axes: B batch, N heads, Q queries, K keys, d head dimension, T latent frames.
 """
@@ -14,13 +13,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Core import rollout
 from Core.backbones import TextEncoder, opensora
 from Core.frozen import forget_conv_inputs
 from Core.trainer import Trainer
@@ -39,6 +38,7 @@ def score_matrix_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | 
 
 
 def separate_rms_norm(norm: blocks.RMSNorm, x: Tensor) -> Tensor:
+    """[..., D] → [..., D]; so do the next three."""
     wide = at_least_float32(x)
     return norm.weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + blocks.NORM_EPS)).to(
         x.dtype
@@ -47,6 +47,10 @@ def separate_rms_norm(norm: blocks.RMSNorm, x: Tensor) -> Tensor:
 
 def separate_modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return x * (1 + scale) + shift
+
+
+def separate_gated_sum(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    return x + gate * branch
 
 
 def separate_rotary(rope: RotaryEmbedding, x: Tensor) -> Tensor:
@@ -69,7 +73,7 @@ def transposed_tokens(
 
 
 class EncodedEachTime:
-    """Stands for the features of every caption, and runs the encoder whenever one is asked for."""
+    """Stands for the features of every caption, and runs the encoder whenever one is asked for, one by one."""
 
     def __init__(self, encoder: TextEncoder, lap: Callable[[str], None]):
         self.encoder, self.lap = encoder, lap
@@ -89,30 +93,60 @@ def with_mask(velocity: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return masked
 
 
-@contextmanager
-def plain_path(trainer: Trainer, encoder: TextEncoder, lap: Callable[[str], None]) -> Iterator[None]:
-    """Within this context ``trainer`` takes plain steps."""
-    make = trainer.backbone.velocity
+def undoing(trainer: Trainer) -> dict[str, list[tuple[Any, str, Any]]]:
+    """For each saving (object, attribute, value) that put the plain way in its place."""
+    velocity = trainer.backbone.velocity
     functional = SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": score_matrix_attention})
-    network = type(trainer.backbone.denoiser.get_base_model())
-    doubled = partial(opensora.guided_velocity, checkpoint_steps=True)
-    convolutions = [module for module in trainer.backbone.vae.modules() if "forward" in vars(module)]
-    with ExitStack() as stack:
-        for target, name, value in (
-            (blocks, "F", functional),
-            (blocks, "gelu_linear", separate_gelu),
+    # Where nothing is checkpointed there is nothing to checkpoint twice.
+    doubled = partial(opensora.guided_velocity, checkpoint_steps=bool(trainer.config.grad_checkpoint))
+    return {
+        "fused attention": [(blocks, "F", functional)],
+        "text keys and values computed once": [
+            (type(trainer.backbone.denoiser.get_base_model()), "accepts_text_context", False)
+        ],
+        "no frame mask": [
+            (trainer.backbone, "velocity", lambda *args, **kwargs: with_mask(velocity(*args, **kwargs)))
+        ],
+        "checkpointing once": [(opensora, "guided_velocity", doubled)],
+        "fused adapter and no autocast": [(trainer.rollout, "prefix", nullcontext)],
+        "norms, modulation and position as one operation": [
             (blocks.RMSNorm, "forward", separate_rms_norm),
             (RotaryEmbedding, "forward", separate_rotary),
             (stdit3, "modulate", separate_modulate),
-            (PatchEmbed3D, "forward", transposed_tokens(PatchEmbed3D.forward)),
-            (network, "accepts_text_context", False),
-            (opensora, "guided_velocity", doubled),
-            (rollout, "fused_adapter", lambda model: nullcontext()),
-            (trainer.backbone, "velocity", lambda *args, **kwargs: with_mask(make(*args, **kwargs))),
-            (trainer.rollout, "text", EncodedEachTime(encoder, lap)),
-        ):
-            stack.enter_context(mock.patch.object(target, name, value))
-        for module in convolutions:
-            del module.forward
-        stack.callback(forget_conv_inputs, trainer.backbone.vae)
+            (stdit3, "gated_sum", separate_gated_sum),
+        ],
+        "tokens in one order": [(PatchEmbed3D, "forward", transposed_tokens(PatchEmbed3D.forward))],
+        "GELU in its product": [(blocks, "gelu_linear", separate_gelu)],
+    }
+
+
+@contextmanager
+def kept_conv_inputs(trainer: Trainer) -> Iterator[None]:
+    """Within this context the VAE's convolutions are PyTorch's own."""
+    for module in trainer.backbone.vae.modules():
+        vars(module).pop("forward", None)
+    try:
+        yield
+    finally:
+        forget_conv_inputs(trainer.backbone.vae)
+
+
+@contextmanager
+def undone(trainer: Trainer, *names: str) -> Iterator[None]:
+    """Within this context ``trainer`` takes its steps without the savings of these names."""
+    with ExitStack() as stack:
+        for name in names:
+            for patch in undoing(trainer)[name]:
+                stack.enter_context(mock.patch.object(*patch))
+        yield
+
+
+@contextmanager
+def plain_path(trainer: Trainer, encoder: TextEncoder, lap: Callable[[str], None]) -> Iterator[None]:
+    """Within this context ``trainer`` takes plain steps."""
+    with (
+        undone(trainer, *undoing(trainer)),
+        kept_conv_inputs(trainer),
+        mock.patch.object(trainer.rollout, "text", EncodedEachTime(encoder, lap)),
+    ):
         yield

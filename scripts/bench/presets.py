@@ -27,7 +27,7 @@ VIT_H = dict(
 VAE = dict(type="benchmark-vae", vae_2d=None, vae_temporal={}, micro_frame_size=17, micro_batch_size=4)
 
 TWIN = dict(XL2, depth=1)
-TWIN_T5 = dict(T5_XXL, num_layers=1, vocab_size=1339)
+TWIN_T5 = dict(T5_XXL, num_layers=1, vocab_size=32128 // 24)  # a layer's share of the word vectors, too
 TWIN_VIT = dict(VIT_H, num_hidden_layers=1)
 TWIN_VAE = dict(
     type="benchmark-vae",
@@ -97,7 +97,6 @@ PLAIN_VALUES = dict(dtype="fp32", mixed_precision="no")
 class Setting:
     """A way to run a preset: ``default`` or ``plain``, then ``;key=value`` for each key to change."""
 
-    text: str
     plain: bool
     overrides: dict[str, Any]
 
@@ -110,12 +109,18 @@ class Setting:
                 f"'default;dtype=fp32', got {text!r}"
             )
         pairs = [change.partition("=") for change in changes]
-        return cls(text, name == "plain", {key: parse_literal(value) for key, _, value in pairs})
+        return cls(name == "plain", {key: parse_literal(value) for key, _, value in pairs})
 
     def values(self, preset: Preset) -> dict[str, Any]:
-        """Keys of the configuration; ``scheduler.num_sampling_steps`` reaches into an entry."""
+        """Keys of the configuration; ``scheduler.num_sampling_steps`` reaches into an entry.
+
+        Raises:
+            ValueError: there is no such entry to reach into.
+        """
         values = {**preset.values, **(PLAIN_VALUES if self.plain else {})}
         for key, value in self.overrides.items():
             entry, _, inner = key.partition(".")
+            if inner and not isinstance(values.get(entry), dict):
+                raise ValueError(f"{key}: the preset has no entry {entry!r} that holds keys")
             values[entry] = {**values[entry], inner: value} if inner else value
         return values

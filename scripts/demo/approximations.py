@@ -13,7 +13,6 @@ import argparse
 import statistics
 import sys
 import tempfile
-import time
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -77,12 +76,12 @@ def step(trainer: Trainer, number: int) -> tuple[Tensor, Tensor, float]:
         return made[-1]
 
     trainer.rollout.sample = watched  # type: ignore[method-assign]
-    begun = time.perf_counter()
-    trainer.micro_step(
-        batch_of(trainer, number), trainer.rollout.gradient_window(0), Stopwatch(trainer.runtime.device)
-    )
-    seconds = time.perf_counter() - begun
-    del trainer.rollout.sample
+    clock = Stopwatch(trainer.runtime.device)
+    try:
+        trainer.micro_step(batch_of(trainer, number), trainer.rollout.gradient_window(0), clock)
+    finally:
+        del trainer.rollout.sample
+    seconds = sum(clock.seconds().values())
     gradient = torch.cat([p.grad.flatten() for p in trainer.parameters])
     for parameter in trainer.parameters:
         parameter.grad = None

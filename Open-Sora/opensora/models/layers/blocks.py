@@ -11,8 +11,11 @@ from torch import Tensor, nn
 from .embeddings import RotaryEmbedding
 
 NORM_EPS = 1e-6
-ONEDNN = torch.backends.mkldnn.is_available()
-ONEDNN_BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported
+# An operator of PyTorch's own compiler, without a public name.
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+ONEDNN_DTYPES = {torch.float32}
+if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    ONEDNN_DTYPES.add(torch.bfloat16)
 
 
 class RMSNorm(nn.Module):
@@ -97,8 +100,14 @@ def gelu_linear(linear: nn.Module, x: Tensor) -> Tensor:
 
 
 def _onednn_serves(linear: nn.Module, x: Tensor) -> bool:
-    """On a CPU, uncompiled, for no gradient, in a dtype of its own that autocast leaves alone."""
-    unlike = torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling()
-    if unlike or type(linear) is not nn.Linear or x.device.type != "cpu" or x.dtype != linear.weight.dtype:
+    """On a CPU, uncompiled, without a gradient, in a dtype of the layer's own that autocast leaves alone."""
+    if (
+        not ONEDNN
+        or torch.is_grad_enabled()
+        or torch.is_autocast_enabled("cpu")
+        or torch.compiler.is_compiling()
+    ):
         return False
-    return ONEDNN and (x.dtype == torch.float32 or (x.dtype == torch.bfloat16 and ONEDNN_BF16()))
+    if type(linear) is not nn.Linear or x.device.type != "cpu":
+        return False
+    return x.dtype == linear.weight.dtype and x.dtype in ONEDNN_DTYPES

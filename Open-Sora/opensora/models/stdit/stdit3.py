@@ -111,9 +111,9 @@ class STDiT3Block(nn.Module):
         table = (self.scale_shift_table + modulation)[:, :, :, None]
         shift_attn, scale_attn, gate_attn, shift_mlp, scale_mlp, gate_mlp = table.unbind(2)
         attended = self.attn(modulate(self.norm1(x), shift_attn, scale_attn))
-        x = torch.addcmul(x, gate_attn, attended)
+        x = gated_sum(x, gate_attn, attended)
         x = x + self.cross_attn(x.flatten(1, 2), k, v, attn_mask).view_as(x)
-        return torch.addcmul(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
+        return gated_sum(x, gate_mlp, self.mlp(modulate(self.norm2(x), shift_mlp, scale_mlp)))
 
 
 class FinalLayer(nn.Module):
@@ -142,6 +142,10 @@ class FinalLayer(nn.Module):
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, x, 1 + scale)
+
+
+def gated_sum(x: Tensor, gate: Tensor, branch: Tensor) -> Tensor:
+    return torch.addcmul(x, gate, branch)
 
 
 class STDiT3(nn.Module):

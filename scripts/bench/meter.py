@@ -24,7 +24,10 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Most bytes held since the last ``take``: on a GPU of tensors, on a CPU of the process's resident memory."""
+    """Most bytes held since the last ``take``: on a GPU of tensors, on a CPU of the process's resident memory.
+
+    Where the system lets no high-water mark start anew (not Linux, or no right to), since the process began.
+    """
 
     def __init__(self, device: torch.device):
         self.on_gpu = device.type == "cuda"
@@ -36,11 +39,11 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             return peak
         try:
-            peak = int(re.search(r"VmHWM:\s+(\d+)", STATUS.read_text()).group(1)) * 1024  # type: ignore[union-attr]
+            found = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())
             CLEAR.write_text("5")  # Linux's way to let the high-water mark start anew
         except OSError:
-            return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return peak
+            found = None
+        return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
 
 
 class OperationCounter(TorchDispatchMode):

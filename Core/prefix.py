@@ -1,14 +1,15 @@
 """The sampling steps before the gradient window, which are most of a training step: what they need not do.
 
 The adapter is added into its layer's output in place, by one product. PEFT's layer copies its input to float32, scales
-the adapter's output and adds it, each a pass over memory of its own; that is there for the gradient.
+the adapter's output and adds it, each a pass over memory of its own; that is there for the gradient. So is autocast,
+where the frozen weights are in its dtype.
 
 With ``prefix_cache``, attention and MLP outputs are used for several steps, since they change slowly from one to the
 next (FORA, Selvaraju et al., 2024). That is no longer the same video.
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -52,6 +53,13 @@ def _fused(
     a, b = low[out.dtype]
     out.view(-1, out.shape[-1]).addmm_(x.to(out.dtype).flatten(0, -2) @ a.T, b.T)
     return out
+
+
+def without_needless_autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager:
+    """Autocast off where it would compute in the weights' own ``dtype``; it would only widen norms between products."""
+    if torch.get_autocast_dtype(device.type) == dtype:
+        return torch.autocast(device.type, enabled=False)
+    return nullcontext()
 
 
 @contextmanager

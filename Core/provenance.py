@@ -86,7 +86,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """Commit of the code, with ``+`` when files other than documentation differ; None outside a repository."""
+    """Commit of the code, with ``+`` when files outside docs/ differ; None outside a repository."""
     here = Path(__file__).parent
     git = ["git", "-C", str(here)]
     try:

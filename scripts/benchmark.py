@@ -117,6 +117,14 @@ def sweep(preset: str, setting: str, name: str, steps: int) -> dict[str, Any]:
     }
 
 
+def measure(args: argparse.Namespace) -> dict[str, Any]:
+    if args.compare:
+        return compare(args.preset, args.compare, args.steps)
+    if args.sweep:
+        return sweep(args.preset, args.setting, args.sweep, args.steps)
+    return run(args.preset, args.setting, args.steps)
+
+
 def origin(argv: list[str], script: str = "scripts/benchmark.py") -> dict[str, Any]:
     """Machine, versions and command, to stand in the result; nothing that names a folder of this machine."""
     from Core.provenance import describe
@@ -134,24 +142,19 @@ def main(argv: list[str] | None = None) -> int:
     if args.write_docs:
         page.write()
         return 0
-    from scripts.bench.bench import config_of
-
-    try:
-        for text in args.compare or [args.setting]:
-            config_of(args.preset, Setting.parse(text), "")
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
     import torch
+
+    from scripts.bench.bench import config_of
 
     if args.threads:
         torch.set_num_threads(args.threads)
-    if args.compare:
-        result = compare(args.preset, args.compare, args.steps)
-    elif args.sweep:
-        result = sweep(args.preset, args.setting, args.sweep, args.steps)
-    else:
-        result = run(args.preset, args.setting, args.steps)
+    try:
+        for text in args.compare or [args.setting]:
+            config_of(args.preset, Setting.parse(text), "")
+        result = measure(args)
+    except (ValueError, RuntimeError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ValueError) else 1
     result = {"preset": args.preset, "threads": torch.get_num_threads(), **result, **origin(argv)}
     page.deliver(result, args.json)
     return 0

@@ -149,7 +149,7 @@ class Worker:
     """A bench in a process of its own, whose memory is its own as well.
 
     Raises:
-        RuntimeError: it could not be built; why stands in what it printed.
+        RuntimeError: it stopped; why stands in what it printed.
     """
 
     def __init__(self, preset: str, text: str):
@@ -159,22 +159,24 @@ class Worker:
         self.process = context.Process(target=_serve, args=arguments, daemon=True)
         self.process.start()
         child.close()
+        self.name = f"{preset} under {text!r}"
+        self._receive()
+
+    def _receive(self) -> Any:
         try:
-            self.pipe.recv()
+            return self.pipe.recv()
         except EOFError:
-            raise RuntimeError(
-                f"the worker of {preset} under {text!r} stopped; see its message above"
-            ) from None
+            raise RuntimeError(f"the worker of {self.name} stopped; see its message above") from None
 
     def step(self) -> tuple[float, float, int]:
         """(seconds, seconds of processor time, peak bytes) of one step."""
         self.pipe.send("step")
-        return self.pipe.recv()
+        return self._receive()
 
     def measure(self, steps: int) -> dict[str, Any]:
         self.pipe.send("measure")
         self.pipe.send(steps)
-        return self.pipe.recv()
+        return self._receive()
 
     def close(self) -> None:
         self.pipe.send(None)

@@ -3,6 +3,7 @@
 import math
 import re
 import resource
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -26,7 +27,7 @@ STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 class PeakMemory:
     """Most bytes held since the last ``take``: on a GPU of tensors, on a CPU of the process's resident memory.
 
-    Where the system lets no high-water mark start anew (not Linux, or no right to), since the process began.
+    Where the high-water mark cannot start anew (it is Linux's, and takes a right), since the process began.
     """
 
     def __init__(self, device: torch.device):
@@ -43,7 +44,10 @@ class PeakMemory:
             CLEAR.write_text("5")  # Linux's way to let the high-water mark start anew
         except OSError:
             found = None
-        return (int(found[1]) if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) * 1024
+        if found:
+            return int(found[1]) * 1024
+        unit = 1 if sys.platform == "darwin" else 1024
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 class OperationCounter(TorchDispatchMode):

@@ -21,7 +21,7 @@ machine and the versions it was measured with. Weights are random: the cost of a
 
 A step samples N − K steps without a gradient (`prefix`), K with one (`gradient_steps`), decodes, scores, and goes back.
 `cpu-twin` is one of XL/2's 28 layers at its full width and 240p, with one layer each of T5-XXL and ViT-H, a VAE of a
-thirtieth of the operations, 17 frames and 10 steps. `plain` is the same step without the savings listed
+fiftieth of the operations, 17 frames and 10 steps. `plain` is the same step without the savings listed
 [below](#what-is-saved).
 """
 
@@ -30,21 +30,22 @@ SAVED = """## What is saved
 | on by default | plain path | the result |
 | --- | --- | --- |
 | captions encoded once, kept on disk, the encoder freed | encoder resident and run at every step | the same numbers |
-| text keys and values computed once without a gradient, once with | once per sampling step | the same numbers |
+| text keys and values computed once without a gradient, once with | once per sampling step | the same latent |
 | fused attention | score matrix in float32 | rounding |
 | no frame mask where all frames are generated | modulation by frame, twice | the same numbers |
 | blocks checkpointed, once | whole step and blocks | the same numbers |
 | frozen weights in bf16 | float32 | bf16 rounding |
-| in the prefix the adapter added in place, by one product, and no autocast | PEFT's layer and autocast | rounding |
+| in the prefix the adapter added in place, by one product | PEFT's layer: copy, two products, scale, add | rounding |
 | convolutions of the frozen VAE keep no input | PyTorch keeps it for a weight's gradient | the same numbers |
-| norms, modulation, gates and rotary position in one to three operations each | in two to seven | rounding |
+| modulation, gates, rotary position, on a GPU norms, in one to three operations | in two to nine | rounding |
 | tokens in memory as the blocks read them | as the patch embedding's convolution leaves them, transposed | rounding |
 | without a gradient on a CPU, GELU within the product before it | a pass of its own | rounding |
 
-`tests/test_exact_options.py` undoes them one by one, and holds the final latent to a relative 1e-5 in float32 (2e-2 in
-bf16) and the adapter's gradient to 1e-4 (2e-2). Frozen linear layers keep nothing for a weight's gradient by
-themselves; the same tests count what autograd saves. The prefix runs without autocast where the weights are in its
-dtype, as inference does: on a GPU PyTorch would run its norms in float32.
+`tests/test_exact_options.py` undoes one by one what of these is in the denoiser and the VAE, sees that other operations
+run then, and holds the final latent to a relative 1e-5 in float32 (2e-2 in bf16) and the adapter's gradient to 1e-4
+(2e-2, of a projection of the latent). Frozen linear layers keep nothing for a weight's gradient by themselves; the same
+tests count what autograd saves. Where the weights are in autocast's dtype the prefix runs without it, as inference
+does: on a GPU PyTorch would run its norms in float32. Of all this GELU alone is for CPUs only.
 
 How much of the time the bf16 weights save, and how much the rest, is measured by comparisons in one dtype
 ([both in float32](#cpu-twin-fp32-compare), [both in bf16](#cpu-twin-bf16-compare)).
@@ -58,12 +59,13 @@ result are measured under [demo approximations](#demo-approximations).
 
 LEFT_OUT = """## What was left out
 
-- **Time and fps embeddings for all steps at once.** They are two rows through two small layers, beside thousands
+- **Time and fps embeddings for all steps at once.** They are two rows through five linear layers, beside thousands
   through every block.
-- **Compiling by default.** On a CPU a step of compiled blocks takes [as long](#cpu-twin-compiled-compare) as without,
-  after a first step of half a minute. `compile_blocks` is there for GPUs, where passes over memory weigh more.
-- **CUDA graphs, 8-bit products, preparing the next batch while a GPU works.** There was no GPU to measure them on, and
-  what is not measured is not added. Drawing a step's noise, all there is to prepare, takes milliseconds
+- **Compiling by default.** On a CPU a step of compiled blocks takes [about as long](#cpu-twin-compiled-compare) as one
+  with the fused adapter and GELU, which it replaces by its own, and the first takes longer. Whether it pays on a GPU
+  has not been measured.
+- **CUDA graphs, 8-bit products, preparing the next batch while a GPU works.** There was no GPU to measure them on.
+  Drawing a step's noise, all there is to prepare, takes milliseconds
   (`scripts/measure_overhead.py`).
 - **Saving in the background.** A checkpoint is the adapter and its two moments, 0.11 GB for XL/2 at rank 16; it is
   written, and its hash taken, before the next step begins, so that what was reported as saved is on disk.
@@ -228,7 +230,8 @@ def _paths_table(result: dict[str, Any]) -> str:
     header = ("path", "seconds of training", "reward", "over the base model", "over the plain path")
     return (
         rows(header, lines)
-        + f"\n\nDifferences are paired video by video, of {result['prompts']} held-out prompts."
+        + f"\n\nDifferences are paired video by video, of {result['prompts']} held-out prompts; the base model is "
+        "that of the path, stored as in its training."
     )
 
 

@@ -1,10 +1,10 @@
 """The step as it is without this project's savings: what the defaults are compared with.
 
 Score matrices in attention, the text encoder resident and run at every step, text keys and values computed at every
-sampling step, modulation by frame though every frame is generated, checkpoints inside checkpoints, PEFT's own layer and
-autocast in the prefix, convolutions that keep their input, norms, modulation, rotary position and GELU as they are
-written down, tokens in the order in memory that the patch embedding's convolution leaves them in. Each is put in place
-of a piece for as long as the context lasts.
+sampling step, modulation by frame though every frame is generated, checkpoints inside checkpoints, PEFT's own layer in
+the prefix (and autocast, where there is any), convolutions that keep their input, norms, modulation, rotary position
+and GELU as they are written down, tokens in the order in memory that the patch embedding's convolution leaves them in.
+Each is put in place of a piece for as long as the context lasts.
 
 Axes: B batch, N heads, Q queries, K keys, d head dimension, T latent frames.
 """
@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from Core import rollout
 from Core.backbones import TextEncoder, opensora
 from Core.frozen import forget_conv_inputs
 from Core.trainer import Trainer
@@ -73,7 +74,8 @@ def transposed_tokens(
 
 
 class EncodedEachTime:
-    """Stands for the features of every caption, and runs the encoder whenever one is asked for, one by one."""
+    """Stands for the features of every caption, and runs the encoder whenever one is asked for: caption by
+    caption, which takes longer than a batch would."""
 
     def __init__(self, encoder: TextEncoder, lap: Callable[[str], None]):
         self.encoder, self.lap = encoder, lap
@@ -108,13 +110,14 @@ def undoing(trainer: Trainer) -> dict[str, list[tuple[Any, str, Any]]]:
             (trainer.backbone, "velocity", lambda *args, **kwargs: with_mask(velocity(*args, **kwargs)))
         ],
         "checkpointing once": [(opensora, "guided_velocity", doubled)],
-        "fused adapter and no autocast": [(trainer.rollout, "prefix", nullcontext)],
-        "norms, modulation and position as one operation": [
-            (blocks.RMSNorm, "forward", separate_rms_norm),
-            (RotaryEmbedding, "forward", separate_rotary),
-            (stdit3, "modulate", separate_modulate),
-            (stdit3, "gated_sum", separate_gated_sum),
+        "fused adapter": [(rollout, "fused_adapter", lambda model: nullcontext())],
+        "no autocast in the prefix": [
+            (rollout, "without_needless_autocast", lambda device, dtype: nullcontext())
         ],
+        "norms in one operation": [(blocks.RMSNorm, "forward", separate_rms_norm)],
+        "rotary position in three operations": [(RotaryEmbedding, "forward", separate_rotary)],
+        "modulation in one operation": [(stdit3, "modulate", separate_modulate)],
+        "gates in one operation": [(stdit3, "gated_sum", separate_gated_sum)],
         "tokens in one order": [(PatchEmbed3D, "forward", transposed_tokens(PatchEmbed3D.forward))],
         "GELU in its product": [(blocks, "gelu_linear", separate_gelu)],
     }

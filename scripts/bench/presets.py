@@ -1,7 +1,7 @@
 """What is measured: the released sizes, and a twin for a CPU.
 
 The twin is one of the 28 layers of XL/2 (a spatial and a temporal block) as it is at 240p, one of T5-XXL's 24 and of
-ViT-H's 32, and a VAE of about a fifth of the widths, a thirtieth of the operations; of a video it has 17 frames, and it
+ViT-H's 32, and a VAE of about a fifth of the widths, a fiftieth of the operations; of a video it has 17 frames, and it
 takes 10 steps. It is the depth that is cut and not the width, since layers are alike, while the width decides what a
 product costs beside the operations on each element.
 """

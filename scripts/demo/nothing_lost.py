@@ -1,6 +1,6 @@
-"""What the savings lose: the quickstart's training without them, with the defaults, and with a base of 4 or 8 bits.
+"""What the savings lose: the quickstart's training without them, with them, and with a base of 16, 8 or 4 bits.
 
-All begin from the same seed. The base model of a path is stored as its adapter was trained with it.
+The paths are taken one after the other. Each is compared with its own base model, stored as it was in training.
 
 ``python -m scripts.demo.nothing_lost [--prompts 256] [--json docs/benchmarks/demo-nothing-lost.json] [flags]``
 """
@@ -36,6 +36,7 @@ PATHS: dict[str, list[str]] = {
     "default": [],
     # What another order of prompts and other noise make of the same settings: how far apart equal paths may lie.
     "default, another seed": ["--seed", "201"],
+    "dtype='bf16'": ["--dtype", "bf16", "--mixed-precision", "bf16"],
     "dtype='fp8'": ["--dtype", "fp8", "--mixed-precision", "bf16"],
     "base_quant='nf4'": ["--base-quant", "nf4"],
 }

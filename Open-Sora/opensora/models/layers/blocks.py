@@ -26,7 +26,8 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(dim))
 
     def forward(self, x: Tensor) -> Tensor:
-        # The kernel computes in float32 inside; the weight is multiplied in the dtype of ``x``, as the release does.
+        # Computed in float32 inside (one kernel on a GPU); the weight is multiplied in the dtype of ``x``, as the
+        # release does.
         return self.weight * F.rms_norm(x, x.shape[-1:], eps=NORM_EPS)
 
 
@@ -36,6 +37,7 @@ class Attention(nn.Module):
     def __init__(self, dim: int, num_heads: int, qk_norm: bool, rope: RotaryEmbedding | None = None):
         super().__init__()
         self.num_heads = num_heads
+        self.along_time = rope is not None
         self.qkv = nn.Linear(dim, 3 * dim)
         self.q_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
         self.k_norm = RMSNorm(dim // num_heads) if qk_norm else nn.Identity()
@@ -44,12 +46,11 @@ class Attention(nn.Module):
         self._rope = (rope,)
 
     def forward(self, x: Tensor) -> Tensor:
-        rope = self._rope[0]
-        rows, heads = ("(B T) S D", "(B T) N S d") if rope is None else ("(B S) T D", "(B S) N T d")
+        rows, heads = ("(B S) T D", "(B S) N T d") if self.along_time else ("(B T) S D", "(B T) N S d")
         qkv = self.qkv(rearrange(x, f"B T S D -> {rows}"))
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)
-        if rope is not None:
+        if (rope := self._rope[0]) is not None:
             q, k = rope(q), rope(k)
         out = F.scaled_dot_product_attention(q, k, v)
         # Merged in the order of ``x``, so that what follows reads memory in one go.
@@ -93,14 +94,14 @@ class Mlp(nn.Module):
 
 
 def gelu_linear(linear: nn.Module, x: Tensor) -> Tensor:
-    """gelu(W x + b) in its tanh form; where oneDNN serves, as one operation, which compiled code takes too."""
+    """gelu(W x + b) in its tanh form; as one operation where oneDNN serves, past what hooks ``linear`` has."""
     if _onednn_serves(linear, x):
         return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
     return F.gelu(linear(x), approximate="tanh")
 
 
 def _onednn_serves(linear: nn.Module, x: Tensor) -> bool:
-    """On a CPU, uncompiled, without a gradient, in a dtype of the layer's own that autocast leaves alone."""
+    """A layer as PyTorch made it, on a CPU, uncompiled, without gradient or autocast, in the dtype of its input."""
     if (
         not ONEDNN
         or torch.is_grad_enabled()
@@ -108,6 +109,6 @@ def _onednn_serves(linear: nn.Module, x: Tensor) -> bool:
         or torch.compiler.is_compiling()
     ):
         return False
-    if type(linear) is not nn.Linear or x.device.type != "cpu":
+    if type(linear) is not nn.Linear or "forward" in vars(linear) or x.device.type != "cpu":
         return False
     return x.dtype == linear.weight.dtype and x.dtype in ONEDNN_DTYPES

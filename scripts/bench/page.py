@@ -65,8 +65,7 @@ LEFT_OUT = """## What was left out
   with the fused adapter and GELU, which it replaces by its own, and the first takes longer. Whether it pays on a GPU
   has not been measured.
 - **CUDA graphs, 8-bit products, preparing the next batch while a GPU works.** There was no GPU to measure them on.
-  Drawing a step's noise, all there is to prepare, takes milliseconds
-  (`scripts/measure_overhead.py`).
+  Drawing a step's noise, all there is to prepare, takes milliseconds (`scripts/measure_overhead.py`).
 - **Saving in the background.** A checkpoint is the adapter and its two moments, 0.11 GB for XL/2 at rank 16; it is
   written, and its hash taken, before the next step begins, so that what was reported as saved is on disk.
 - **The adapter merged into the weights for the prefix.** In bf16 a change below half the spacing of a weight is lost,

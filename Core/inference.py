@@ -16,6 +16,7 @@ from torch import Tensor
 
 from Core import draws
 from Core.backbones import Backbone
+from Core.prefix import lean_steps
 from Core.prompts import Prompt
 from Core.schedulers.rf.euler import euler_sample
 from Core.tracking import animated_gif
@@ -93,6 +94,7 @@ def generate(backbone: Backbone, text: Mapping[str, Tensor], config, samples: Se
             num_timesteps=backbone.num_timesteps,
             mask=mask,
             noise_like=_condition_noise(samples, loop),
+            prefix=lean_steps(backbone, compiled=config.compile_blocks),
             progress=config.verbose >= 2,
         )
         clips.append(backbone.decode(z).clamp(-1, 1))

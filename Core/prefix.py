@@ -1,4 +1,4 @@
-"""The sampling steps before the gradient window, which are most of a training step: what they need not do.
+"""Sampling steps without a gradient, which are most of a training step and all of inference: what they need not do.
 
 The adapter is added into its layer's output in place, by one product. PEFT's layer copies its input to float32, scales
 the adapter's output and adds it, each a pass over memory of its own; that is there for the gradient. So is autocast,
@@ -16,7 +16,22 @@ import torch
 from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
+from Core.backbones import Backbone
 from Core.lora import ADAPTER
+
+
+@contextmanager
+def lean_steps(backbone: Backbone, compiled: bool) -> Iterator[None]:
+    """Within this context ``backbone`` takes steps without a gradient, and without what is there for one.
+
+    ``compiled`` blocks are left alone: the compiler fuses PEFT's layer itself, which needs autocast, and would compile
+    anew for one that changes with each step.
+    """
+    if compiled:
+        yield
+        return
+    with fused_adapter(backbone.denoiser), without_needless_autocast(backbone.device, backbone.dtype):
+        yield
 
 
 @contextmanager

@@ -14,7 +14,7 @@ from Core.backbones import Backbone
 from Core.clock import Stopwatch
 from Core.decode import choose_frames
 from Core.guards import BaseDistance
-from Core.prefix import fused_adapter, reused_outputs, without_needless_autocast
+from Core.prefix import lean_steps, reused_outputs
 from Core.prompts import Prompt
 from Core.schedulers.rf import euler_sample, first_gradient_step, thin_prefix
 
@@ -86,11 +86,7 @@ class Rollout:
         """Context of the steps before the gradient window."""
         model, every = self.backbone.denoiser, self.config.prefix_cache
         with ExitStack() as stack:
-            # The compiler fuses PEFT's layer itself, which needs autocast, and would compile anew for one that changes
-            # with each step.
-            if not self.config.compile_blocks:
-                stack.enter_context(fused_adapter(model))
-                stack.enter_context(without_needless_autocast(self.backbone.device, self.backbone.dtype))
+            stack.enter_context(lean_steps(self.backbone, compiled=self.config.compile_blocks))
             if every > 1:
                 stack.enter_context(reused_outputs(model, self.backbone.residual_branches(), every))
             yield

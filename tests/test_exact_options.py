@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from Core import lora
 from Core.backbones import OpenSora, VideoSpec
 from Core.frozen import forget_conv_inputs
+from Core.inference import generate, plan_samples
 from Core.prefix import fused_adapter, reused_outputs
 from Core.trainer import Trainer
 from opensora.models.layers import blocks
@@ -169,6 +170,20 @@ def test_the_prefix_alone_fuses_the_adapter_and_leaves_autocast_to_its_own_dtype
     monkeypatch.setattr(trained.backbone, "velocity", velocity)
     outcome(trained)
     assert seen == [(False, True, False)] * FIRST + [(True, False, half)] * 2
+
+
+def test_inference_adds_the_adapter_by_one_product_too(trained):
+    lora.set_dropout(trained.backbone.denoiser, False)
+    samples = plan_samples(trained.prompts_of([0]), 1, seed=0)
+
+    def video() -> tuple[Tensor, Counter[str]]:
+        with Operators() as ran:
+            return generate(trained.backbone, trained.rollout.text, trained.config, samples), ran.counts
+
+    with undone(trained, "fused adapter"):
+        plain, plainly_run = video()
+    found, run = video()
+    assert run != plainly_run and relative(found, plain) <= 10 * bounds_of(trained)[0]
 
 
 def test_weights_in_another_dtype_keep_autocast_in_the_prefix(trained, monkeypatch):

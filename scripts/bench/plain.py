@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Core import rollout
+from Core import prefix
 from Core.backbones import TextEncoder, opensora
 from Core.frozen import forget_conv_inputs
 from Core.trainer import Trainer
@@ -110,9 +110,9 @@ def undoing(trainer: Trainer) -> dict[str, list[tuple[Any, str, Any]]]:
             (trainer.backbone, "velocity", lambda *args, **kwargs: with_mask(velocity(*args, **kwargs)))
         ],
         "checkpointing once": [(opensora, "guided_velocity", doubled)],
-        "fused adapter": [(rollout, "fused_adapter", lambda model: nullcontext())],
+        "fused adapter": [(prefix, "fused_adapter", lambda model: nullcontext())],
         "no autocast in the prefix": [
-            (rollout, "without_needless_autocast", lambda device, dtype: nullcontext())
+            (prefix, "without_needless_autocast", lambda device, dtype: nullcontext())
         ],
         "norms in one operation": [(blocks.RMSNorm, "forward", separate_rms_norm)],
         "rotary position in three operations": [(RotaryEmbedding, "forward", separate_rotary)],

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from .embeddings import RotaryEmbedding
 
 NORM_EPS = 1e-6
-# An operator of PyTorch's own compiler, without a public name.
-ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-ONEDNN_DTYPES = {torch.float32}
-if ONEDNN and torch.ops.mkldnn._is_mkldnn_bf16_supported():
-    ONEDNN_DTYPES.add(torch.bfloat16)
+# What oneDNN's product with GELU serves: an operator of PyTorch's own compiler, without a public name.
+ONEDNN_DTYPES: set[torch.dtype] = set()
+if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    ONEDNN_DTYPES.add(torch.float32)
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        ONEDNN_DTYPES.add(torch.bfloat16)
 
 
 class RMSNorm(nn.Module):
@@ -102,12 +103,7 @@ def gelu_linear(linear: nn.Module, x: Tensor) -> Tensor:
 
 def _onednn_serves(linear: nn.Module, x: Tensor) -> bool:
     """A layer as PyTorch made it, on a CPU, uncompiled, without gradient or autocast, in the dtype of its input."""
-    if (
-        not ONEDNN
-        or torch.is_grad_enabled()
-        or torch.is_autocast_enabled("cpu")
-        or torch.compiler.is_compiling()
-    ):
+    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
         return False
     if type(linear) is not nn.Linear or "forward" in vars(linear) or x.device.type != "cpu":
         return False

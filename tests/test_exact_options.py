@@ -8,9 +8,9 @@ import pytest
 import torch
 import twin_runs
 import twins
+from operators import Recorder
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from Core import lora
 from Core.backbones import OpenSora, VideoSpec
@@ -39,18 +39,6 @@ SAVINGS = (
     "tokens in one order",
     "GELU in its product",
 )
-
-
-class Operators(TorchDispatchMode):
-    """Counts the operators that run, by name."""
-
-    def __init__(self):
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.counts[str(func)] += 1
-        return func(*args, **(kwargs or {}))
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -98,9 +86,10 @@ def bounds_of(trainer: Trainer) -> tuple[float, float]:
     return BOUNDS["bf16" if trainer.backbone.dtype == torch.bfloat16 else "fp32"]
 
 
-def counted(trainer: Trainer) -> tuple[tuple[Tensor, Tensor], Counter[str]]:
-    with Operators() as ran:
-        return outcome(trainer), ran.counts
+def counted(trainer: Trainer) -> tuple[tuple[Tensor, Tensor], Counter]:
+    with Recorder() as ran:
+        found = outcome(trainer)
+    return found, Counter(ran.calls)
 
 
 def saves_nothing(name: str, dtype: torch.dtype) -> bool:
@@ -176,9 +165,10 @@ def test_inference_adds_the_adapter_by_one_product_too(trained):
     lora.set_dropout(trained.backbone.denoiser, False)
     samples = plan_samples(trained.prompts_of([0]), 1, seed=0)
 
-    def video() -> tuple[Tensor, Counter[str]]:
-        with Operators() as ran:
-            return generate(trained.backbone, trained.rollout.text, trained.config, samples), ran.counts
+    def video() -> tuple[Tensor, Counter]:
+        with Recorder() as ran:
+            made = generate(trained.backbone, trained.rollout.text, trained.config, samples)
+        return made, Counter(ran.calls)
 
     with undone(trained, "fused adapter"):
         plain, plainly_run = video()

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 import twins
 from golden_data import relative_error
+from operators import Recorder
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from opensora.acceleration.checkpoint import set_grad_checkpoint
 from opensora.models.layers import blocks
@@ -101,23 +101,6 @@ def test_a_mask_of_all_frames_changes_nothing(model):
     (x, t, y), kwargs = arguments("video")
     everything = torch.ones(x.shape[0], x.shape[2], dtype=torch.bool)
     torch.testing.assert_close(model(x, t, y, x_mask=everything, **kwargs), model(x, t, y, **kwargs))
-
-
-class Recorder(TorchDispatchMode):
-    """Notes every operator that runs and the shapes of what it returns."""
-
-    def __init__(self):
-        super().__init__()
-        self.calls: list = []
-        self.shapes: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.calls.append(func.overloadpacket)
-        for value in out if isinstance(out, (tuple, list)) else (out,):
-            if isinstance(value, torch.Tensor):
-                self.shapes.add(tuple(value.shape))
-        return out
 
 
 def record(model, inputs: tuple, kwargs: dict) -> Recorder:

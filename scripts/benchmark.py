@@ -151,10 +151,14 @@ def main(argv: list[str] | None = None) -> int:
     try:
         for text in args.compare or [args.setting]:
             config_of(args.preset, Setting.parse(text), "")
-        result = measure(args)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 2 if isinstance(error, ValueError) else 1
+        return 2
+    try:
+        result = measure(args)
+    except RuntimeError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     result = {"preset": args.preset, "threads": torch.get_num_threads(), **result, **origin(argv)}
     page.deliver(result, args.json)
     return 0

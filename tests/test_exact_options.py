@@ -56,6 +56,9 @@ def trained(request, twin, tmp_path_factory) -> Trainer:
     for name, parameter in trainer.named_parameters.items():
         if "lora_B" in name:
             parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=generator))
+    outcome(
+        trainer
+    )  # position tables are computed once, and would count as operators of the first test alone
     return trainer
 
 
@@ -173,7 +176,9 @@ def test_inference_adds_the_adapter_by_one_product_too(trained):
     with undone(trained, "fused adapter"):
         plain, plainly_run = video()
     found, run = video()
-    assert run != plainly_run and relative(found, plain) <= 10 * bounds_of(trained)[0]
+    in_place = torch.ops.aten.addmm_
+    assert run[in_place] and not plainly_run[in_place]
+    assert relative(found, plain) <= 10 * bounds_of(trained)[0]
 
 
 def test_weights_in_another_dtype_keep_autocast_in_the_prefix(trained, monkeypatch):

@@ -7,14 +7,14 @@ import torch
 from torch import Tensor
 
 from Core.backbones import BACKBONES, Backbone
-from Core.conditioning import embed_captions, uncached
-from Core.config import Config
-from Core.inference import captions_of
-from Core.options import ConfigError
-from Core.prompts import Prompt
+from Core.config.schema import Config
+from Core.data.prompts import Prompt
+from Core.data.text_embeddings import embed_captions, uncached
+from Core.generation.generate import captions_of
 from Core.rewards import required_weights
-from Core.runtime import Runtime
-from Core.weights import locate
+from Core.utils.distributed import Runtime
+from Core.utils.hub import locate
+from Core.utils.options import ConfigError
 
 # What ``build_reward`` takes: a name or {name: weight}, and the arguments.
 Scorer = tuple[str | Mapping[str, float], Mapping[str, Any] | None]

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Core import draws
 from Core.backbones import BACKBONES, Backbone, TextEncoder, VideoSpec
 from Core.backbones.base import VelocityObserver, gather_frames, pad_text
-from Core.run import main
+from Core.cli import main
+from Core.utils import rng as draws
 
 WIDTH = 32
 SHRINK = 8  # pixels per latent row and column

@@ -127,7 +127,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 def origin(argv: list[str], script: str = "scripts/benchmark.py") -> dict[str, Any]:
     """Machine, versions and command, to stand in the result; nothing that names a folder of this machine."""
-    from Core.provenance import describe
+    from Core.utils.environment import describe
 
     found = describe()
     return {

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
-from Core.loading import load_state  # noqa: E402
 from Core.rewards.aesthetic import LAION_HEAD  # noqa: E402
 from Core.rewards.compression import JPEG_HEAD  # noqa: E402
 from Core.rewards.heads import linear_layers  # noqa: E402
-from Core.weights import Weight, locate, sha256  # noqa: E402
+from Core.utils.hub import Weight, locate, sha256  # noqa: E402
+from Core.utils.state_dict import load_state  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden" / "aesthetic_head.safetensors"
 BARS = {"score": 1e-5, "grad_embedding": 1e-4}  # relative errors allowed

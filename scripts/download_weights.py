@@ -19,9 +19,9 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
-from Core.config import load_config  # noqa: E402
+from Core.config.schema import load_config  # noqa: E402
 from Core.rewards import REGISTRY, Weight, resolve_reward  # noqa: E402
-from Core.weights import human_size, prefetch  # noqa: E402
+from Core.utils.hub import human_size, prefetch  # noqa: E402
 
 # Config entry → weights, per model family.
 MODELS = {

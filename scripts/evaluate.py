@@ -17,13 +17,13 @@ ROOT = Path(__file__).resolve().parents[1]
 # The packages of this checkout, wherever the script is started and whether or not they are installed.
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
-from Core.comparison import compare, read_training_prompts  # noqa: E402
-from Core.config import Config, load_config  # noqa: E402
-from Core.options import ConfigError  # noqa: E402
-from Core.provenance import record_environment  # noqa: E402
-from Core.run import exit_code, start_log, stop_log  # noqa: E402
-from Core.runtime import Runtime  # noqa: E402
-from Core.scoring import check_scorers, refuse  # noqa: E402
+from Core.cli import exit_code, start_log, stop_log  # noqa: E402
+from Core.config.schema import Config, load_config  # noqa: E402
+from Core.evaluation.compare import compare, read_training_prompts  # noqa: E402
+from Core.evaluation.score_videos import check_scorers, refuse  # noqa: E402
+from Core.utils.distributed import Runtime  # noqa: E402
+from Core.utils.environment import record_environment  # noqa: E402
+from Core.utils.options import ConfigError  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:

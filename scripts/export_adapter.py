@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
-from Core.export import FORMATS, export  # noqa: E402
+from Core.generation.export import FORMATS, export  # noqa: E402
 
 
 def main(argv: list[str] | None = None) -> int:

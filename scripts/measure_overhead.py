@@ -22,10 +22,11 @@ sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from Core import draws, lora  # noqa: E402
-from Core.guards import find_fault  # noqa: E402
-from Core.runtime import Runtime  # noqa: E402
-from Core.tracking import CsvTracker, read_table  # noqa: E402
+from Core.modules import lora  # noqa: E402
+from Core.training.metric_logging import CsvTracker, read_table  # noqa: E402
+from Core.training.nan_check import find_fault  # noqa: E402
+from Core.utils import rng as draws  # noqa: E402
+from Core.utils.distributed import Runtime  # noqa: E402
 
 REPEATS = 9
 BAR = 0.02

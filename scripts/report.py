@@ -8,8 +8,8 @@ ROOT = Path(__file__).resolve().parents[1]
 # The packages of this checkout, wherever the script is started and whether or not they are installed.
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
-from Core.report import write_report  # noqa: E402
-from Core.run import exit_code  # noqa: E402
+from Core.cli import exit_code  # noqa: E402
+from Core.evaluation.report import write_report  # noqa: E402
 
 
 def main() -> None:

@@ -21,10 +21,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 import torch  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
-from Core.evaluate import means  # noqa: E402
-from Core.run import exit_code  # noqa: E402
-from Core.sampling import IncompleteError  # noqa: E402
-from Core.scoring import (  # noqa: E402
+from Core.cli import exit_code  # noqa: E402
+from Core.evaluation.metrics import means  # noqa: E402
+from Core.evaluation.score_videos import (  # noqa: E402
     Scorers,
     by_prompt,
     check_scorers,
@@ -33,6 +32,7 @@ from Core.scoring import (  # noqa: E402
     write_csv,
     write_json,
 )
+from Core.generation.jobs import IncompleteError  # noqa: E402
 
 logger = logging.getLogger("vader")
 

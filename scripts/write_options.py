@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
-from Core.config import Config  # noqa: E402
-from Core.options import default_of, describe_type  # noqa: E402
+from Core.config.schema import Config  # noqa: E402
+from Core.utils.options import default_of, describe_type  # noqa: E402
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "options.md")
 BEGIN, END = "<!-- options: written by scripts/write_options.py -->", "<!-- end of options -->"

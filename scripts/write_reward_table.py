@@ -14,7 +14,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 from Core.rewards import REGISTRY, Reward, Weight, resolve_reward  # noqa: E402
-from Core.weights import human_size  # noqa: E402
+from Core.utils.hub import human_size  # noqa: E402
 
 DOCS = ROOT / "docs"
 PAGE = DOCS / "rewards.md"

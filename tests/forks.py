@@ -46,7 +46,7 @@ class ForkServer:
 def serve() -> None:
     import torch
 
-    import Core.run  # noqa: F401 (what every child needs)
+    import Core.cli  # noqa: F401 (what every child needs)
 
     torch.set_num_threads(1)
     port = 20000 + os.getpid() % 20000
@@ -83,7 +83,7 @@ def fork(job: dict, rank: int, port: int) -> int:
         compute_in_float64()
     code = 70
     try:
-        from Core.run import main
+        from Core.cli import main
 
         code = main(job["argv"])
     except BaseException:
@@ -110,7 +110,7 @@ def kill_at_call(number: int) -> None:
 
 def corrupt_the_optimizer() -> None:
     """Let this process's memory flip a bit, as it were, in each step."""
-    from Core.trainer import Trainer
+    from Core.training.trainer import Trainer
 
     step = Trainer.train_step
 

@@ -11,8 +11,8 @@ import torch
 from safetensors.torch import save_file
 
 from Core.backbones import opensora
-from Core.run import main
-from Core.trainer import Trainer
+from Core.cli import main
+from Core.training.trainer import Trainer
 
 folder, *argv = sys.argv[1:]
 fit = Trainer.fit

@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from sampling_runs import picture
 
-from Core.comparison import Row, per_prompt, summary, write_tables
-from Core.config import Config
-from Core.provenance import record_environment
+from Core.config.schema import Config
+from Core.evaluation.compare import Row, per_prompt, summary, write_tables
+from Core.utils.environment import record_environment
 
 COLOURS, PLACES = ("red", "grey", "white"), ("snow", "mud", "rain")
 PROMPTS = [f"a {colour} fox runs through {place}" for colour in COLOURS for place in PLACES]

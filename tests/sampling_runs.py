@@ -6,8 +6,8 @@ import torch
 import twin_runs
 import twins
 
-from Core import lora
-from Core.inference import read_manifest
+from Core.generation.generate import read_manifest
+from Core.modules import lora
 from opensora.datasets import save_sample
 
 # Two steps are enough for everything but the quality of a picture.

@@ -8,8 +8,8 @@ import torch
 import twins
 from torch import nn
 
-from Core import lora
 from Core.backbones import BACKBONES
+from Core.modules import lora
 from scripts import benchmark
 from scripts.bench import meter, page
 from scripts.bench.bench import Bench

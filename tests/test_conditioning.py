@@ -14,10 +14,10 @@ from safetensors.torch import load_file
 from Core.backbones import OpenSora, VideoSpec
 from Core.backbones.base import TextEncoder, file_identity, pad_text
 from Core.build import fetch_weights
-from Core.conditioning import ENCODE_BATCH, embed_captions, uncached
-from Core.config import Config
-from Core.prompts import read_prompts
-from Core.runtime import Runtime
+from Core.config.schema import Config
+from Core.data.prompts import read_prompts
+from Core.data.text_embeddings import ENCODE_BATCH, embed_captions, uncached
+from Core.utils.distributed import Runtime
 
 
 class CountingEncoder(TextEncoder):

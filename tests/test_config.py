@@ -9,10 +9,10 @@ import pytest
 import twins
 from torch import nn
 
-from Core import lora
 from Core.backbones import Backbone, OpenSora, opensora
-from Core.config import NESTED_FLAGS, Config, build_config, load_config
-from Core.options import ConfigError
+from Core.config.schema import NESTED_FLAGS, Config, build_config, load_config
+from Core.modules import lora
+from Core.utils.options import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 SHIPPED = ROOT / "Open-Sora" / "configs" / "opensora-v1-2" / "vader"

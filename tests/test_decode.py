@@ -4,9 +4,9 @@ import pytest
 import torch
 import twins
 
-from Core import draws
 from Core.backbones import OpenSora, VideoSpec
-from Core.decode import check_decode_frame, choose_frames
+from Core.sampling.frame_choice import check_decode_frame, choose_frames
+from Core.utils import rng as draws
 
 FRAMES = 5
 

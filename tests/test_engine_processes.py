@@ -12,7 +12,7 @@ from forks import ForkServer
 from safetensors.torch import load_file
 from twins import config_file, settings
 
-from Core.checkpoint import Checkpoints
+from Core.training.checkpoint import Checkpoints
 
 DISTURBING = dict(reward_fn=f"{Path(__file__).with_name('disturbing_reward.py')}:Disturbing", reward_args={})
 TIMED = ("seconds", "all_reduce_share")  # beginnings of the columns that differ from run to run

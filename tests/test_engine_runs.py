@@ -14,10 +14,10 @@ import torch
 from safetensors.torch import load_file
 from twins import config_file, settings
 
-from Core import lora
-from Core.checkpoint import Checkpoints
-from Core.inference import read_manifest
-from Core.run import main
+from Core.cli import main
+from Core.generation.generate import read_manifest
+from Core.modules import lora
+from Core.training.checkpoint import Checkpoints
 from opensora.registry import MODELS, build_module
 
 ROOT = Path(__file__).resolve().parents[1]

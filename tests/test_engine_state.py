@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from Core import lora
-from Core.checkpoint import Checkpoint, Checkpoints
-from Core.tracking import CsvTable, read_table
+from Core.modules import lora
+from Core.training.checkpoint import Checkpoint, Checkpoints
+from Core.training.metric_logging import CsvTable, read_table
 
 
 def small_model(seed: int = 0):

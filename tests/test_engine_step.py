@@ -12,19 +12,20 @@ import twin_runs
 from torch import nn
 from twins import config_file, settings
 
-from Core import draws, lora
 from Core.build import build_backbone
-from Core.config import load_config
-from Core.ema import Ema
-from Core.guards import find_fault
-from Core.lora import StepDropout
-from Core.monitors import Course, early_stop_errors
-from Core.prompts import read_prompts
-from Core.rollout import Rollout
-from Core.runtime import Runtime
-from Core.stopping import StopRequest
-from Core.trainer import Trainer, lr_factor
-from Core.training import adapt_for_training
+from Core.config.schema import load_config
+from Core.data.prompts import read_prompts
+from Core.modules import lora
+from Core.modules.lora import StepDropout
+from Core.training.early_stopping import Course, early_stop_errors
+from Core.training.ema import Ema
+from Core.training.nan_check import find_fault
+from Core.training.rollout import Rollout
+from Core.training.setup import adapt_for_training
+from Core.training.signals import StopRequest
+from Core.training.trainer import Trainer, lr_factor
+from Core.utils import rng as draws
+from Core.utils.distributed import Runtime
 
 
 @pytest.fixture(scope="module")

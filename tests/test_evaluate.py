@@ -12,14 +12,14 @@ import twins
 from huggingface_hub.errors import LocalEntryNotFoundError
 from sampling_runs import SCHEDULER, contents, picture, random_adapter
 
-from Core import comparison
-from Core import evaluate as statistics
-from Core.comparison import Row, per_prompt, summary, training_prompts
-from Core.evaluate import diversity, motion, paired_gain
-from Core.options import ConfigError
-from Core.run import exit_code
-from Core.runtime import Runtime
-from Core.scoring import find_clips, prompt_from_name, read_clip
+from Core.cli import exit_code
+from Core.evaluation import compare as comparison
+from Core.evaluation import metrics as statistics
+from Core.evaluation.compare import Row, per_prompt, summary, training_prompts
+from Core.evaluation.metrics import diversity, motion, paired_gain
+from Core.evaluation.score_videos import find_clips, prompt_from_name, read_clip
+from Core.utils.distributed import Runtime
+from Core.utils.options import ConfigError
 from opensora.datasets import save_sample
 from scripts import evaluate, score_videos
 

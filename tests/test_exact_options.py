@@ -12,12 +12,12 @@ from operators import Recorder
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from Core import lora
 from Core.backbones import OpenSora, VideoSpec
-from Core.frozen import forget_conv_inputs
-from Core.inference import generate, plan_samples
-from Core.prefix import fused_adapter, reused_outputs
-from Core.trainer import Trainer
+from Core.generation.generate import generate, plan_samples
+from Core.modules import lora
+from Core.modules.frozen_conv import forget_conv_inputs
+from Core.sampling.no_grad_steps import fused_adapter, reused_outputs
+from Core.training.trainer import Trainer
 from opensora.models.layers import blocks
 from scripts.bench.plain import kept_conv_inputs, undoing, undone
 
@@ -191,7 +191,7 @@ def test_weights_in_another_dtype_keep_autocast_in_the_prefix(trained, monkeypat
 def test_an_exception_leaves_no_fused_layer_behind(place, trained, monkeypatch):
     if place == "entry":
         factors = iter([(torch.zeros(1, 1), torch.zeros(1, 1))])
-        monkeypatch.setattr("Core.prefix._factors", lambda layer: next(factors))
+        monkeypatch.setattr("Core.sampling.no_grad_steps._factors", lambda layer: next(factors))
     with pytest.raises((RuntimeError, StopIteration)), fused_adapter(trained.backbone.denoiser):
         if place == "entry":
             pytest.fail("entered")

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from Core.backbones import opensora
-from Core.trainer import Trainer
+from Core.training.trainer import Trainer
 
 SAMPLES = (0, 1)
 EPSILON = 1e-5

@@ -7,9 +7,9 @@ import pytest
 import torch
 from sampling_runs import contents, entries, picture, random_adapter, sample
 
-from Core import inference
 from Core.backbones import OpenSora
-from Core.scoring import read_clip
+from Core.evaluation.score_videos import read_clip
+from Core.generation import generate as inference
 
 
 @pytest.fixture(scope="module")
@@ -342,7 +342,7 @@ def test_attaching_and_removing_leaves_the_model_as_it_was(twin, adapter, tmp_pa
 
 
 def test_names_of_adapters_tell_them_apart():
-    from Core.sampling import adapter_names
+    from Core.generation.jobs import adapter_names
 
     assert adapter_names(["runs/a/adapter", "runs/b/adapter"]) == ["a", "b"]
     assert adapter_names(["x/run/adapter", "y/run/adapter"]) == ["x-run", "y-run"]

@@ -65,12 +65,19 @@ def test_no_modules_import_each_other_in_a_circle():
 
 def test_an_upward_import_and_a_circle_are_found(tmp_path, monkeypatch):
     """The two tests above can fail: a planted fault of each kind is reported."""
-    (tmp_path / "lora.py").write_text("def f():\n    from Core.trainer import x\n")
-    (tmp_path / "trainer.py").write_text("from Core import lora\nfrom . import run\n")
-    (tmp_path / "run.py").write_text("import Core.trainer\n")
+    for file, text in {
+        "modules/lora.py": "def f():\n    from Core.training.trainer import x\n",
+        "training/trainer.py": "from Core.modules import lora\nfrom . import setup\n",
+        "training/setup.py": "import Core.training.trainer\n",
+    }.items():
+        (tmp_path / file).parent.mkdir(exist_ok=True)
+        (tmp_path / file).write_text(text)
     monkeypatch.setattr(imports, "SOURCES", {"Core": tmp_path})
-    assert imports.upward_imports() == ["Core.lora (parts) imports Core.trainer (programs)"]
-    assert imports.cycle(imports.graph(lazy=False)) == ["Core.run", "Core.trainer", "Core.run"]
+    assert imports.upward_imports() == [
+        "Core.modules.lora (modules) imports Core.training.trainer (programs)"
+    ]
+    circle = ["Core.training.setup", "Core.training.trainer", "Core.training.setup"]
+    assert imports.cycle(imports.graph(lazy=False)) == circle
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "Core").rglob("*.py")), ids=lambda f: f.stem)
@@ -85,4 +92,4 @@ def test_accelerate_is_known_to_the_runtime_alone():
         for file in (ROOT / "Core").rglob("*.py")
         if any(module.split(".")[0] == "accelerate" for module, _ in imported_names(file))
     ]
-    assert users == ["runtime.py"]
+    assert users == ["distributed.py"]

@@ -6,7 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from Core.live import BLOCKS, LiveView, clock_text, sparkline
+from Core.training.progress import BLOCKS, LiveView, clock_text, sparkline
 
 TIMINGS = {
     "prefix": 0.8,

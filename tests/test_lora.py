@@ -10,8 +10,8 @@ import twins
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from Core import lora
 from Core.backbones import OpenSora
+from Core.modules import lora
 from opensora.models.stdit.stdit3 import STDiT3_XL_2
 
 TARGETS = OpenSora.lora_targets

@@ -5,7 +5,7 @@ from typing import Literal
 
 import pytest
 
-from Core.options import (
+from Core.utils.options import (
     ConfigError,
     FlagParser,
     add_flags,

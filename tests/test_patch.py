@@ -74,7 +74,7 @@ def test_a_dry_run_shows_the_plan_and_changes_nothing(checkout):
     before = snapshot(checkout.parent)
     done = patch(checkout, "--dry-run")
     assert done.returncode == 0
-    assert "add      Core/trainer.py" in done.stdout
+    assert "add      Core/training/trainer.py" in done.stdout
     assert "add      Open-Sora/script/run_text2video_train.sh" in done.stdout
     assert f"replace  Open-Sora/{SAMPLER}" in done.stdout
     assert snapshot(checkout.parent) == before
@@ -83,7 +83,7 @@ def test_a_dry_run_shows_the_plan_and_changes_nothing(checkout):
 def test_applying_puts_files_where_the_shell_scripts_look(checkout):
     original = (checkout / SAMPLER).read_bytes()
     assert patch(checkout).returncode == 0
-    for path in ("Core/trainer.py", "assets/prompts/animals.txt"):
+    for path in ("Core/training/trainer.py", "assets/prompts/animals.txt"):
         assert (checkout.parent / path).read_bytes() == (ROOT / path).read_bytes()
     for path in ("scripts/train_t2v_lora.py", "configs/opensora-v1-2/vader/vader_train.py"):
         assert (checkout / path).read_bytes() == (ROOT / "Open-Sora" / path).read_bytes()
@@ -143,7 +143,7 @@ def test_files_of_others_in_the_way_stop_it_before_anything_is_written(checkout)
     before = snapshot(checkout.parent)
     done = patch(checkout)
     assert done.returncode == 2
-    assert "stand in the way" in done.stderr and "../Core/trainer.py" in done.stderr
+    assert "stand in the way" in done.stderr and "../Core/training/trainer.py" in done.stderr
     assert snapshot(checkout.parent) == before
 
 

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from Core.prompts import check_prompt_file, parse_prompts, read_prompts, read_validation_prompts
+from Core.data.prompts import check_prompt_file, parse_prompts, read_prompts, read_validation_prompts
 
 LINES = [f"prompt number {i}" for i in range(6)]
 

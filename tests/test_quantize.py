@@ -6,7 +6,7 @@ import twin_runs
 import twins
 from torch import nn
 
-from Core.quantize import Fp8Linear, Nf4Linear, store_linears_in_fp8, store_linears_in_nf4
+from Core.modules.quantization import Fp8Linear, Nf4Linear, store_linears_in_fp8, store_linears_in_nf4
 
 
 def layer(dtype: torch.dtype = torch.float32) -> Fp8Linear:

@@ -11,9 +11,9 @@ import pytest
 from report_runs import PROMPTS, evaluation, training_run
 from sampling_runs import picture
 
-from Core.charts import Line, line_chart, moving_average
-from Core.report import VideoBudget, main_measure, write_report
-from Core.scoring import read_clip
+from Core.evaluation.charts import Line, line_chart, moving_average
+from Core.evaluation.report import VideoBudget, main_measure, write_report
+from Core.evaluation.score_videos import read_clip
 
 HEADLINE = re.compile(r"took\s+<b>hps</b> from (\S+) to <b class=\"up\">(\S+)</b>")
 

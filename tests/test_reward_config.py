@@ -11,8 +11,6 @@ import pytest
 import torch
 from reward_twins import clip_folder, head_file, twin_arguments
 
-from Core import weights as weights_module
-from Core.loading import load_state
 from Core.rewards import (
     REGISTRY,
     RewardInfo,
@@ -26,6 +24,8 @@ from Core.rewards import (
 )
 from Core.rewards.actpred import find_action
 from Core.rewards.base import ImageReward
+from Core.utils import hub as weights_module
+from Core.utils.state_dict import load_state
 
 FRAMES = torch.rand(2, 2, 3, 24, 24, generator=torch.Generator().manual_seed(0)) * 2 - 1
 PROMPTS = ["a red fox", "two dogs"]

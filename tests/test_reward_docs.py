@@ -10,9 +10,9 @@ import pytest
 import torch
 from reward_twins import clip_folder, open_clip_state
 
-from Core import weights as weights_module
 from Core.rewards import build_reward, check_reward_config
 from Core.rewards.aesthetic import LAION_HEAD
+from Core.utils import hub as weights_module
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "scripts"))

@@ -25,10 +25,10 @@ from transformers import (
     YolosForObjectDetection,
 )
 
-from Core.loading import load_strictly
 from Core.rewards import resolve_reward
 from Core.rewards.clip import TEXT_HALF
 from Core.rewards.hps import convert_state, infer_config
+from Core.utils.state_dict import load_strictly
 
 GOLDEN = Path(__file__).parent / "golden"
 Shapes = dict[str, tuple[int, ...]]

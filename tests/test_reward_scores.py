@@ -29,10 +29,10 @@ from transformers import (
     YolosImageProcessorPil,
 )
 
-from Core.loading import load_state
 from Core.rewards import build_reward
 from Core.rewards.heads import linear_layers
 from Core.rewards.vjepa import hidden_tokens
+from Core.utils.state_dict import load_state
 
 GOLDEN = Path(__file__).parent / "golden"
 PROMPTS = ["a red fox", "two dogs, running."]

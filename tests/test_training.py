@@ -15,7 +15,7 @@ import twins
 from safetensors.torch import load_file
 
 from Core.backbones import opensora
-from Core.config import load_config
+from Core.config.schema import load_config
 
 TESTS = Path(__file__).resolve().parent
 LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node 2".split()

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 import twins
 
-from Core.run import main
-from Core.trainer import Trainer
+from Core.cli import main
+from Core.training.trainer import Trainer
 
 
 def start(twin: Path, folder: Path, *flags: str, **overrides) -> int:

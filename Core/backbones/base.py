@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from Core.weights import Weight
+from Core.utils.hub import Weight
 
 # (latent [B, C, T, h, w], timesteps [B], velocity of the captions without guidance [B, C, T, h, w])
 VelocityObserver = Callable[[Tensor, Tensor, Tensor], None]

@@ -15,10 +15,10 @@ from diffusers import ModelMixin
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from Core.frozen import forget_conv_inputs
-from Core.options import unknown_key
-from Core.quantize import store_linears_in_fp8, store_linears_in_nf4
-from Core.weights import Weight, locate
+from Core.modules.frozen_conv import forget_conv_inputs
+from Core.modules.quantization import store_linears_in_fp8, store_linears_in_nf4
+from Core.utils.hub import Weight, locate
+from Core.utils.options import unknown_key
 from opensora import models as _models  # noqa: F401 (registers the networks)
 from opensora.acceleration.checkpoint import set_grad_checkpoint
 from opensora.datasets.aspect import get_image_size, get_num_frames

@@ -10,7 +10,7 @@ from Core.rewards.registry import (
     required_weights,
     resolve_reward,
 )
-from Core.weights import Weight
+from Core.utils.hub import Weight
 
 __all__ = [
     "REGISTRY",

@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from Core.loading import load_strictly
 from Core.rewards.base import RewardInfo, VideoReward
 from Core.rewards.classifier import ClassProbability, log_odds
 from Core.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, transform_from_folder
-from Core.weights import Weight, locate
+from Core.utils.hub import Weight, locate
+from Core.utils.state_dict import load_strictly
 
 VIDEOMAE = Weight(
     source="MCG-NJU/videomae-base-finetuned-kinetics",

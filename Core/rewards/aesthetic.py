@@ -8,7 +8,7 @@ from Core.rewards.base import RewardInfo
 from Core.rewards.clip import CLIP_L14, load_image_tower
 from Core.rewards.heads import ClipHead, load_head_layers
 from Core.rewards.preprocess import Fit
-from Core.weights import Weight, locate
+from Core.utils.hub import Weight, locate
 
 LAION_HEAD = Weight(
     source="https://github.com/christophschuhmann/improved-aesthetic-predictor/raw/main/"

@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-from Core.options import describe_type, fits
+from Core.utils.options import describe_type, fits
 
 
 def argument_errors(cls: Any, args: Mapping[str, Any], label: str, shared: Mapping[str, type]) -> list[str]:

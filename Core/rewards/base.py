@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from Core.rewards.arguments import argument_errors
 from Core.rewards.preprocess import to_unit_range
-from Core.weights import Weight, missing_local
+from Core.utils.hub import Weight, missing_local
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Core.loading import load_strictly, load_tokenizer
 from Core.rewards.preprocess import Fit, ImageTransform, transform_from_folder
-from Core.weights import Weight
+from Core.utils.hub import Weight
+from Core.utils.state_dict import load_strictly, load_tokenizer
 
 CLIP_L14 = Weight(
     source="openai/clip-vit-large-patch14",

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from Core.loading import load_strictly, load_tokenizer
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.clip import (
     CLIP_L14,
@@ -20,7 +19,8 @@ from Core.rewards.clip import (
     unit,
 )
 from Core.rewards.preprocess import Fit, ImageTransform, transform_from_folder
-from Core.weights import Weight, locate
+from Core.utils.hub import Weight, locate
+from Core.utils.state_dict import load_strictly, load_tokenizer
 
 OPEN_CLIP = "open_clip:"
 SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)

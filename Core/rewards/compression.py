@@ -10,7 +10,7 @@ from Core.rewards.base import RewardInfo
 from Core.rewards.clip import CLIP_L14, load_image_tower
 from Core.rewards.heads import ClipHead, load_head_layers
 from Core.rewards.preprocess import Fit
-from Core.weights import Weight, locate
+from Core.utils.hub import Weight, locate
 
 JPEG_HEAD = Weight(
     source="compression_reward.pt",

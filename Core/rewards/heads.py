@@ -8,8 +8,8 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from Core.loading import load_state
 from Core.rewards.base import ImageReward
+from Core.utils.state_dict import load_state
 
 
 class ClipHead(ImageReward):

@@ -12,11 +12,11 @@ from typing import Any, Literal
 
 from torch import Tensor
 
-from Core.loading import load_state, load_strictly, load_tokenizer
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.clip import ImageTower, TextTower
 from Core.rewards.preprocess import ImageTransform, Interpolation
-from Core.weights import Weight, locate
+from Core.utils.hub import Weight, locate
+from Core.utils.state_dict import load_state, load_strictly, load_tokenizer
 
 DEFAULT_VERSION: Literal["v2.0", "v2.1"] = "v2.1"
 FILES = {"v2.0": "HPS_v2_compressed.pt", "v2.1": "HPS_v2.1_compressed.pt"}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from Core.rewards.arguments import argument_errors
 from Core.rewards.base import Reward, RewardInfo, RewardOutput
 from Core.rewards.registry import construct, resolve_reward
-from Core.weights import Weight
+from Core.utils.hub import Weight
 
 
 class Mixture(Reward):

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from Core.loading import load_strictly
 from Core.rewards.arguments import unknown_name
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.classifier import ClassProbability, log_odds
@@ -20,7 +19,8 @@ from Core.rewards.preprocess import (
     read_processor_config,
     resize,
 )
-from Core.weights import Weight, locate
+from Core.utils.hub import Weight, locate
+from Core.utils.state_dict import load_strictly
 
 YOLOS = Weight(source="hustvl/yolos-small", parts=("processor",), size=123_000_000, licence="Apache-2.0")
 PATCH = 16  # pixels; a YOLOS image is a whole number of patches

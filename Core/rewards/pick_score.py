@@ -7,7 +7,7 @@ from torch import Tensor
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.clip import load_clip
 from Core.rewards.preprocess import Fit
-from Core.weights import Weight, locate
+from Core.utils.hub import Weight, locate
 
 
 class PickScore(ImageReward):

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from Core.rewards.base import Reward
-from Core.weights import Weight, prefetch
+from Core.utils.hub import Weight, prefetch
 
 # Name → "module:class", imported when asked for. A new scorer is one file and one line here.
 REGISTRY: dict[str, str | type[Reward]] = {

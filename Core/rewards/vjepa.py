@@ -14,10 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from Core.loading import load_strictly
 from Core.rewards.base import RewardInfo, VideoReward
 from Core.rewards.preprocess import IMAGENET_MEAN, IMAGENET_STD, ImageTransform, transform_from_folder
-from Core.weights import Weight, locate
+from Core.utils.hub import Weight, locate
+from Core.utils.state_dict import load_strictly
 
 VJEPA2 = Weight(
     source="facebook/vjepa2-vitl-fpc64-256", parts=("processor",), size=1_304_000_000, licence="MIT"

@@ -7,7 +7,7 @@ OPEN_SORA = Path(__file__).resolve().parents[1]
 # The packages of this checkout, wherever the script is started and whether or not they are installed.
 sys.path[:0] = [str(OPEN_SORA), str(OPEN_SORA.parent)]
 
-from Core.run import main  # noqa: E402
+from Core.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(main())

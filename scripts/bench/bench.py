@@ -13,15 +13,15 @@ from unittest import mock
 
 import torch
 
-from Core import trainer as trainer_module
-from Core.config import Config, build_config
-from Core.inference import captions_of
-from Core.prompts import read_prompts
-from Core.runtime import Runtime
-from Core.tracking import Trackers
-from Core.trainer import Trainer
-from Core.training import adapt_for_training
-from Core.validation import Validation
+from Core.config.schema import Config, build_config
+from Core.data.prompts import read_prompts
+from Core.generation.generate import captions_of
+from Core.training import trainer as trainer_module
+from Core.training.metric_logging import Trackers
+from Core.training.setup import adapt_for_training
+from Core.training.trainer import Trainer
+from Core.training.validation import Validation
+from Core.utils.distributed import Runtime
 from scripts.bench.meter import (
     MeteredStopwatch,
     OperationCounter,

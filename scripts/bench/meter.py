@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 
-from Core.clock import Stopwatch
+from Core.utils.timing import Stopwatch
 
 CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
 BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**31}

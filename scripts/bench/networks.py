@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, T5Config, T5EncoderModel
 
-from Core import draws
 from Core.backbones import BACKBONES, OpenSora, TextEncoder
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.clip import ImageTower, unit
 from Core.rewards.preprocess import ImageTransform
+from Core.utils import rng as draws
 from opensora.models.stdit.stdit3 import STDiT3, STDiT3Config
 from opensora.models.vae.vae import (
     LATENT_SCALE,

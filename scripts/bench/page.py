@@ -101,7 +101,7 @@ def table(result: dict[str, Any]) -> str:
 
 def deliver(result: dict[str, Any], path: Path | None) -> None:
     """Print the table of a result, and write the result to ``path`` if there is one."""
-    from Core.scoring import write_json
+    from Core.evaluation.score_videos import write_json
 
     print(table(result))
     if path:

@@ -20,10 +20,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Core import prefix
 from Core.backbones import TextEncoder, opensora
-from Core.frozen import forget_conv_inputs
-from Core.trainer import Trainer
+from Core.modules.frozen_conv import forget_conv_inputs
+from Core.sampling import no_grad_steps as prefix
+from Core.training.trainer import Trainer
 from opensora.models.layers import blocks
 from opensora.models.layers.embeddings import PatchEmbed3D, RotaryEmbedding, at_least_float32
 from opensora.models.stdit import stdit3

@@ -9,7 +9,7 @@ product costs beside the operations on each element.
 from dataclasses import dataclass, field
 from typing import Any
 
-from Core.options import parse_literal
+from Core.utils.options import parse_literal
 
 XL2 = dict(type="benchmark-stdit3", depth=28, hidden_size=1152, num_heads=16, caption_channels=4096)
 T5_XXL = dict(

@@ -21,12 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from Core import lora
-from Core.clock import Stopwatch
-from Core.config import load_config
-from Core.runtime import Runtime
-from Core.trainer import Trainer
-from Core.training import build_trainer
+from Core.config.schema import load_config
+from Core.modules import lora
+from Core.training.setup import build_trainer
+from Core.training.trainer import Trainer
+from Core.utils.distributed import Runtime
+from Core.utils.timing import Stopwatch
 from scripts.bench import page
 from scripts.benchmark import origin
 from scripts.demo.quickstart import CONFIG

@@ -15,14 +15,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from Core.build import build_backbone
-from Core.evaluate import PairedGain, motion, paired_gain, score_videos
-from Core.inference import Sample, generate, plan_samples
-from Core.prompts import Prompt, parse_prompts
+from Core.cli import run
+from Core.data.prompts import Prompt, parse_prompts
+from Core.evaluation.metrics import PairedGain, motion, paired_gain, score_videos
+from Core.generation.generate import Sample, generate, plan_samples
+from Core.generation.jobs import Variant, adapted, read_variants
 from Core.rewards import Reward, build_reward
-from Core.run import run
-from Core.runtime import Runtime
-from Core.sampling import Variant, adapted, read_variants
-from Core.tracking import read_table
+from Core.training.metric_logging import read_table
+from Core.utils.distributed import Runtime
 from scripts.demo import oracle, world
 from scripts.demo.common import HELDOUT_SEED, heldout, to_pixels, to_uint8
 

@@ -19,10 +19,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from Core import inference
 from Core.backbones import OpenSora
-from Core.run import main as run
-from Core.scoring import read_clip
+from Core.cli import main as run
+from Core.evaluation.score_videos import read_clip
+from Core.generation import generate as inference
 from opensora.datasets import read_from_path, save_sample
 from scripts.demo import oracle, world
 from scripts.demo.common import ROOT, heldout, psnr, to_pixels, to_uint8

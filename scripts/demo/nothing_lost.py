@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from Core.config import load_config
-from Core.evaluate import paired_gain
-from Core.runtime import Runtime
-from Core.tracking import read_table
-from Core.training import build_trainer
+from Core.config.schema import load_config
+from Core.evaluation.metrics import paired_gain
+from Core.training.metric_logging import read_table
+from Core.training.setup import build_trainer
+from Core.utils.distributed import Runtime
 from scripts.bench import page
 from scripts.bench.plain import plain_path
 from scripts.benchmark import origin

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from Core.tracking import read_table
+from Core.training.metric_logging import read_table
 from opensora.datasets import save_sample
 from scripts.demo import world
 

@@ -19,10 +19,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from Core.config import load_config, read_file
-from Core.provenance import read_starts
-from Core.run import run
-from Core.tracking import read_table
+from Core.cli import run
+from Core.config.schema import load_config, read_file
+from Core.training.metric_logging import read_table
+from Core.utils.environment import read_starts
 from scripts.demo.common import ROOT
 from scripts.demo.quickstart import CONFIG
 

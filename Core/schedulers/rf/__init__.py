@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from Core.sampling.euler import Velocity, euler_sample
+from Core.sampling.gradient_window import BACKPROP_MODES, first_gradient_step, thin_prefix
 from opensora.registry import SCHEDULERS
-
-from .euler import Velocity, euler_sample
-from .window import BACKPROP_MODES, first_gradient_step, thin_prefix
 
 __all__ = ["BACKPROP_MODES", "RFLOW", "Velocity", "euler_sample", "first_gradient_step", "thin_prefix"]
 

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from Core.prompts import Prompt
+from Core.data.prompts import Prompt
 from Core.rewards import Reward, RewardOutput
 
 SCORED_FRAMES = 8

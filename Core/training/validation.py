@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from Core.backbones import Backbone
-from Core.evaluate import diversity, means, motion, score_videos
-from Core.inference import Video, plan_samples, write_videos
-from Core.prompts import Prompt
+from Core.data.prompts import Prompt
+from Core.evaluation.metrics import diversity, means, motion, score_videos
+from Core.generation.generate import Video, plan_samples, write_videos
 from Core.rewards import Reward
-from Core.runtime import Runtime
+from Core.utils.distributed import Runtime
 
 logger = logging.getLogger("vader")
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from Core import lora
+from Core.modules import lora
 
 NAMED_PARAMETERS = 3
 

@@ -17,7 +17,7 @@ from peft.tuners.lora import LoraLayer
 from torch import Tensor, nn
 
 from Core.backbones import Backbone
-from Core.lora import ADAPTER
+from Core.modules.lora import ADAPTER
 
 
 @contextmanager

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 
-from Core.checkpoint import Checkpoint, Checkpoints
-from Core.config import Config
-from Core.options import default_of
-from Core.prompts import Prompt
+from Core.config.schema import Config
+from Core.data.prompts import Prompt
+from Core.training.checkpoint import Checkpoint, Checkpoints
+from Core.utils.options import default_of
 
 logger = logging.getLogger("vader")
 # Keys that may differ between a checkpoint and the run that continues it: none of them changes a step. That

@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from peft import PeftModel
 
-from Core import lora
-from Core.weights import sha256
+from Core.modules import lora
+from Core.utils.hub import sha256
 
 logger = logging.getLogger("vader")
 MANIFEST = "manifest.json"

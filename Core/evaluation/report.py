@@ -18,12 +18,12 @@ import av
 import jinja2
 from markupsafe import Markup
 
-from Core.charts import Line, line_chart, stack_chart
-from Core.config import BASE, Config, read_file
-from Core.inference import read_manifest
-from Core.options import default_of
-from Core.provenance import read_starts
-from Core.tracking import read_table
+from Core.config.schema import BASE, Config, read_file
+from Core.evaluation.charts import Line, line_chart, stack_chart
+from Core.generation.generate import read_manifest
+from Core.training.metric_logging import read_table
+from Core.utils.environment import read_starts
+from Core.utils.options import default_of
 
 logger = logging.getLogger("vader")
 REPORT = "report.html"

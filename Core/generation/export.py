@@ -7,9 +7,9 @@ import torch
 from peft import LoraConfig
 from safetensors.torch import save_file
 
-from Core import lora
 from Core.backbones import BACKBONES
-from Core.config import load_config
+from Core.config.schema import load_config
+from Core.modules import lora
 
 FORMATS = ("peft", "safetensors", "merged")
 

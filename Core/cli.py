@@ -12,15 +12,15 @@ from transformers.utils.logging import disable_progress_bar
 
 from Core.backbones import BACKBONES
 from Core.build import fetch_weights
-from Core.checkpoint import Checkpoints
-from Core.config import Config, load_config
-from Core.options import ConfigError
-from Core.prompts import Prompt, read_prompts
-from Core.resume import choose_checkpoint
-from Core.runtime import Runtime, speaks_for_machine
-from Core.sampling import IncompleteError, sample
-from Core.trainer import global_batch
-from Core.training import train, usable_prompts
+from Core.config.schema import Config, load_config
+from Core.data.prompts import Prompt, read_prompts
+from Core.generation.jobs import IncompleteError, sample
+from Core.training.checkpoint import Checkpoints
+from Core.training.resume import choose_checkpoint
+from Core.training.setup import train, usable_prompts
+from Core.training.trainer import global_batch
+from Core.utils.distributed import Runtime, speaks_for_machine
+from Core.utils.options import ConfigError
 
 logger = logging.getLogger("vader")
 # Settings of training that need less memory, those first that cost the least quality.

@@ -21,14 +21,14 @@ from typing import Any
 import numpy as np
 
 from Core.build import fetch_scorers, once_per_machine
-from Core.config import BASE, read_file
-from Core.evaluate import PairedGain, paired_gain
-from Core.inference import Sample, read_manifest
-from Core.options import ConfigError
-from Core.prompts import parse_prompts, read_prompts
-from Core.runtime import Runtime
-from Core.sampling import Variant, make_videos, plan_of, read_variants
-from Core.scoring import Clip, Scorers, write_csv, write_json
+from Core.config.schema import BASE, read_file
+from Core.data.prompts import parse_prompts, read_prompts
+from Core.evaluation.metrics import PairedGain, paired_gain
+from Core.evaluation.score_videos import Clip, Scorers, write_csv, write_json
+from Core.generation.generate import Sample, read_manifest
+from Core.generation.jobs import Variant, make_videos, plan_of, read_variants
+from Core.utils.distributed import Runtime
+from Core.utils.options import ConfigError
 
 logger = logging.getLogger("vader")
 RESULT = "evaluation.json"

@@ -10,14 +10,21 @@ from typing import Any
 
 from tqdm import tqdm
 
-from Core import lora
 from Core.backbones import Backbone
 from Core.build import build_backbone
-from Core.config import BASE
-from Core.inference import Sample, clear_partial, plan_samples, tidy_manifest, unfinished, write_videos
-from Core.prompts import Prompt, read_prompts
-from Core.provenance import record_environment
-from Core.runtime import Runtime
+from Core.config.schema import BASE
+from Core.data.prompts import Prompt, read_prompts
+from Core.generation.generate import (
+    Sample,
+    clear_partial,
+    plan_samples,
+    tidy_manifest,
+    unfinished,
+    write_videos,
+)
+from Core.modules import lora
+from Core.utils.distributed import Runtime
+from Core.utils.environment import record_environment
 
 logger = logging.getLogger("vader")
 # Folders that say nothing of which adapter it is.

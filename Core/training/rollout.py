@@ -9,14 +9,14 @@ from contextlib import ExitStack, contextmanager
 import torch
 from torch import Tensor
 
-from Core import draws
 from Core.backbones import Backbone
-from Core.clock import Stopwatch
-from Core.decode import choose_frames
-from Core.guards import BaseDistance
-from Core.prefix import lean_steps, reused_outputs
-from Core.prompts import Prompt
+from Core.data.prompts import Prompt
+from Core.sampling.frame_choice import choose_frames
+from Core.sampling.no_grad_steps import lean_steps, reused_outputs
 from Core.schedulers.rf import euler_sample, first_gradient_step, thin_prefix
+from Core.training.nan_check import BaseDistance
+from Core.utils import rng as draws
+from Core.utils.timing import Stopwatch
 
 
 class Rollout:

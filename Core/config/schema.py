@@ -10,15 +10,15 @@ from typing import Any, Literal
 
 from mmengine.config import Config as FileConfig
 
-from Core import lora
 from Core.backbones import BACKBONES, Backbone, VideoSpec
-from Core.decode import check_decode_frame
-from Core.monitors import early_stop_errors
-from Core.options import ConfigError, FlagParser, add_flags, check_values, option, parse_literal
-from Core.prompts import check_prompt_file, read_prompts, read_validation_prompts
+from Core.data.prompts import check_prompt_file, read_prompts, read_validation_prompts
+from Core.modules import lora
 from Core.rewards import check_reward_config
 from Core.rewards.hps import DEFAULT_VERSION
-from Core.schedulers.rf.window import first_gradient_step
+from Core.sampling.frame_choice import check_decode_frame
+from Core.sampling.gradient_window import first_gradient_step
+from Core.training.early_stopping import early_stop_errors
+from Core.utils.options import ConfigError, FlagParser, add_flags, check_values, option, parse_literal
 
 BASE = "base"  # stands for the model without an adapter wherever adapters are listed
 BackpropMode = Literal["last", "rand", "specific"]

@@ -14,12 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from Core import draws
 from Core.backbones import Backbone
-from Core.prefix import lean_steps
-from Core.prompts import Prompt
-from Core.schedulers.rf.euler import euler_sample
-from Core.tracking import animated_gif
+from Core.data.prompts import Prompt
+from Core.sampling.euler import euler_sample
+from Core.sampling.no_grad_steps import lean_steps
+from Core.training.metric_logging import animated_gif
+from Core.utils import rng as draws
 from opensora.datasets import save_sample
 
 logger = logging.getLogger("vader")

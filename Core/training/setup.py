@@ -5,20 +5,20 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from Core import lora
 from Core.backbones import Backbone
 from Core.build import build_backbone
-from Core.config import Config
-from Core.options import ConfigError
-from Core.prompts import Prompt, read_prompts, read_validation_prompts
-from Core.provenance import record_environment
-from Core.report import write_report
-from Core.resume import identity, prepare_folder
+from Core.config.schema import Config
+from Core.data.prompts import Prompt, read_prompts, read_validation_prompts
+from Core.evaluation.report import write_report
+from Core.modules import lora
 from Core.rewards import Reward, build_reward, prompt_errors
-from Core.runtime import Runtime
-from Core.tracking import Trackers, build_trackers
-from Core.trainer import Trainer, global_batch
-from Core.validation import Validation
+from Core.training.metric_logging import Trackers, build_trackers
+from Core.training.resume import identity, prepare_folder
+from Core.training.trainer import Trainer, global_batch
+from Core.training.validation import Validation
+from Core.utils.distributed import Runtime
+from Core.utils.environment import record_environment
+from Core.utils.options import ConfigError
 
 logger = logging.getLogger("vader")
 

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from Core import draws
-from Core.loading import describe_mismatch, load_state
+from Core.utils import rng as draws
+from Core.utils.state_dict import describe_mismatch, load_state
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"

@@ -17,11 +17,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from Core.evaluate import diversity, motion, score_videos
-from Core.inference import read_manifest
-from Core.options import ConfigError
-from Core.prompts import Prompt, parse_prompts
+from Core.data.prompts import Prompt, parse_prompts
+from Core.evaluation.metrics import diversity, motion, score_videos
+from Core.generation.generate import read_manifest
 from Core.rewards import Reward, build_reward, check_reward_config
+from Core.utils.options import ConfigError
 from opensora.datasets import is_img, is_vid
 
 logger = logging.getLogger("vader")

@@ -13,21 +13,22 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from Core import draws, lora
 from Core.backbones import Backbone
-from Core.checkpoint import Checkpoint, Checkpoints
-from Core.clock import Stopwatch
-from Core.ema import Ema
-from Core.guards import find_fault
-from Core.live import LiveView
-from Core.monitors import Course
-from Core.prompts import Prompt
+from Core.data.prompts import Prompt
+from Core.modules import lora
 from Core.rewards import Reward, RewardOutput
-from Core.rollout import Rollout
-from Core.runtime import Runtime
-from Core.stopping import StopRequest
-from Core.tracking import Trackers
-from Core.validation import Validation
+from Core.training.checkpoint import Checkpoint, Checkpoints
+from Core.training.early_stopping import Course
+from Core.training.ema import Ema
+from Core.training.metric_logging import Trackers
+from Core.training.nan_check import find_fault
+from Core.training.progress import LiveView
+from Core.training.rollout import Rollout
+from Core.training.signals import StopRequest
+from Core.training.validation import Validation
+from Core.utils import rng as draws
+from Core.utils.distributed import Runtime
+from Core.utils.timing import Stopwatch
 from opensora.datasets import save_sample
 
 logger = logging.getLogger("vader")
@@ -66,7 +67,7 @@ class Trainer:
     """Everything a run needs, built and on its device.
 
     Args:
-        identity: settings recorded with each checkpoint, see ``Core.resume``.
+        identity: settings recorded with each checkpoint, see ``Core.training.resume``.
         text: features [L, D] of every caption of ``prompts``.
         folder: the run folder.
     """

@@ -1,0 +1,1 @@
+"""Prompts, prompt embeddings and video files."""

@@ -1,0 +1,1 @@
+"""What an adapter changed: scores of videos, paired comparisons, the report."""

@@ -1,0 +1,1 @@
+"""Videos from prompts without gradients, and adapters in other formats."""

@@ -1,0 +1,1 @@
+"""Changes to a network: LoRA, quantised storage, frozen convolutions."""

@@ -1,0 +1,1 @@
+"""A training run: build, sample with a gradient, score, step, save, resume."""

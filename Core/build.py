@@ -4,64 +4,65 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from Core.backbones import BACKBONES, Backbone
-from Core.config.schema import Config
-from Core.data.prompts import Prompt
-from Core.data.text_embeddings import embed_captions, uncached
-from Core.generation.generate import captions_of
+from Core.backbones import Backbone, EncodedPrompt, Prompt
+from Core.config import Config, ConfigError
+from Core.data.text_embeddings import all_cached, encode_prompts
 from Core.rewards import required_weights
-from Core.utils.distributed import Runtime
+from Core.utils.distributed import Distributed
 from Core.utils.hub import locate
-from Core.utils.options import ConfigError
 
 # What ``build_reward`` takes: a name or {name: weight}, and the arguments.
 Scorer = tuple[str | Mapping[str, float], Mapping[str, Any] | None]
 
 
+def new_backbone(config: Config, device: torch.device) -> Backbone:
+    """The model family that a configuration names, with nothing loaded."""
+    return config.backbone(config.family, config.models, config.video_spec, device)
+
+
 def build_backbone(
-    config: Config, runtime: Runtime, prompts: Sequence[Prompt]
-) -> tuple[Backbone, dict[str, Tensor]]:
-    """The loaded model family, and the features of every caption of ``prompts``."""
-    backbone = BACKBONES[config.backbone].from_config(config, runtime.device)
-    fetch_weights(config, backbone, runtime, prompts)
-    captions = captions_of(backbone, prompts)
+    config: Config, distributed: Distributed, prompts: Sequence[Prompt]
+) -> tuple[Backbone, list[EncodedPrompt]]:
+    """The loaded model family, and the prompts with their features."""
+    backbone = new_backbone(config, distributed.device)
+    fetch_weights(config, backbone, distributed, prompts)
     # One process of a machine fills its cache, so that the encoder is loaded once and not once per process.
     for turn in (True, False):
-        if runtime.is_first_on_machine == turn:
-            text = _embed(config, backbone, captions)
-        runtime.barrier()
+        if distributed.is_first_on_machine == turn:
+            encoded = _encode(config, backbone, prompts)
+        distributed.barrier()
     backbone.load()
-    return backbone, text
+    return backbone, encoded
 
 
-def _embed(config: Config, backbone: Backbone, captions: Sequence[str]) -> dict[str, Tensor]:
+def _encode(config: Config, backbone: Backbone, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
     try:
-        return embed_captions(backbone, captions, config.text_cache)
+        return encode_prompts(backbone, prompts, config.models.text_cache)
     except torch.OutOfMemoryError as error:
-        smaller = (
-            "text_encoding='8bit' or 'cpu'" if config.text_encoding == "device" else "text_encoding='cpu'"
-        )
+        on_device = config.models.text_encoding == "device"
+        smaller = "text_encoding='8bit' or 'cpu'" if on_device else "text_encoding='cpu'"
         raise MemoryError(f"the device's memory is too small for the text encoder; set {smaller}") from error
 
 
-def fetch_weights(config: Config, backbone: Backbone, runtime: Runtime, prompts: Sequence[Prompt]) -> None:
+def fetch_weights(
+    config: Config, backbone: Backbone, distributed: Distributed, prompts: Sequence[Prompt]
+) -> None:
     """Bring all weights to every machine before any is loaded; what cannot be had is reported together.
 
     The text encoder's only where some caption of ``prompts`` is not in the cache.
     """
     scorers: list[Scorer] = []
-    if config.is_vader_training:
-        scorers.append((config.reward_fn, config.reward_arguments))
-        scorers += [(name, config.monitor_args.get(name)) for name in config.monitors]
-    captions = captions_of(backbone, prompts)
+    if config.run.is_vader_training:
+        scorers.append((config.reward.reward_fn, config.reward.arguments))
+        arguments = config.validation.monitor_args
+        scorers += [(name, arguments.get(name)) for name in config.validation.monitors]
 
     def fetch() -> list[str]:
-        needed = bool(uncached(backbone, captions, config.text_cache))
-        return backbone.fetch(text_encoder=needed) + fetch_scorers(scorers)
+        cached = all_cached(backbone, prompts, config.models.text_cache)
+        return backbone.fetch(text_encoder=not cached) + fetch_scorers(scorers)
 
-    once_per_machine(runtime, fetch)
+    once_per_machine(distributed, fetch)
 
 
 def fetch_scorers(scorers: Iterable[Scorer]) -> list[str]:
@@ -75,12 +76,12 @@ def fetch_scorers(scorers: Iterable[Scorer]) -> list[str]:
     return errors
 
 
-def once_per_machine(runtime: Runtime, fetch: Callable[[], list[str]]) -> None:
+def once_per_machine(distributed: Distributed, fetch: Callable[[], list[str]]) -> None:
     """``fetch`` in one process of each machine, since machines may share no disk; the others wait.
 
     Raises:
         ConfigError: on every process, with the sentences of all machines.
     """
-    errors = runtime.gather_objects(fetch() if runtime.is_first_on_machine else [])
+    errors = distributed.gather_objects(fetch() if distributed.is_first_on_machine else [])
     if errors:
         raise ConfigError(list(dict.fromkeys(errors)))

@@ -1,31 +1,28 @@
-"""From a command line to a finished run: parse, build, train or generate."""
+"""From a command line to a finished run: parse, build, train or generate.
+
+What trains and generates is imported once the configuration is found sound, so that ``--help`` and errors come at once.
+"""
 
 import logging
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from tqdm import tqdm
-from transformers.utils.logging import disable_progress_bar
 
-from Core.backbones import BACKBONES
-from Core.build import fetch_weights
-from Core.config.schema import Config, load_config
-from Core.data.prompts import Prompt, read_prompts
-from Core.generation.jobs import IncompleteError, sample
-from Core.training.checkpoint import Checkpoints
-from Core.training.resume import choose_checkpoint
-from Core.training.setup import train, usable_prompts
-from Core.training.trainer import global_batch
-from Core.utils.distributed import Runtime, speaks_for_machine
-from Core.utils.options import ConfigError
+from Core.config import Config, ConfigError, load_config
+from Core.utils.errors import IncompleteError
+from Core.utils.terminal import ConsoleHandler
+
+if TYPE_CHECKING:
+    from Core.utils.distributed import Distributed
 
 logger = logging.getLogger("vader")
 # Settings of training that need less memory, those first that cost the least quality.
 MEMORY_SAVERS = {
-    "prefix_cache": 1,
     "grad_checkpoint": True,
     "train_batch_size": 1,
     "val_batch_size": 1,
@@ -53,7 +50,7 @@ def exit_code(action: Callable[[], object]) -> int:
     try:
         action()
     except ConfigError as error:
-        return answer(2, error.errors if speaks_for_machine() else [])
+        return answer(2, error.errors if os.environ.get("LOCAL_RANK", "0") == "0" else [])
     except (ValueError, FileNotFoundError, PermissionError) as error:
         logger.debug("stopped by", exc_info=True)
         return answer(2, [str(error)])
@@ -72,53 +69,62 @@ def answer(code: int, sentences: Sequence[str]) -> int:
 
 def run(config: Config) -> Path:
     """Train, generate, or only check; returns the run folder."""
+    from transformers.utils.logging import disable_progress_bar
+
+    from Core.generation.jobs import sample
+    from Core.training.setup import train
+    from Core.utils.distributed import Distributed
+
     disable_progress_bar()  # transformers' own, one per network it loads
-    runtime = Runtime(config.mixed_precision if config.is_vader_training else "no")
-    folder = Path(config.project_dir).expanduser()
-    if config.check_only:
-        check(config, runtime, folder)
+    training = config.run.is_vader_training
+    distributed = Distributed(config.optimizer.mixed_precision if training else "no")
+    folder = Path(config.run.project_dir).expanduser()
+    if config.run.check_only:
+        check(config, distributed, folder)
         return folder
-    start_log(folder, runtime, config)
+    start_log(folder, distributed, config.run.verbose)
     try:
-        (train if config.is_vader_training else sample)(config, runtime, folder)
+        (train if training else sample)(config, distributed, folder)
     except torch.OutOfMemoryError as error:
         raise MemoryError(memory_advice(config, str(error))) from error
     finally:
         stop_log()
-    runtime.close()
+    distributed.close()
     return folder
 
 
-def check(config: Config, runtime: Runtime, folder: Path) -> None:
+def check(config: Config, distributed: "Distributed", folder: Path) -> None:
     """Find what would stop a run before it loads a network, and bring its weights to this machine.
 
     Raises:
-        ValueError: unusable prompts, or else with all that is wrong with weights and checkpoint.
+        ConfigError: unusable prompts, or else with all that is wrong with weights and checkpoint.
     """
-    if config.is_vader_training:
-        training, validation = usable_prompts(config, runtime)
-        prompts = [*training, *validation]
-        errors = resume_errors(config, folder, training)
-    else:
-        prompts, errors = read_prompts(config), []
+    from Core.build import fetch_weights, new_backbone
+    from Core.training.setup import refuse_unscorable
+
+    prompts, errors = list(config.prompt_list), []
+    if config.run.is_vader_training:
+        refuse_unscorable(config, distributed)
+        prompts += config.validation_prompt_list
+        errors = resume_errors(config, folder)
     try:
-        fetch_weights(
-            config, BACKBONES[config.backbone].from_config(config, runtime.device), runtime, prompts
-        )
+        fetch_weights(config, new_backbone(config, distributed.device), distributed, prompts)
     except ConfigError as error:
         errors += error.errors
     if errors:
         raise ConfigError(errors)
 
 
-def resume_errors(config: Config, folder: Path, prompts: Sequence[Prompt]) -> list[str]:
+def resume_errors(config: Config, folder: Path) -> list[str]:
     """Why the run would not continue what lies in ``folder``; nothing there is changed."""
-    processes = None if config.check_only is True else int(config.check_only)
-    batch = global_batch(config, processes) if processes else None
+    from Core.training.checkpoint import Checkpoints
+    from Core.training.resume import choose_checkpoint
+
+    asked = config.run.check_only
+    batch = None if asked is True else config.optimizer.global_batch(int(asked))
+    checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
     try:
-        choose_checkpoint(
-            config, Checkpoints(folder / "checkpoints", config.keep_checkpoints), prompts, batch
-        )
+        choose_checkpoint(config, checkpoints, config.prompt_list, batch)
     except ValueError as error:
         return [str(error)]
     return []
@@ -126,11 +132,15 @@ def resume_errors(config: Config, folder: Path, prompts: Sequence[Prompt]) -> li
 
 def memory_advice(config: Config, error: str) -> str:
     """One sentence: what did not fit, and the settings that would still save memory."""
-    savers = MEMORY_SAVERS if config.is_vader_training else {"val_batch_size": 1, "dtype": "fp8"}
-    same = {"decode_frame"} if isinstance(config.decode_frame, int) else set()  # any one frame costs the same
-    if config.compile_blocks or config.base_quant != "none":
+    values = config.flat()
+    savers = MEMORY_SAVERS if config.run.is_vader_training else {"val_batch_size": 1, "dtype": "fp8"}
+    same = (
+        {"decode_frame"} if isinstance(values.get("decode_frame"), int) else set()
+    )  # any one frame costs the same
+    if config.models.compile_blocks or config.models.base_quant != "none":
         same.add("dtype")  # would be refused beside them
-    unused = [f"{k}={v!r}" for k, v in savers.items() if k not in same and getattr(config, k) != v]
+    known = {key: value for key, value in savers.items() if key in values and key not in same}
+    unused = [f"{key}={value!r}" for key, value in known.items() if values[key] != value]
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
     failed = f", which tried to allocate {asked[1]} more" if asked else ""
     return (
@@ -139,20 +149,12 @@ def memory_advice(config: Config, error: str) -> str:
     )
 
 
-class BarHandler(logging.Handler):
-    """Prints above a progress bar instead of through it."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        tqdm.write(self.format(record), file=sys.stderr)
-
-
-def start_log(folder: Path, runtime: Runtime, config: Config) -> None:
+def start_log(folder: Path, distributed: "Distributed", verbose: int) -> None:
     """Messages of the main process go to the console and, in full, to ``log.txt``."""
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
-    console = BarHandler(logging.INFO if config.verbose and runtime.is_main else logging.WARNING)
-    logger.addHandler(console)
-    if runtime.is_main:
+    logger.addHandler(ConsoleHandler(logging.INFO if verbose and distributed.is_main else logging.WARNING))
+    if distributed.is_main:
         folder.mkdir(parents=True, exist_ok=True)
         file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))

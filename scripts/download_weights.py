@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,18 +20,10 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
-from Core.config.schema import load_config  # noqa: E402
+from Core.backbones import BACKBONES, FamilySettings  # noqa: E402
+from Core.config import load_config  # noqa: E402
 from Core.rewards import REGISTRY, Weight, resolve_reward  # noqa: E402
 from Core.utils.hub import human_size, prefetch  # noqa: E402
-
-# Config entry → weights, per model family.
-MODELS = {
-    "opensora": {
-        "model": Weight(source="hpcai-tech/OpenSora-STDiT-v3", size=4_835_000_000, licence="Apache-2.0"),
-        "vae": Weight(source="hpcai-tech/OpenSora-VAE-v1.2", size=1_573_000_000, licence="Apache-2.0"),
-        "text_encoder": Weight(source="DeepFloyd/t5-v1_1-xxl", size=19_050_000_000, licence="Apache-2.0"),
-    }
-}
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("--model", nargs="+", default=[], choices=sorted(MODELS), help="model families")
+    parser.add_argument("--model", nargs="+", default=[], choices=sorted(BACKBONES), help="model families")
     parser.add_argument("--reward", nargs="+", default=[], metavar="NAME", help=", ".join(sorted(REGISTRY)))
     parser.add_argument("--config", metavar="FILE", help="all that this config file needs")
     parser.add_argument("--to", type=Path, metavar="DIR", help="folder to download to")
@@ -57,13 +50,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     return arguments
 
 
-def model_needs(family: str, sources: dict[str, str]) -> list[Need]:
-    """Weights of a model family; `sources` (config entry → path or hub id) replaces the published ones."""
-    published = MODELS[family].items()
-    return [
-        Need(family, (entry, "from_pretrained"), weight.at(sources.get(entry, weight.source)))
-        for entry, weight in published
-    ]
+def model_needs(family: str, settings: FamilySettings | None = None) -> list[Need]:
+    """Weights of a model family: the published ones, or those that settings name."""
+    cls = BACKBONES.resolve(family)
+    weights = cls.weights_of(settings) if settings else cls.weights
+    return [Need(family, tuple(key.split(".")), weight) for key, weight in weights.items()]
 
 
 def reward_needs(
@@ -78,18 +69,15 @@ def reward_needs(
 def config_needs(path: str) -> list[Need]:
     """Weights of everything a config file names. Raises ValueError with what is wrong with the file."""
     config = load_config([path])
-    entries = {entry: getattr(config, entry).get("from_pretrained") for entry in MODELS[config.backbone]}
-    needs = model_needs(config.backbone, {entry: source for entry, source in entries.items() if source})
-    if not config.is_vader_training:
+    needs = model_needs(config.models.backbone, config.family)
+    if not config.run.is_vader_training:
         return needs
-    args = config.reward_arguments
-    if isinstance(config.reward_fn, str):
-        needs += reward_needs(config.reward_fn, args)
-    else:
-        for name in config.reward_fn:
-            needs += reward_needs(name, args.get(name, {}), "mixture", ("reward_args", name))
-    for name in config.monitors:
-        given = config.monitor_args.get(name, {})
+    mixture = isinstance(config.reward.reward_fn, Mapping)
+    for name, args in config.reward.parts.items():
+        place = ("reward_args", name) if mixture else ("reward_args",)
+        needs += reward_needs(name, args, "mixture" if mixture else "", place)
+    for name in config.validation.monitors:
+        given = config.validation.monitor_args.get(name, {})
         needs += reward_needs(name, given, "monitors", ("monitor_args", name))
     return needs
 

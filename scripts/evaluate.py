@@ -18,12 +18,11 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 from Core.cli import exit_code, start_log, stop_log  # noqa: E402
-from Core.config.schema import Config, load_config  # noqa: E402
+from Core.config import Config, ConfigError, load_config  # noqa: E402
 from Core.evaluation.compare import compare, read_training_prompts  # noqa: E402
 from Core.evaluation.score_videos import check_scorers, refuse  # noqa: E402
-from Core.utils.distributed import Runtime  # noqa: E402
+from Core.utils.distributed import Distributed  # noqa: E402
 from Core.utils.environment import record_environment  # noqa: E402
-from Core.utils.options import ConfigError  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
@@ -58,11 +57,8 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
 
 def chosen_rewards(own: argparse.Namespace, config: Config) -> dict[str, Mapping[str, Any]]:
     """Rewards by name with their arguments; those of the config hold for the config's own reward."""
-    trained = config.reward_fn if isinstance(config.reward_fn, Mapping) else {config.reward_fn: 1.0}
-    known = config.reward_arguments
-    if not isinstance(config.reward_fn, Mapping):
-        known = {config.reward_fn: known}
-    names = own.rewards.split(",") if own.rewards else list(trained)
+    known = config.reward.parts
+    names = own.rewards.split(",") if own.rewards else list(known)
     try:
         given = json.loads(own.reward_arguments)
     except json.JSONDecodeError as error:
@@ -87,20 +83,20 @@ def show(result: Mapping[str, Any]) -> None:
 def evaluate(argv: Sequence[str] | None) -> None:
     own, config = parse(argv)
     rewards = chosen_rewards(own, config)
-    training = read_training_prompts(own.training_prompts) if own.training_prompts else None
-    folder = Path(own.out or f"{config.project_dir}/evaluation").expanduser()
-    runtime = Runtime()
-    start_log(folder, runtime, config)
+    training = read_training_prompts(own.training_prompts, config) if own.training_prompts else None
+    folder = Path(own.out or f"{config.run.project_dir}/evaluation").expanduser()
+    distributed = Distributed()
+    start_log(folder, distributed, config.run.verbose)
     try:
-        if runtime.is_main:
+        if distributed.is_main:
             record_environment(folder)
-        result = compare(config, runtime, own.adapter, rewards, folder, training)
-        if runtime.is_main:
+        result = compare(config, distributed, own.adapter, rewards, folder, training)
+        if distributed.is_main:
             show(result)
             print(f"written to {folder}")
     finally:
         stop_log()
-    runtime.close()
+    distributed.close()
 
 
 if __name__ == "__main__":

@@ -22,11 +22,13 @@ sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
+from Core.config.load import read_saved  # noqa: E402
 from Core.modules import lora  # noqa: E402
-from Core.training.metric_logging import CsvTracker, read_table  # noqa: E402
+from Core.training.metric_logging import CsvTracker  # noqa: E402
 from Core.training.nan_check import find_fault  # noqa: E402
-from Core.utils import rng as draws  # noqa: E402
-from Core.utils.distributed import Runtime  # noqa: E402
+from Core.utils import rng  # noqa: E402
+from Core.utils.distributed import Distributed  # noqa: E402
+from Core.utils.tables import read_table  # noqa: E402
 
 REPEATS = 9
 BAR = 0.02
@@ -34,7 +36,7 @@ BAR = 0.02
 
 def adapter_of_xl() -> nn.Module:
     """STDiT3-XL/2 on the meta device, with its rank-16 adapter in memory."""
-    from Core.backbones import OpenSora
+    from Core.backbones.opensora import OpenSora
     from opensora.registry import MODELS, build_module
 
     with torch.device("meta"):
@@ -59,7 +61,7 @@ def median_seconds(action: Callable[[], object], prepare: Callable[[], object] =
 
 def measure(samples: int, latent: tuple[int, ...], checkpointing_steps: int) -> dict[str, float]:
     """Seconds per step of each kind of work; every process of the launch takes part."""
-    runtime = Runtime()
+    distributed = Distributed()
     named = lora.parameters(adapter_of_xl())
     parameters = list(named.values())
     gradients = [torch.randn_like(parameter) for parameter in parameters]
@@ -68,7 +70,7 @@ def measure(samples: int, latent: tuple[int, ...], checkpointing_steps: int) -> 
         """Gradients as a backward pass leaves them."""
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.clone()
-        runtime.barrier()
+        distributed.barrier()
 
     arrive()
     numbers = range(samples)
@@ -79,17 +81,17 @@ def measure(samples: int, latent: tuple[int, ...], checkpointing_steps: int) -> 
         step = iter(range(10**6))
         seconds = {
             "draws": median_seconds(
-                lambda: draws.noise([draws.generator(0, "noise", n) for n in numbers], latent)
+                lambda: rng.noise([rng.generator(0, "noise", n) for n in numbers], latent)
             ),
             "guards": median_seconds(lambda: find_fault([(n, "") for n in numbers], values, named)),
             "all-reduce": median_seconds(
-                lambda: runtime.average_gradients(parameters, [False, False]), arrive
+                lambda: distributed.average_gradients(parameters, [False, False]), arrive
             ),
             "metrics": median_seconds(lambda: tracker.log(scalars, next(step))),
             "hashing / checkpoint": median_seconds(lambda: lora.digest(parameters)) / checkpointing_steps,
         }
     seconds["adapter weights"] = float(sum(p.numel() for p in parameters))
-    return seconds if runtime.is_main else {}
+    return seconds if distributed.is_main else {}
 
 
 def launch(processes: int, arguments: list[str]) -> dict[str, float]:
@@ -110,7 +112,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    config = run_config(args.run)
+    config = read_saved(args.run / "config.py")
     samples = config["train_batch_size"] * config["gradient_accumulation_steps"]
     if args.worker:
         measured = measure(samples, (4, 15, 30, 40), config["checkpointing_steps"])
@@ -123,12 +125,6 @@ def main() -> int:
     if args.json:
         args.json.write_text(json.dumps({"step": step, **measured}, indent=1), encoding="utf-8")
     return 0
-
-
-def run_config(run: Path) -> dict:
-    from mmengine.config import Config as FileConfig
-
-    return FileConfig.fromfile(str(run / "config.py")).to_dict()
 
 
 def report(step: float, measured: dict[str, float], processes: int) -> None:

@@ -16,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
-from Core.training.metric_logging import read_table  # noqa: E402
+from Core.utils.tables import read_table  # noqa: E402
 from scripts.bench import page  # noqa: E402
 from scripts.benchmark import origin  # noqa: E402
 

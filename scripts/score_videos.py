@@ -19,7 +19,6 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 import torch  # noqa: E402
-from tqdm import tqdm  # noqa: E402
 
 from Core.cli import exit_code  # noqa: E402
 from Core.evaluation.metrics import means  # noqa: E402
@@ -32,7 +31,8 @@ from Core.evaluation.score_videos import (  # noqa: E402
     write_csv,
     write_json,
 )
-from Core.generation.jobs import IncompleteError  # noqa: E402
+from Core.utils.errors import IncompleteError  # noqa: E402
+from Core.utils.terminal import progress_bar  # noqa: E402
 
 logger = logging.getLogger("vader")
 
@@ -53,7 +53,7 @@ def score_folder(
     refuse(check_scorers(rewards, arguments))
     scorers = Scorers(rewards, arguments, "cuda" if torch.cuda.is_available() else "cpu")
     rows, failed = [], 0
-    for group in tqdm(list(by_prompt(clips)), desc="scoring", unit="prompt", leave=False):
+    for group in progress_bar().track(list(by_prompt(clips)), description="scoring"):
         try:
             scores = scorers(group)
         except ValueError as error:

@@ -7,24 +7,27 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
-from Core.config.schema import Config  # noqa: E402
+from Core.config.schema import sections_of  # noqa: E402
 from Core.utils.options import default_of, describe_type  # noqa: E402
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "options.md")
+TITLES = {"family": "family: opensora", "objective": "objective: reward_gradient"}
 BEGIN, END = "<!-- options: written by scripts/write_options.py -->", "<!-- end of options -->"
 
 
 def table() -> str:
-    """A Markdown row per key: name, default, type, what it does."""
+    """A Markdown row per key, under a row per section: name, default, type, what it does."""
     rows = ["| key | default | type | meaning |", "| --- | --- | --- | --- |"]
-    for entry in fields(Config):
-        cells = (
-            f"`{entry.name}`",
-            f"`{default_of(entry)!r}`",
-            describe_type(entry.type),
-            entry.metadata["doc"],
-        )
-        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    for section, schema in sections_of({}).items():
+        rows.append(f"| **{TITLES.get(section, section)}** | | | |")
+        for entry in fields(schema):
+            cells = (
+                f"`{entry.name}`",
+                f"`{default_of(entry)!r}`",
+                describe_type(entry.type),
+                entry.metadata["doc"],
+            )
+            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
     return "\n".join(rows)
 
 

@@ -45,7 +45,7 @@ class Browser:
         self.buffer, self.number, self.session, self.events = b"", 0, None, []
         target = self.call("Target.createTarget", url="about:blank")["targetId"]
         self.session = self.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
-        for domain in ("Page", "Runtime", "Log", "Network"):
+        for domain in ("Page", "Distributed", "Log", "Network"):
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **params):
@@ -88,7 +88,9 @@ class Browser:
 
     def evaluate(self, expression: str):
         """Value of a JavaScript expression or promise."""
-        result = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        result = self.call(
+            "Distributed.evaluate", expression=expression, awaitPromise=True, returnByValue=True
+        )
         if "exceptionDetails" in result:
             raise RuntimeError(result["exceptionDetails"]["exception"].get("description", "error"))
         return result["result"].get("value")
@@ -104,9 +106,9 @@ class Browser:
         found = []
         for event in self.events:
             method, params = event.get("method"), event.get("params", {})
-            if method == "Runtime.exceptionThrown" or method == "Log.entryAdded":
+            if method == "Distributed.exceptionThrown" or method == "Log.entryAdded":
                 found.append(json.dumps(params))
-            elif method == "Runtime.consoleAPICalled" and params["type"] in ("error", "warning"):
+            elif method == "Distributed.consoleAPICalled" and params["type"] in ("error", "warning"):
                 found.append(json.dumps(params["args"]))
             elif method == "Network.requestWillBeSent" and not params["request"]["url"].startswith(
                 ("file:", "data:")

@@ -126,9 +126,9 @@ def compute_in_float64() -> None:
     """Let dtype="fp32" mean float64, in which orders of summation agree to far below any learning rate."""
     import torch
 
-    from Core.backbones import opensora
+    from Core.backbones import base
 
-    opensora.DTYPES["fp32"] = torch.float64
+    base.DTYPES["fp32"] = torch.float64
 
 
 if __name__ == "__main__":

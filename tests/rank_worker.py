@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-from Core.backbones import opensora
+from Core.backbones import base
 from Core.cli import main
 from Core.training.trainer import Trainer
 
@@ -20,9 +20,9 @@ fit = Trainer.fit
 
 def fit_and_keep(trainer: Trainer) -> None:
     fit(trainer)
-    save_file(dict(trainer.named_parameters), Path(folder) / f"rank_{trainer.runtime.rank}.safetensors")
+    save_file(dict(trainer.named_parameters), Path(folder) / f"rank_{trainer.distributed.rank}.safetensors")
 
 
 Trainer.fit = fit_and_keep
-opensora.DTYPES["fp32"] = torch.float64
+base.DTYPES["fp32"] = torch.float64
 sys.exit(main(argv))

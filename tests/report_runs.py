@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from sampling_runs import picture
 
-from Core.config.schema import Config
+from Core.config import build_config
 from Core.evaluation.compare import Row, per_prompt, summary, write_tables
 from Core.utils.environment import record_environment
 
@@ -30,14 +30,15 @@ def training_run(folder: Path, steps: int = 60) -> Path:
         f"{step},{20 + 3 * step / steps},{0.4 - 0.1 * step / steps}" for step in range(0, steps + 1, 20)
     ]
     (folder / "validation.csv").write_text("\n".join(["step,reward,motion", *held_out]) + "\n")
-    Config(
-        prompt=PROMPTS,
-        model={"type": "STDiT3-XL/2", "from_pretrained": "hpcai-tech/OpenSora-STDiT-v3"},
-        vae={"type": "OpenSoraVAE_V1_2", "from_pretrained": "hpcai-tech/OpenSora-VAE-v1.2"},
-        text_encoder={"type": "t5", "from_pretrained": "DeepFloyd/t5-v1_1-xxl", "model_max_length": 300},
-        scheduler={"type": "rflow", "num_sampling_steps": 30, "cfg_scale": 7.0},
-        project_dir=str(folder),
-    ).save(folder / "config.py")
+    values = {
+        "prompt": PROMPTS,
+        "model": {"type": "STDiT3-XL/2", "from_pretrained": "hpcai-tech/OpenSora-STDiT-v3"},
+        "vae": {"type": "OpenSoraVAE_V1_2", "from_pretrained": "hpcai-tech/OpenSora-VAE-v1.2"},
+        "text_encoder": {"type": "t5", "from_pretrained": "DeepFloyd/t5-v1_1-xxl", "model_max_length": 300},
+        "scheduler": {"type": "rflow", "num_sampling_steps": 30, "cfg_scale": 7.0},
+        "project_dir": str(folder),
+    }
+    build_config(values).save(folder / "config.py")
     (folder / "log.txt").write_text("2024-05-01 10:00:00,000 WARNING motion falls while the reward rises\n")
     record_environment(folder)
     for step in (0, steps):

@@ -6,7 +6,7 @@ import torch
 import twin_runs
 import twins
 
-from Core.generation.generate import read_manifest
+from Core.generation.manifest import read_manifest
 from Core.modules import lora
 from opensora.datasets import save_sample
 

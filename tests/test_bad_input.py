@@ -15,7 +15,7 @@ import twins
 from huggingface_hub.errors import LocalEntryNotFoundError
 
 from Core import build
-from Core.backbones import OpenSora
+from Core.backbones.opensora import OpenSora
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPT = ROOT / "Open-Sora" / "scripts" / "train_t2v_lora.py"
@@ -90,7 +90,7 @@ def test_hub_ids_out_of_reach_are_reported_together(answer, monkeypatch):
     monkeypatch.setattr(huggingface_hub, "snapshot_download", offline)
     entry = dict(type="STDiT3-XL/2", from_pretrained="someone/stdit")
     sentences = answer(model=entry, reward_args=dict(model="someone/clip"))
-    assert [sentence.startswith("model: ") for sentence in sentences] == [True, False]
+    assert [sentence.startswith("model.from_pretrained: ") for sentence in sentences] == [True, False]
     assert len(sentences) == 2
 
 
@@ -148,7 +148,7 @@ def test_too_small_a_memory_is_one_sentence_and_an_exit_code_of_its_own(
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.50 GiB. GPU 0 has a total …")
 
     monkeypatch.setattr(OpenSora, "load", fill_up)
-    monkeypatch.setattr(build, "embed_captions", lambda *_: {})
+    monkeypatch.setattr(build, "encode_prompts", lambda *_: [])
     assert twin_runs.start(twin, tmp_path / "run", **overrides) == 3
     printed = capfd.readouterr().err
     (sentence,) = [line for line in printed.splitlines() if line.startswith("error: ")]
@@ -162,7 +162,7 @@ def test_too_small_a_memory_for_the_text_encoder_says_where_else_it_can_run(
     def fill_up(*_):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.50 GiB. GPU 0 has a total …")
 
-    monkeypatch.setattr(build, "embed_captions", fill_up)
+    monkeypatch.setattr(build, "encode_prompts", fill_up)
     assert twin_runs.start(twin, tmp_path / "run") == 3
     assert "for the text encoder; set text_encoding='8bit' or 'cpu'" in capfd.readouterr().err
     assert twin_runs.start(twin, tmp_path / "run", text_encoding="8bit") == 3

@@ -10,6 +10,7 @@ from torch import nn
 
 from Core.backbones import BACKBONES
 from Core.modules import lora
+from Core.utils.timing import Stopwatch
 from scripts import benchmark
 from scripts.bench import meter, page
 from scripts.bench.bench import Bench
@@ -34,9 +35,12 @@ def outcome(bench: Bench) -> tuple[torch.Tensor, torch.Tensor]:
     """Final latent and the adapter's gradient of the first video."""
     trainer = bench.trainer
     lora.set_dropout(trainer.backbone.denoiser, False)
-    z, _ = trainer.rollout.sample(trainer.prompts_of([0]), [0], 1)
-    frames = trainer.backbone.decode_frames(z, trainer.rollout.frame_numbers([0]))
-    gradient = torch.autograd.grad(trainer.reward(frames, ["a fox"]).loss.mean(), trainer.parameters)
+    rollout, timer = trainer.objective.rollout, Stopwatch(torch.device("cpu"))
+    z, _ = rollout.sample(trainer.prompts_of([0]), [0], 1, timer)
+    frames = trainer.backbone.decode_frames(z, rollout.frame_numbers([0]))
+    gradient = torch.autograd.grad(
+        trainer.objective.reward(frames, ["a fox"]).loss.mean(), trainer.parameters
+    )
     return z.detach(), torch.cat([g.flatten() for g in gradient])
 
 
@@ -147,7 +151,7 @@ def test_score_matrices_give_the_same_attention():
 
 
 def test_the_family_of_random_weights_is_offered_to_nobody_else(bench):
-    assert bench.config.backbone == "benchmark" and "benchmark" not in BACKBONES
+    assert bench.config.models.backbone == "benchmark" and "benchmark" not in BACKBONES
 
 
 def test_a_setting_reaches_into_entries_and_says_what_is_wrong_with_it():
@@ -278,14 +282,15 @@ def test_the_sampling_loop_waits_for_no_gpu(tmp_path):
     setting = "default;image_size=(32,32);num_frames=17;scheduler.num_sampling_steps=4"
     bench = Bench("cpu-twin", Setting.parse(setting), tmp_path / "run")
     bench.step()
-    backbone = bench.trainer.backbone
-    velocity = backbone.velocity(list(bench.trainer.rollout.text.values())[:1])
-    z, timesteps = bench.trainer.rollout.noise([0]), backbone.timesteps(1)
-    with torch.no_grad(), bench.trainer.runtime.autocast(), bench.trainer.rollout.prefix():
-        velocity(z, timesteps[0])  # the captions' keys and values, once for each sample
+    trainer, backbone = bench.trainer, bench.trainer.backbone
+    rollout = trainer.objective.rollout
+    predict = backbone.predictor(rollout.features(trainer.prompts_of([0])))
+    z, timesteps = rollout.noise([0]), backbone.timesteps(1)
+    with torch.no_grad(), trainer.distributed.autocast(), backbone.no_grad_steps():
+        predict(z, timesteps[0])  # the captions' keys and values, once for each sample
         torch.cuda.set_sync_debug_mode("error")
         try:
             for t in timesteps:
-                velocity(z, t)
+                predict(z, t)
         finally:
             torch.cuda.set_sync_debug_mode("default")

@@ -10,14 +10,16 @@ import pytest
 import torch
 import twins
 from safetensors.torch import load_file
+from torch import Tensor
 
-from Core.backbones import OpenSora, VideoSpec
-from Core.backbones.base import TextEncoder, file_identity, pad_text
-from Core.build import fetch_weights
-from Core.config.schema import Config
-from Core.data.prompts import read_prompts
-from Core.data.text_embeddings import ENCODE_BATCH, embed_captions, uncached
-from Core.utils.distributed import Runtime
+from Core.backbones import Backbone, Prompt, TextEncoder
+from Core.backbones.base import file_identity, pad_text
+from Core.backbones.opensora import OpenSora
+from Core.backbones.opensora_prompts import parse_prompts
+from Core.build import fetch_weights, new_backbone
+from Core.config import build_config
+from Core.data.text_embeddings import ENCODE_BATCH, all_cached, encode_prompts
+from Core.utils.distributed import Distributed
 
 
 class CountingEncoder(TextEncoder):
@@ -26,13 +28,19 @@ class CountingEncoder(TextEncoder):
 
     def encode(self, captions):
         self.seen += captions
-        return [torch.full((len(caption), 2), float(len(caption))) for caption in captions]
+        return [
+            {
+                "letters": torch.full((len(caption), 2), float(len(caption))),
+                "first": torch.tensor(ord(caption[0])),
+            }
+            for caption in captions
+        ]
 
 
 @pytest.fixture
 def backbone() -> SimpleNamespace:
     """A stand-in whose encoder gives each caption as many tokens as letters; ``built`` holds the encoders."""
-    family = SimpleNamespace(text_identity="letters", seen=[], built=[])
+    family = SimpleNamespace(text_identity="letters", seen=[], built=[], caption=str)
 
     def text_encoder() -> CountingEncoder:
         encoder = CountingEncoder(family.seen)
@@ -43,34 +51,55 @@ def backbone() -> SimpleNamespace:
     return family
 
 
+def encoded(backbone, texts, cache) -> dict[str, dict[str, Tensor]]:
+    """Features of each text."""
+    prompts = encode_prompts(backbone, [Prompt(text) for text in texts], cache)
+    assert [prompt.prompt.text for prompt in prompts] == list(texts)
+    return {prompt.prompt.text: prompt.features_of() for prompt in prompts}
+
+
+def cached(backbone, texts, cache) -> bool:
+    return all_cached(backbone, [Prompt(text) for text in texts], cache)
+
+
 def test_each_caption_is_encoded_once(backbone, tmp_path):
-    features = embed_captions(backbone, ["a", "bb", "a"], tmp_path)
+    features = encoded(backbone, ["a", "bb", "a"], tmp_path)
     assert backbone.seen == ["a", "bb"]
-    assert {caption: tuple(f.shape) for caption, f in features.items()} == {"a": (1, 2), "bb": (2, 2)}
+    shapes = {text: tuple(own["letters"].shape) for text, own in features.items()}
+    assert shapes == {"a": (1, 2), "bb": (2, 2)}
 
 
 def test_the_encoder_is_freed_and_not_built_again(backbone, tmp_path):
-    first = embed_captions(backbone, ["a", "bb"], tmp_path)
+    first = encoded(backbone, ["a", "bb"], tmp_path)
     gc.collect()
     assert [encoder() for encoder in backbone.built] == [None]
-    again = embed_captions(backbone, ["bb", "a"], tmp_path)
+    again = encoded(backbone, ["bb", "a"], tmp_path)
     assert len(backbone.built) == 1
-    assert all(torch.equal(first[caption], again[caption]) for caption in first)
+    for text in first:
+        assert first[text].keys() == again[text].keys() == {"letters", "first"}
+        assert all(torch.equal(first[text][name], again[text][name]) for name in first[text])
 
 
 def test_only_what_the_cache_lacks_is_encoded(backbone, tmp_path):
-    embed_captions(backbone, ["a"], tmp_path)
-    embed_captions(backbone, ["a", "bb"], tmp_path)
+    encoded(backbone, ["a"], tmp_path)
+    encoded(backbone, ["a", "bb"], tmp_path)
     assert backbone.seen == ["a", "bb"]
+
+
+def test_every_text_of_a_prompt_is_encoded_and_found_by_its_clip(backbone, tmp_path):
+    (prompt, other) = encode_prompts(backbone, parse_prompts(["|0|a|2|bb", "bb"]), tmp_path)
+    assert backbone.seen == ["a", "bb"]
+    assert [len(prompt.features_of(clip)["letters"]) for clip in range(4)] == [1, 1, 2, 2]
+    assert len(other.features_of(3)["letters"]) == 2
 
 
 @pytest.mark.parametrize("content", [b"", b"not a safetensors file"], ids=["empty", "damaged"])
 def test_a_damaged_file_is_written_anew(backbone, tmp_path, content):
-    expected = embed_captions(backbone, ["a"], tmp_path)["a"]
+    expected = encoded(backbone, ["a"], tmp_path)["a"]["letters"]
     (file,) = tmp_path.rglob("*.safetensors")
     file.write_bytes(content)
-    assert torch.equal(embed_captions(backbone, ["a"], tmp_path)["a"], expected)
-    assert torch.equal(load_file(file)["features"], expected)
+    assert torch.equal(encoded(backbone, ["a"], tmp_path)["a"]["letters"], expected)
+    assert torch.equal(load_file(file)["letters"], expected)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
 
 
@@ -86,56 +115,57 @@ def test_a_killed_run_keeps_what_it_has_encoded(backbone, tmp_path, monkeypatch)
 
     monkeypatch.setattr(CountingEncoder, "encode", die_later)
     with pytest.raises(KeyboardInterrupt):
-        embed_captions(backbone, captions, tmp_path)
+        encoded(backbone, captions, tmp_path)
     monkeypatch.undo()
-    assert embed_captions(backbone, captions, tmp_path).keys() == set(captions)
+    assert encoded(backbone, captions, tmp_path).keys() == set(captions)
     assert backbone.seen == captions
 
 
 def test_a_cache_that_cannot_be_written_costs_one_warning(backbone, tmp_path, caplog):
     taken = tmp_path / "file"
     taken.write_text("")
-    features = embed_captions(backbone, ["a", "bb"] * ENCODE_BATCH + list("cdefghijk"), taken)
+    features = encoded(backbone, ["a", "bb"] * ENCODE_BATCH + list("cdefghijk"), taken)
     assert len(features) == 11 > ENCODE_BATCH
     assert [record.levelname for record in caplog.records] == ["WARNING"]
     assert "text_cache: captions could not be kept in" in caplog.text
 
 
 def test_another_encoder_has_files_of_its_own(backbone, tmp_path):
-    embed_captions(backbone, ["a"], tmp_path)
+    encoded(backbone, ["a"], tmp_path)
     backbone.text_identity = "other letters"
-    embed_captions(backbone, ["a"], tmp_path)
+    assert not cached(backbone, ["a"], tmp_path)
+    encoded(backbone, ["a"], tmp_path)
     assert backbone.seen == ["a", "a"]
 
 
+def changed(backbone: OpenSora, **values) -> Backbone:
+    """The same family under a configuration with these keys."""
+    return new_backbone(build_config(backbone.values | values), torch.device("cpu"))
+
+
 @pytest.fixture
-def opensora(twin) -> OpenSora:
-    settings = twins.settings(twin, twin)
-    entries = {key: settings[key] for key in ("model", "vae", "text_encoder", "scheduler")}
-    return OpenSora(
-        **entries,
-        video=VideoSpec(32, 32, 17, 24),
-        multi_resolution="STDiT2",
-        scores=dict(aes=6.5, flow=None, camera_motion=None),
-        dtype="fp32",
-        device=torch.device("cpu"),
-    )
+def opensora(twin, tmp_path) -> OpenSora:
+    values = twins.settings(twin, tmp_path / "run")
+    built = new_backbone(build_config(values), torch.device("cpu"))
+    built.values = values
+    return built
 
 
 def test_features_are_those_of_the_encoder_without_its_padding(opensora, tmp_path):
     captions = [opensora.caption(prompt) for prompt in twins.PROMPTS]
-    features = embed_captions(opensora, captions, tmp_path)
+    features = encoded(opensora, twins.PROMPTS, tmp_path)
     direct = opensora.text_encoder().t5.encode(captions)
-    for i, caption in enumerate(captions):
+    for i, prompt in enumerate(twins.PROMPTS):
         valid = direct["mask"][i] != 0
-        assert len(features[caption]) == valid.sum() < twins.TEXT_LENGTH or valid.all()
-        torch.testing.assert_close(features[caption], direct["y"][i, 0, valid])
+        own = features[prompt]["features"]
+        assert len(own) == valid.sum() < twins.TEXT_LENGTH or valid.all()
+        torch.testing.assert_close(own, direct["y"][i, 0, valid])
 
 
 def test_features_and_mask_of_a_batch_are_rebuilt(opensora, tmp_path):
     captions = [opensora.caption(prompt) for prompt in twins.PROMPTS]
-    features = embed_captions(opensora, captions, tmp_path)
-    y, mask = pad_text([features[caption] for caption in captions], torch.device("cpu"))
+    features = encoded(opensora, twins.PROMPTS, tmp_path)
+    y, mask = pad_text([features[prompt]["features"] for prompt in twins.PROMPTS], torch.device("cpu"))
     direct = opensora.text_encoder().t5.encode(captions)
     length = mask.shape[1]
     assert torch.equal(mask, direct["mask"][:, :length] != 0) and not direct["mask"][:, length:].any()
@@ -143,15 +173,17 @@ def test_features_and_mask_of_a_batch_are_rebuilt(opensora, tmp_path):
 
 
 def test_the_identity_follows_weights_length_and_number_type(opensora, twin):
-    first = opensora.text_identity
-    opensora.dtype = torch.bfloat16
-    assert opensora.text_identity != first
-    opensora.dtype = torch.float32
-    entry = opensora.entries["text_encoder"]
-    opensora.entries["text_encoder"] = {**entry, "model_max_length": 10}
-    assert opensora.text_identity != first
-    opensora.entries["text_encoder"] = {**entry, "from_pretrained": str(twin / "clip")}
-    assert opensora.text_identity != first
+    entry = opensora.values["text_encoder"]
+    others = [
+        dict(dtype="bf16"),
+        dict(text_encoder={**entry, "model_max_length": 10}),
+        dict(text_encoder={**entry, "from_pretrained": str(twin / "clip")}),
+        dict(text_encoding="8bit"),
+        dict(text_encoding="cpu"),
+    ]
+    identities = {changed(opensora, **values).text_identity for values in others}
+    assert len(identities | {opensora.text_identity}) == 1 + len(others)
+    assert changed(opensora, aes=None, base_quant="nf4").text_identity == opensora.text_identity
 
 
 def test_the_identity_of_a_folder_is_its_content(tmp_path):
@@ -180,24 +212,27 @@ def test_a_text_encoder_downloaded_without_its_tokenizer_is_taken_up_again(
         return str(partial if local_files_only else twin / "t5")
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
-    opensora.entries["text_encoder"] = {**opensora.entries["text_encoder"], "from_pretrained": "someone/t5"}
-    assert opensora.fetch() == [] and asked == ["someone/t5"] * 2
+    entry = {**opensora.values["text_encoder"], "from_pretrained": "someone/t5"}
+    assert changed(opensora, text_encoder=entry).fetch() == [] and asked == ["someone/t5"] * 2
 
 
 def test_another_way_of_encoding_has_files_of_its_own(opensora, tmp_path):
-    (exact,) = embed_captions(opensora, ["a fox"], tmp_path).values()
+    exact = encoded(opensora, ["a fox"], tmp_path)["a fox"]["features"]
     for way, error in (("8bit", 0.05), ("cpu", 1e-6)):
-        opensora.text_encoding = way
-        assert uncached(opensora, ["a fox"], tmp_path) == ["a fox"]
-        (features,) = embed_captions(opensora, ["a fox"], tmp_path).values()
+        other = changed(opensora, text_encoding=way)
+        assert not cached(other, ["a fox"], tmp_path)
+        features = encoded(other, ["a fox"], tmp_path)["a fox"]["features"]
+        assert cached(other, ["a fox"], tmp_path)
         assert (features - exact).norm() <= error * exact.norm()
 
 
 def test_the_encoder_is_needed_for_what_is_not_cached_or_damaged(opensora, tmp_path):
-    embed_captions(opensora, ["a fox", "a bird"], tmp_path)
-    assert uncached(opensora, ["a fox", "a bird", "a cloud"], tmp_path) == ["a cloud"]
-    next(tmp_path.rglob("*.safetensors")).write_bytes(b"cut off")
-    assert len(uncached(opensora, ["a fox", "a bird"], tmp_path)) == 1
+    cache = tmp_path / "cache"
+    encoded(opensora, ["a fox", "a bird"], cache)
+    assert cached(opensora, ["a fox", "a bird"], cache)
+    assert not cached(opensora, ["a fox", "a bird", "a cloud"], cache)
+    next(cache.rglob("*.safetensors")).write_bytes(b"cut off")
+    assert sorted(cached(opensora, [text], cache) for text in ("a fox", "a bird")) == [False, True]
 
 
 @pytest.mark.parametrize("prompt, needed", [("a red fox", False), ("a green fox", True)])
@@ -206,16 +241,15 @@ def test_the_encoder_is_fetched_only_for_captions_that_are_not_cached(
 ):
     asked = []
     monkeypatch.setattr(OpenSora, "fetch", lambda self, text_encoder: asked.append(text_encoder) or [])
-    config = Config(
-        **twins.settings(twin, tmp_path / "run", prompt=[prompt], text_cache=str(tmp_path / "cache"))
-    )
-    backbone = OpenSora.from_config(config, torch.device("cpu"))
-    embed_captions(backbone, [backbone.caption("a red fox")], config.text_cache)
-    fetch_weights(config, backbone, Runtime(), read_prompts(config))
+    cache = tmp_path / "cache"
+    config = build_config(twins.settings(twin, tmp_path / "run", prompt=[prompt], text_cache=str(cache)))
+    backbone = new_backbone(config, torch.device("cpu"))
+    encoded(backbone, ["a red fox"], cache)
+    fetch_weights(config, backbone, Distributed(), config.prompt_list)
     assert asked == [needed]
 
 
 def test_captions_carry_the_scores_told_to_the_model(opensora):
     assert opensora.caption("A red fox") == "a red fox aesthetic score: 6.5."
-    opensora.scores = dict(aes=None, flow=2.0, camera_motion="pan left")
-    assert opensora.caption("A red fox") == "a red fox motion score: 2.0. camera motion: pan left."
+    told = changed(opensora, aes=None, flow=2.0, camera_motion="pan left")
+    assert told.caption("A red fox") == "a red fox motion score: 2.0. camera motion: pan left."

@@ -4,15 +4,16 @@ import pytest
 import torch
 import twins
 
-from Core.backbones import OpenSora, VideoSpec
+from Core.backbones import ModelSettings, VideoSpec
+from Core.backbones.opensora import OpenSora, OpenSoraSettings
 from Core.sampling.frame_choice import check_decode_frame, choose_frames
-from Core.utils import rng as draws
+from Core.utils import rng
 
 FRAMES = 5
 
 
 def generators(count: int) -> list[torch.Generator]:
-    return [draws.generator(200, "frame", number) for number in range(count)]
+    return [rng.generator(200, "frame", number) for number in range(count)]
 
 
 @pytest.mark.parametrize(
@@ -56,17 +57,8 @@ def test_an_unknown_mode_is_refused(value):
 @pytest.fixture(scope="module")
 def backbone() -> OpenSora:
     """The twin's VAE alone, as the backbone of 17 frames of 16×16 holds it."""
-    built = OpenSora(
-        model={},
-        vae={},
-        text_encoder={},
-        scheduler=dict(num_sampling_steps=1, cfg_scale=1.0),
-        video=VideoSpec(16, 16, 17, 24),
-        multi_resolution="STDiT2",
-        scores={},
-        dtype="fp32",
-        device=torch.device("cpu"),
-    )
+    models, video = ModelSettings(dtype="fp32"), VideoSpec(16, 16, 17, 24)
+    built = OpenSora(OpenSoraSettings(), models, video, torch.device("cpu"))
     built.vae = twins.vae().requires_grad_(False)
     return built
 
@@ -105,5 +97,5 @@ def test_checkpointing_the_decoder_keeps_its_gradient(backbone):
 
 def test_latent_frames_are_counted_without_the_vae(backbone):
     for frames in (1, 4, 5, 17, 18, 34, 51, 68, 100):
-        counted = OpenSora.count_latent_frames(frames, {"micro_frame_size": 17})
+        counted = OpenSora.count_latent_frames(frames, OpenSoraSettings(vae={"micro_frame_size": 17}))
         assert counted == backbone.vae.get_latent_size([frames, 16, 16])[0]

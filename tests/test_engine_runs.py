@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 from twins import config_file, settings
 
 from Core.cli import main
-from Core.generation.generate import read_manifest
+from Core.generation.manifest import read_manifest
 from Core.modules import lora
 from Core.training.checkpoint import Checkpoints
+from Core.training.objectives import OBJECTIVES
 from opensora.registry import MODELS, build_module
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -44,7 +45,6 @@ def finished(configured):
         use_AdamW8bit=True,
         ema_decay=0.9,
         kl_weight=1.0,
-        noise_repeats=2,
         guidance_grad="cond",
         lr_schedule="cosine",
         monitors=["sharpness"],
@@ -129,6 +129,41 @@ def test_a_key_that_a_later_version_brought_does_not_contradict(finished, tmp_pa
     arguments = [str(config), "--project-dir", str(run), "--check-only"]
     assert main(arguments) == 0
     assert main([*arguments, "--compile-blocks"]) == 2
+
+
+def test_a_run_of_an_earlier_version_continues(configured):
+    """Its config and its checkpoint hold keys that were removed, and no objective."""
+    config, run = configured("earlier", checkpointing_steps=1)
+    assert main([str(config)]) == 0
+    adapter = (run / "adapter" / lora.WEIGHTS).read_bytes()
+    shutil.rmtree(run / "checkpoints" / "step_000002")
+    retired = {"prefix_cache": 1, "noise_repeats": 1}
+    file = run / "checkpoints" / "step_000001" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["config"] |= retired
+    del manifest["config"]["objective"]
+    file.write_text(json.dumps(manifest))
+    own = config.with_name("own.py")
+    lines = [line for line in (run / "config.py").read_text().splitlines() if "objective" not in line]
+    own.write_text("\n".join([*lines, *(f"{key} = {value}" for key, value in retired.items())]))
+    assert main([str(own)]) == 0
+    assert [row["step"] for row in rows(run / "metrics.csv")] == ["1", "2"]
+    assert (run / "adapter" / lora.WEIGHTS).read_bytes() == adapter
+    assert "continuing from" in (run / "log.txt").read_text()
+
+
+@pytest.mark.parametrize("recorded", [True, False])
+def test_another_objective_does_not_continue_a_run(finished, tmp_path, monkeypatch, capsys, recorded):
+    config, run = finished
+    run = shutil.copytree(run, tmp_path / "run")
+    if not recorded:
+        file = run / "checkpoints" / "step_000002" / "manifest.json"
+        manifest = json.loads(file.read_text())
+        del manifest["config"]["objective"]
+        file.write_text(json.dumps(manifest))
+    monkeypatch.setitem(OBJECTIVES.table, "another", OBJECTIVES["reward_gradient"])
+    assert main([str(config), "--project-dir", str(run), "--objective", "another"]) == 2
+    assert "objective was 'reward_gradient' and is 'another'" in capsys.readouterr().err
 
 
 def test_a_check_leaves_a_save_in_the_making_alone(finished, tmp_path):

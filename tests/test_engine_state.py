@@ -14,7 +14,7 @@ from torch import nn
 
 from Core.modules import lora
 from Core.training.checkpoint import Checkpoint, Checkpoints
-from Core.training.metric_logging import CsvTable, read_table
+from Core.utils.tables import CsvTable, read_table
 
 
 def small_model(seed: int = 0):

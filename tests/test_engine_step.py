@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import signal
-import types
 from contextlib import nullcontext
 
 import pytest
@@ -13,56 +12,63 @@ from torch import nn
 from twins import config_file, settings
 
 from Core.build import build_backbone
-from Core.config.schema import load_config
-from Core.data.prompts import read_prompts
+from Core.config import ConfigError, build_config, load_config
+from Core.config.schema import OptimizerSettings
 from Core.modules import lora
 from Core.modules.lora import StepDropout
-from Core.training.early_stopping import Course, early_stop_errors
+from Core.training.early_stopping import ValidationHistory
 from Core.training.ema import Ema
 from Core.training.nan_check import find_fault
+from Core.training.optimizer import lr_factor
 from Core.training.rollout import Rollout
 from Core.training.setup import adapt_for_training
 from Core.training.signals import StopRequest
-from Core.training.trainer import Trainer, lr_factor
-from Core.utils import rng as draws
-from Core.utils.distributed import Runtime
+from Core.training.trainer import Trainer
+from Core.utils import rng
+from Core.utils.distributed import Distributed
+from Core.utils.timing import Stopwatch
 
 
 @pytest.fixture(scope="module")
 def loaded(twin, tmp_path_factory):
-    """Config, prompts, adapted backbone and text of a two-step twin; the adapter is not zero."""
+    """Config, adapted backbone and encoded prompts of a two-step twin; the adapter is not zero."""
     folder = tmp_path_factory.mktemp("step")
     values = settings(twin, folder / "run", num_frames=1, decode_frame=0, grad_checkpoint=False)
     values["scheduler"] = values["scheduler"] | {"num_sampling_steps": 2}
     config = load_config([str(config_file(folder / "config.py", values))])
-    prompts = read_prompts(config)
-    backbone, text = build_backbone(config, Runtime(), prompts)
+    backbone, prompts = build_backbone(config, Distributed(), config.prompt_list)
     adapt_for_training(config, backbone)
     with torch.no_grad():
         for name, parameter in lora.parameters(backbone.denoiser).items():
-            parameter.normal_(generator=draws.generator(0, name)).mul_(0.2)
-    return config, prompts, backbone, text
+            parameter.normal_(generator=rng.generator(0, name)).mul_(0.2)
+    return config, backbone, prompts
+
+
+def sampled(loaded, samples: list[int], first: int | None = None, **keys):
+    """Latents and KL of the first prompts' rollout, from the gradient window's own first step by default."""
+    config, backbone, prompts = loaded
+    rollout = Rollout(dataclasses.replace(config.objective, **keys), backbone, config.run.seed)
+    first = rollout.first_grad_step(0) if first is None else first
+    return rollout.sample(prompts[: len(samples)], samples, first, Stopwatch(torch.device("cpu")))
 
 
 def gradients(loaded, **keys) -> torch.Tensor:
     """Gradient of Σ z² over two samples, flattened."""
-    config, prompts, backbone, text = loaded
-    rollout = Rollout(dataclasses.replace(config, **keys), backbone, text)
-    z, _ = rollout.sample(prompts[:2], [4, 5], rollout.gradient_window(0))
-    parameters = list(lora.parameters(backbone.denoiser).values())
+    z, _ = sampled(loaded, [4, 5], **keys)
+    parameters = list(lora.parameters(loaded[1].denoiser).values())
     grads = torch.autograd.grad(z.square().sum(), parameters)
     return torch.cat([grad.flatten() for grad in grads])
 
 
 def test_cond_keeps_the_value_and_leaves_out_the_null_branch(loaded):
-    config, prompts, backbone, text = loaded
-    captions = [text[backbone.caption(prompt.text())] for prompt in prompts[:2]]
+    config, backbone, prompts = loaded
+    captions = [prompt.features_of() for prompt in prompts[:2]]
     parameters = list(lora.parameters(backbone.denoiser).values())
-    z = draws.noise([draws.generator(0, "z", n) for n in range(2)], backbone.latent_shape())
+    z = rng.noise([rng.generator(0, "z", n) for n in range(2)], backbone.latent_shape())
     t = torch.full((2,), 300.0)
-    v = {grad: backbone.velocity(captions, null_grad=grad)(z, t) for grad in (True, False)}
+    v = {grad: backbone.predictor(captions, null_grad=grad)(z, t) for grad in (True, False)}
     torch.testing.assert_close(v[True], v[False], rtol=1e-5, atol=1e-5)
-    text_only = backbone.guidance_scale * backbone.velocity(captions, guided=False)(z, t)
+    text_only = config.family.scheduler["cfg_scale"] * backbone.predictor(captions, guided=False)(z, t)
     wanted = torch.autograd.grad(
         text_only.square().sum() * 0 + (text_only * v[False].detach()).sum(), parameters
     )
@@ -72,48 +78,23 @@ def test_cond_keeps_the_value_and_leaves_out_the_null_branch(loaded):
 
 
 def test_the_distance_to_the_base_model_is_its_own_velocity_difference(loaded):
-    config, prompts, backbone, text = loaded
-    rollout = Rollout(dataclasses.replace(config, kl_weight=1.0), backbone, text)
-    finals = rollout.sample(prompts[:2], [4, 5], 1)
-    captions = [text[backbone.caption(prompt.text())] for prompt in prompts[:2]]
+    config, backbone, prompts = loaded
+    _, kl = sampled(loaded, [4, 5], first=1, kl_weight=1.0)
+    captions = [prompt.features_of() for prompt in prompts[:2]]
     timesteps = backbone.timesteps(2)
     with torch.no_grad():
-        z = rollout.noise([4, 5])
-        z = z + backbone.velocity(captions)(z, timesteps[0]) * (timesteps[0] - timesteps[1])[0] / 1000
-        adapted = backbone.velocity(captions, guided=False)(z, timesteps[1])
+        z = Rollout(config.objective, backbone, config.run.seed).noise([4, 5])
+        z = z + backbone.predictor(captions)(z, timesteps[0]) * (timesteps[0] - timesteps[1])[0] / 1000
+        adapted = backbone.predictor(captions, guided=False)(z, timesteps[1])
         lora.set_scale(backbone.denoiser, 0)
-        base = backbone.velocity(captions, guided=False)(z, timesteps[1])
+        base = backbone.predictor(captions, guided=False)(z, timesteps[1])
         lora.set_scale(backbone.denoiser, 1)
     torch.testing.assert_close(
-        finals[1].detach(), (adapted - base).square().flatten(1).mean(1), rtol=1e-4, atol=1e-6
+        kl.detach(), (adapted - base).square().flatten(1).mean(1), rtol=1e-4, atol=1e-6
     )
-    assert finals[1].min() > 1e-4
-    assert finals[1].requires_grad
-
-
-def test_noise_repeats_take_the_last_step_again_from_the_same_latents(loaded):
-    config, prompts, backbone, text = loaded
-    rollout = Rollout(dataclasses.replace(config, noise_repeats=3), backbone, text)
-    first = rollout.gradient_window(0)
-    finished = rollout.sample(prompts[:1], [7], first)[0].detach()
-    calls = []
-    velocity = backbone.velocity
-    backbone.velocity = lambda *a, **k: _counted(velocity(*a, **k), calls)
-    try:
-        repeats = [rollout.sample(prompts[:1], [7], first, repeat, finished)[0].detach() for repeat in (1, 2)]
-    finally:
-        del backbone.velocity
-    last = float(backbone.timesteps(1)[-1, 0])
-    assert [t for t in calls] == [last, last]
-    assert not torch.equal(*repeats) and all(not torch.equal(z, finished) for z in repeats)
-
-
-def _counted(velocity, calls):
-    def call(z, t, generated=None):
-        calls.append(float(t[0]))
-        return velocity(z, t, generated)
-
-    return call
+    assert kl.min() > 1e-4
+    assert kl.requires_grad
+    assert sampled(loaded, [4, 5])[1] is None
 
 
 def test_detached_inputs_change_the_gradient_and_not_the_video(loaded):
@@ -128,7 +109,7 @@ def test_dropout_masks_follow_from_seed_step_and_layer(loaded):
     x = torch.ones(3, 5, 400)
 
     def masked(*index):
-        dropout.draw(draws.generator(0, "dropout", *index))
+        dropout.draw(rng.generator(0, "dropout", *index))
         return dropout(x)
 
     first = masked("layer", 1)
@@ -178,47 +159,55 @@ def test_a_fault_names_samples_and_parameters():
     assert str(fault) == "reward or loss of 'a dog' (sample 11); gradient of c, …"
 
 
-def course(early_stop=None, **values) -> Course:
-    made = Course(early_stop, lower_is_better=["compression"])
+def history(early_stop=None, **values) -> ValidationHistory:
+    made = ValidationHistory(early_stop, lower_is_better=["compression"])
     for step, row in enumerate(zip(*values.values(), strict=True)):
         made.add({"step": 10 * step, **dict(zip(values, row, strict=True))})
     return made
 
 
 def test_a_monitor_that_falls_while_the_reward_rises_is_put_in_words():
-    hacked = course(reward=[0.2, 0.3], motion=[0.05, 0.02], sharpness=[1.0, 0.99])
+    hacked = history(reward=[0.2, 0.3], motion=[0.05, 0.02], sharpness=[1.0, 0.99])
     (warning,) = hacked.warnings(["motion", "sharpness", "diversity"])
     assert "reward went from 0.2 to 0.3 since step 0 while motion went from 0.05 to 0.02" in warning
-    assert not course(reward=[0.3, 0.2], motion=[0.05, 0.02]).warnings(["motion"])
-    assert not course(reward=[0.2, 0.3], motion=[0.02, 0.05]).warnings(["motion"])
-    assert course(reward=[0.2, 0.3], compression=[1.0, 2.0]).warnings(["compression"])
+    assert not history(reward=[0.3, 0.2], motion=[0.05, 0.02]).warnings(["motion"])
+    assert not history(reward=[0.2, 0.3], motion=[0.02, 0.05]).warnings(["motion"])
+    assert history(reward=[0.2, 0.3], compression=[1.0, 2.0]).warnings(["compression"])
 
 
 def test_early_stop_waits_for_its_patience():
     rule = dict(monitor="motion", fall=0.2, patience=2)
-    assert not course(rule, motion=[1.0, 0.7]).stop_reason()
-    assert not course(rule, motion=[1.0, 0.7, 0.85]).stop_reason()
+    assert not history(rule, motion=[1.0, 0.7]).stop_reason()
+    assert not history(rule, motion=[1.0, 0.7, 0.85]).stop_reason()
     assert (
         "more than 20% below its best, 1, for 2 validations"
-        in course(rule, motion=[1, 0.7, 0.7]).stop_reason()
+        in history(rule, motion=[1, 0.7, 0.7]).stop_reason()
     )
     plain = dict(monitor="reward", patience=2)
-    assert not course(plain, reward=[1.0, 2.0, 3.0]).stop_reason()
-    assert "no better than its best" in course(plain, reward=[1.0, 3.0, 3.0, 2.0]).stop_reason()
-    nothing = course(plain, reward=[1.0, float("nan"), float("nan")])
+    assert not history(plain, reward=[1.0, 2.0, 3.0]).stop_reason()
+    assert "no better than its best" in history(plain, reward=[1.0, 3.0, 3.0, 2.0]).stop_reason()
+    nothing = history(plain, reward=[1.0, float("nan"), float("nan")])
     assert not nothing.stop_reason()
 
 
-def test_early_stop_errors_say_what_is_allowed():
-    assert early_stop_errors(None, []) == []
-    assert "must have the key monitor" in early_stop_errors({"fall": 0.1}, [])[0]
-    errors = early_stop_errors({"monitor": "hps", "patience": 0, "fall": 2}, ["sharpness"])
-    assert len(errors) == 3 and "reward, motion, diversity, sharpness" in errors[0]
+def test_early_stop_errors_say_what_is_allowed(twin, tmp_path):
+    def errors(rule, monitors=()) -> list[str]:
+        try:
+            build_config(settings(twin, tmp_path / "run", early_stop=rule, monitors=list(monitors)))
+        except ConfigError as error:
+            return error.errors
+        return []
+
+    assert errors(None) == [] and errors({"monitor": "sharpness"}, ["sharpness"]) == []
+    assert "must have the key monitor" in errors({"fall": 0.1})[0]
+    found = errors({"monitor": "hps", "patience": 0, "fall": 2}, ["sharpness"])
+    assert len(found) == 3 and any("reward, motion, diversity, sharpness" in error for error in found)
+    assert "unknown key 'early_stop.patiense'" in errors({"monitor": "reward", "patiense": 3})[0]
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear", "cosine"])
 def test_learning_rate_schedules(schedule):
-    config = types.SimpleNamespace(lr_schedule=schedule, lr_warmup_steps=4)
+    config = OptimizerSettings(lr_schedule=schedule, lr_warmup_steps=4)
     factors = [lr_factor(config, step, 14) for step in range(14)]
     assert factors[:4] == [0.25, 0.5, 0.75, 1.0]
     assert factors[4] == 1.0
@@ -241,57 +230,57 @@ def test_a_stop_request_is_noted_once_and_handlers_are_put_back(capfd):
 
 @pytest.fixture
 def scaled():
-    """A runtime with fp16's gradient scaler, on the CPU, one parameter and its SGD."""
-    runtime = Runtime()
-    runtime.accelerator.state._mixed_precision, runtime.accelerator.native_amp = "fp16", True
-    runtime.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    """Processes with fp16's gradient scaler, on the CPU, one parameter and its SGD."""
+    distributed = Distributed()
+    distributed.accelerator.state._mixed_precision, distributed.accelerator.native_amp = "fp16", True
+    distributed.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     parameter = nn.Parameter(torch.tensor([1.0]))
-    return runtime, parameter, runtime.prepare(torch.optim.SGD([parameter], lr=1.0))
+    return distributed, parameter, distributed.prepare(torch.optim.SGD([parameter], lr=1.0))
 
 
 def test_fp16_gradients_are_unscaled_once(scaled):
-    runtime, parameter, optimizer = scaled
-    runtime.backward((0.5 * parameter).sum())
-    norm = runtime.clip([parameter], 10.0)
+    distributed, parameter, optimizer = scaled
+    distributed.backward((0.5 * parameter).sum())
+    norm = distributed.clip([parameter], 10.0)
     assert norm == pytest.approx(0.5)
-    assert not runtime.apply(optimizer, norm, faulty=False)
+    assert not distributed.optimizer_step(optimizer, norm, faulty=False)
     assert parameter.item() == pytest.approx(0.5)
 
 
 def test_fp16_overflow_lowers_the_scale_and_another_fault_does_not(scaled):
-    runtime, parameter, optimizer = scaled
-    runtime.backward((parameter * torch.inf).sum())
-    assert runtime.apply(optimizer, runtime.clip([parameter], 10.0), faulty=False)
-    assert parameter.item() == 1.0 and runtime.scaler_state()["scale"] == 512.0
+    distributed, parameter, optimizer = scaled
+    distributed.backward((parameter * torch.inf).sum())
+    assert distributed.optimizer_step(optimizer, distributed.clip([parameter], 10.0), faulty=False)
+    assert parameter.item() == 1.0 and distributed.scaler_state()["scale"] == 512.0
     for loss in (0.5 * parameter, parameter * torch.inf):
-        runtime.backward(loss.sum())
-        assert not runtime.apply(optimizer, runtime.clip([parameter], 10.0), faulty=True)
-        assert parameter.item() == 1.0 and runtime.scaler_state()["scale"] == 512.0
-    runtime.backward((0.5 * parameter).sum())
-    runtime.apply(optimizer, runtime.clip([parameter], 10.0), faulty=False)
+        distributed.backward(loss.sum())
+        assert not distributed.optimizer_step(optimizer, distributed.clip([parameter], 10.0), faulty=True)
+        assert parameter.item() == 1.0 and distributed.scaler_state()["scale"] == 512.0
+    distributed.backward((0.5 * parameter).sum())
+    distributed.optimizer_step(optimizer, distributed.clip([parameter], 10.0), faulty=False)
     assert parameter.item() == pytest.approx(0.5)
 
 
 def test_fp16s_scale_stops_at_its_floor(scaled):
     """A gradient that overflows without any scaling is a fault; a scale of 0 would hide it for good."""
-    runtime, parameter, optimizer = scaled
-    searching = []
+    distributed, parameter, optimizer = scaled
+    calibrating = []
     for _ in range(12):
-        runtime.backward((parameter * torch.inf).sum())
-        searching.append(runtime.apply(optimizer, runtime.clip([parameter], 10.0), faulty=False))
-    assert searching == [True] * 10 + [False] * 2 and runtime.scaler_state()["scale"] == 1.0
+        distributed.backward((parameter * torch.inf).sum())
+        calibrating.append(distributed.optimizer_step(optimizer, distributed.clip([parameter], 10.0), faulty=False))
+    assert calibrating == [True] * 10 + [False] * 2 and distributed.scaler_state()["scale"] == 1.0
 
 
 def scaled_run(twin, folder, scale: float, overflows_above: float) -> Trainer:
     """A run of four steps under a gradient scaler, whose gradients overflow above a scale; one bad step stops it."""
     keys = dict(num_frames=1, decode_frame=0, max_train_steps=4, max_bad_steps=1, grad_checkpoint=False)
     trainer = twin_runs.built_trainer(twin, folder, **keys)
-    runtime = trainer.runtime
-    runtime.accelerator.state._mixed_precision, runtime.accelerator.native_amp = "fp16", True
-    runtime.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=scale)
-    runtime.accelerator._optimizers.clear()
-    runtime.autocast = nullcontext  # the arithmetic stays float32's
-    trainer.optimizer = runtime.prepare(trainer.optimizer.optimizer)
+    distributed = trainer.distributed
+    distributed.accelerator.state._mixed_precision, distributed.accelerator.native_amp = "fp16", True
+    distributed.accelerator.scaler = scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+    distributed.accelerator._optimizers.clear()
+    distributed.autocast = nullcontext  # the arithmetic stays float32's
+    trainer.optimizer = distributed.prepare(trainer.optimizer.optimizer)
     trainer.parameters[0].register_hook(
         lambda grad: grad + torch.inf if scaler.get_scale() > overflows_above else grad
     )
@@ -303,17 +292,17 @@ def test_the_scalers_search_is_no_bad_step(twin, tmp_path):
     trainer = scaled_run(twin, tmp_path / "run", scale=65536.0, overflows_above=16384.0)
     trainer.fit()
     assert (trainer.step, trainer.skipped_steps, trainer.bad_steps) == (4, 2, 0)
-    assert trainer.runtime.scaler_state()["scale"] == 16384.0
+    assert trainer.distributed.scaler_state()["scale"] == 16384.0
 
 
 def test_an_overflow_at_the_scalers_floor_is_one(twin, tmp_path):
     trainer = scaled_run(twin, tmp_path / "run", scale=2.0, overflows_above=0.0)
     with pytest.raises(ValueError, match="1 steps in a row had no finite reward and gradient"):
         trainer.fit()
-    assert trainer.step == 2 and trainer.runtime.scaler_state()["scale"] == 1.0
+    assert trainer.step == 2 and trainer.distributed.scaler_state()["scale"] == 1.0
 
 
 def test_a_missing_process_is_an_error(monkeypatch):
     monkeypatch.setenv("VADER_NUM_PROCESSES", "4")
     with pytest.raises(ValueError, match="4 processes were asked for but 1 started"):
-        Runtime()
+        Distributed()

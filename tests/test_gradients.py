@@ -9,8 +9,9 @@ import twin_runs
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from Core.backbones import opensora
+from Core.backbones import base
 from Core.training.trainer import Trainer
+from Core.utils.timing import Stopwatch
 
 SAMPLES = (0, 1)
 EPSILON = 1e-5
@@ -25,7 +26,7 @@ def double_trainer(twin, tmp_path, monkeypatch) -> Callable[..., Trainer]:
     The decoder's contrast is turned down so that no pixel leaves [-1, 1]: out there rewards replace the gradient
     of the clamp, which is zero, by one that leads back into the range (``clamp_towards_range``).
     """
-    monkeypatch.setitem(opensora.DTYPES, "fp32", torch.float64)
+    monkeypatch.setitem(base.DTYPES, "fp32", torch.float64)
 
     def build(steps: int = 4, **overrides) -> Trainer:
         scheduler = dict(type="rflow", use_timestep_transform=True, num_sampling_steps=steps, cfg_scale=3.0)
@@ -44,14 +45,15 @@ def double_trainer(twin, tmp_path, monkeypatch) -> Callable[..., Trainer]:
 
 def frames_of(trainer: Trainer, first: int) -> Tensor:
     """Decoded frames of two samples, with a graph from sampling step ``first`` on."""
-    z, _ = trainer.rollout.sample(trainer.prompts_of(SAMPLES), SAMPLES, first)
-    return trainer.backbone.decode_frames(z, trainer.rollout.frame_numbers(SAMPLES))
+    timer = Stopwatch(trainer.backbone.device)
+    z, _ = trainer.objective.rollout.sample(trainer.prompts_of(SAMPLES), SAMPLES, first, timer)
+    return trainer.backbone.decode_frames(z, trainer.objective.rollout.frame_numbers(SAMPLES))
 
 
 def loss_of(trainer: Trainer, first: int) -> Tensor:
     """The training step's loss of those samples: sampler, VAE, reward."""
-    texts = [prompt.reward_text for prompt in trainer.prompts_of(SAMPLES)]
-    return trainer.reward(frames_of(trainer, first), texts).loss.mean()
+    texts = [encoded.prompt.reward_text for encoded in trainer.prompts_of(SAMPLES)]
+    return trainer.objective.reward(frames_of(trainer, first), texts).loss.mean()
 
 
 def shift_inside_window(trainer: Trainer, monkeypatch) -> Callable[[list[Tensor], float], None]:
@@ -59,10 +61,10 @@ def shift_inside_window(trainer: Trainer, monkeypatch) -> Callable[[list[Tensor]
 
     Steps before the window have no gradient by definition, so a difference must not move them either.
     """
-    make, original = trainer.backbone.velocity, [p.detach().clone() for p in trainer.parameters]
+    make, original = trainer.backbone.predictor, [p.detach().clone() for p in trainer.parameters]
     shift = [torch.zeros_like(p) for p in original]
 
-    def velocity(*args, **kwargs):
+    def predictor(*args, **kwargs):
         inner = make(*args, **kwargs)
 
         def shifted(*inputs):
@@ -80,7 +82,7 @@ def shift_inside_window(trainer: Trainer, monkeypatch) -> Callable[[list[Tensor]
             parameter.data = start.clone()
             change.copy_(size * towards)
 
-    monkeypatch.setattr(trainer.backbone, "velocity", velocity)
+    monkeypatch.setattr(trainer.backbone, "predictor", predictor)
     return move
 
 
@@ -123,7 +125,7 @@ def assert_gradient_is_right(trainer: Trainer, first: int, monkeypatch) -> None:
 def test_gradient_matches_central_differences(mode, steps, decode_frame, double_trainer, monkeypatch):
     trainer = double_trainer(steps, backprop_mode=mode, decode_frame=decode_frame)
     # A step whose random cut-off lies in the middle, where there is a prefix and a window.
-    windows = [trainer.rollout.gradient_window(step) for step in range(20)]
+    windows = [trainer.objective.rollout.first_grad_step(step) for step in range(20)]
     first = next(window for window in windows if 0 < window < steps)
     assert mode == "rand" or set(windows) == {{"last": steps - 1, "specific": 15}[mode]}
     assert_gradient_is_right(trainer, first, monkeypatch)
@@ -148,7 +150,7 @@ def test_nothing_but_the_adapter_gets_a_gradient(twin, tmp_path):
     loss_of(trainer, 3).backward()
     assert all(p.grad is not None for p in trainer.parameters)
     own = {id(p) for p in trainer.parameters}
-    networks = (trainer.backbone.denoiser, trainer.backbone.vae, trainer.reward)
+    networks = (trainer.backbone.denoiser, trainer.backbone.vae, trainer.objective.reward)
     others = [
         p for network in networks for p in (*network.parameters(), *network.buffers()) if id(p) not in own
     ]

@@ -1,15 +1,22 @@
 """Sampling through the real entry point: what is written, and that it depends on prompt and seed alone."""
 
 import json
+import shutil
 
 import av
 import pytest
 import torch
-from sampling_runs import contents, entries, picture, random_adapter, sample
+import twins
+from sampling_runs import SCHEDULER, contents, entries, picture, random_adapter, sample
 
-from Core.backbones import OpenSora
-from Core.evaluation.score_videos import read_clip
+from Core.backbones.opensora import OpenSora
+from Core.backbones.opensora_conditions import OpenSoraConditions
+from Core.config import build_config
+from Core.data.video import read_video
 from Core.generation import generate as inference
+from Core.generation.jobs import Variant, plan_of
+from Core.generation.manifest import PARTIAL, unfinished
+from Core.sampling.kept_frames import KeptFrames
 
 
 @pytest.fixture(scope="module")
@@ -120,42 +127,42 @@ def test_one_frame_is_a_picture(twin, tmp_path):
 
 
 def watch_sampler(monkeypatch):
-    """(noise with its given frames, mask, result) of every call of the sampler."""
-    calls, real = [], inference.euler_sample
+    """(mask, result) of every call of the sampler; None for the mask where no frame is given."""
+    calls, real = [], inference.run_steps
 
-    def watched(velocity, z, timesteps, **kwargs):
-        given = z.clone()
-        calls.append((given, kwargs["mask"], real(velocity, z, timesteps, **kwargs)))
-        return calls[-1][2]
+    def watched(step, *args):
+        mask = step.mask if isinstance(step, KeptFrames) else None
+        calls.append((mask, real(step, *args)))
+        return calls[-1][1]
 
-    monkeypatch.setattr(inference, "euler_sample", watched)
+    monkeypatch.setattr(inference, "run_steps", watched)
     return calls
 
 
 @pytest.mark.parametrize(("length", "overlap"), [(1, 1), (2, 5), (4, 13)])
 def test_long_video_keeps_the_frames_it_takes_over(twin, tmp_path, monkeypatch, length, overlap):
     calls = watch_sampler(monkeypatch)
-    encoded, real = [], OpenSora.continue_clip
+    encoded, real = [], OpenSoraConditions.follow
 
-    def watched(backbone, video, *args):
-        encoded.append(backbone.vae.encode(video[:, :, -overlap:]))
-        return real(backbone, video, *args)
+    def watched(conditions, clip, number):
+        encoded.append(conditions.backbone.vae.encode(clip[:, :, -overlap:]))
+        real(conditions, clip, number)
 
-    monkeypatch.setattr(OpenSora, "continue_clip", watched)
+    monkeypatch.setattr(OpenSoraConditions, "follow", watched)
     flags = dict(loop=4, condition_frame_length=length, end_index=2, val_batch_size=2)
     assert sample(twin, tmp_path / "run", **flags) == 0
-    assert [mask is None for _, mask, _ in calls] == [True, False, False, False]
-    for tail, (_, mask, result) in zip(encoded, calls[1:], strict=True):
+    assert [mask is None for mask, _ in calls] == [True, False, False, False]
+    for tail, (mask, result) in zip(encoded, calls[1:], strict=True):
         assert torch.equal(mask, torch.tensor([[0.0] * length + [1.0] * (5 - length)] * 2))
         torch.testing.assert_close(result[:, :, :length], tail, atol=1e-5, rtol=0)
     for path in (tmp_path / "run").glob("*.mp4"):
-        assert read_clip(path).shape[1] == 17 + 3 * (17 - overlap)
+        assert read_video(path).shape[1] == 17 + 3 * (17 - overlap)
 
 
 def test_a_whole_chunk_can_be_taken_over(twin, tmp_path):
     """Upstream's setting: 5 of the 10 latent frames of a 34-frame clip."""
     assert sample(twin, tmp_path / "run", num_frames=34, loop=3, end_index=1) == 0
-    assert read_clip(next((tmp_path / "run").glob("*.mp4"))).shape[1] == 34 + 2 * 17
+    assert read_video(next((tmp_path / "run").glob("*.mp4"))).shape[1] == 34 + 2 * 17
 
 
 @pytest.mark.parametrize("frames", [1, 17])
@@ -163,17 +170,18 @@ def test_conditioning_keeps_the_reference(twin, tmp_path, monkeypatch, frames):
     """The given latents stay as they are, next to a prompt that is given none."""
     reference = picture(tmp_path / "reference", frames)
     calls = watch_sampler(monkeypatch)
-    seen, real = [], OpenSora.encode_references
+    seen, real = [], OpenSora.conditions
 
-    def watched(backbone, paths):
-        seen.append(real(backbone, paths))
-        return seen[-1]
+    def watched(backbone, prompts):
+        conditions = real(backbone, prompts)
+        seen.append(conditions.references)
+        return conditions
 
-    monkeypatch.setattr(OpenSora, "encode_references", watched)
+    monkeypatch.setattr(OpenSora, "conditions", watched)
     length = 1 if frames == 1 else 2
     suffix = json.dumps({"reference_path": reference, "mask_strategy": f"0,0,0,0,{length}"})
     assert sample(twin, tmp_path / "run", prompt=["a fox" + suffix, "a bird"], val_batch_size=2) == 0
-    (_, mask, result), references = calls[0], seen[0]
+    ((mask, result),), (references,) = calls, seen
     assert mask.tolist() == [[0.0] * length + [1.0] * (5 - length), [1.0] * 5]
     torch.testing.assert_close(result[0, :, :length], references[0][0][:, :length], atol=1e-5, rtol=0)
     assert entries(tmp_path / "run")["0000_0_a_fox"]["reference_path"] == reference
@@ -194,12 +202,23 @@ def test_a_conditioned_neighbour_changes_nothing(twin, tmp_path, monkeypatch):
 
 
 def test_segments_take_over_at_their_loop(twin, tmp_path, monkeypatch):
-    captions, real = [], OpenSora.caption
-    monkeypatch.setattr(OpenSora, "caption", lambda self, text: captions.append(text) or real(self, text))
+    told, encoded = [], []
+    predictor, generate = OpenSora.predictor, inference.generate
+
+    def watched(backbone, text):
+        told.append(text)
+        return predictor(backbone, text)
+
+    monkeypatch.setattr(OpenSora, "predictor", watched)
+    monkeypatch.setattr(inference, "generate", lambda *args: encoded.extend(args[2]) or generate(*args))
     texts = ["|0|a fox|2|a bird", "a boat"]
     flags = dict(loop=3, condition_frame_length=2, val_batch_size=2)
     assert sample(twin, tmp_path / "run", prompt=texts, **flags) == 0
-    assert captions[-6:] == ["a fox", "a boat", "a fox", "a boat", "a bird", "a boat"]
+    assert [text.prompt.texts for text in encoded] == [("a fox", "a bird"), ("a boat",)]
+    (fox, bird), (boat,) = (text.features for text in encoded)
+    assert not torch.equal(fox["features"], bird["features"])
+    expected = [[fox, boat], [fox, boat], [bird, boat]]
+    assert [[id(f) for f in clip] for clip in told] == [[id(f) for f in clip] for clip in expected]
     assert entries(tmp_path / "run")["0000_0_a_fox"]["prompt"] == "|0|a fox|2|a bird"
 
 
@@ -217,7 +236,7 @@ def test_what_is_there_is_not_made_again(twin, tmp_path, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         sample(twin, run, save_gif=True)
     assert list(contents(run)) == published
-    assert any(path.name.startswith(inference.PARTIAL) for path in run.iterdir())
+    assert any(path.name.startswith(PARTIAL) for path in run.iterdir())
 
     again = []
     monkeypatch.setattr(inference, "publish", lambda path: again.append(path.name) or real(path))
@@ -242,6 +261,37 @@ def test_other_settings_replace_with_a_warning(twin, plain, tmp_path, caplog):
     assert contents(run)[name] != contents(plain)[name]
 
 
+def test_older_videos_count_as_made_with_the_defaults_of_newer_keys(twin, plain, tmp_path, monkeypatch):
+    """As they were: a key that came later stood, in effect, at its default."""
+    run = tmp_path / "run"
+    shutil.copytree(plain, run)
+    newer = ("backbone", "base_quant", "text_encoding")
+    older = [{key: entry[key] for key in entry if key not in newer} for entry in entries(plain).values()]
+    (run / "prompts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in older))
+
+    def missing(**changes):
+        values = twins.settings(twin, run, is_vader_training=False, scheduler=SCHEDULER, **changes)
+        config = build_config(values)
+        return unfinished(plan_of(config), run, Variant("base").settings(config), config.defaults())
+
+    assert missing() == []
+    assert len(missing(base_quant="nf4")) == len(missing(text_encoding="8bit")) == 4
+    monkeypatch.setattr(OpenSora, "load", lambda self: pytest.fail("nothing is left to make"))
+    assert sample(twin, run) == 0
+    assert contents(run) == contents(plain)
+
+
+def test_a_video_of_other_weights_is_made_again(twin, plain, tmp_path):
+    """Weights in 4 bits are others than those in 16, and so are the features of captions encoded in 8."""
+    run = tmp_path / "run"
+    shutil.copytree(plain, run)
+    assert sample(twin, run, base_quant="nf4", end_index=1) == 0
+    name = "0000_0_a_red_fox_runs_through_snow"
+    assert "1 videos in" in (run / "log.txt").read_text()
+    assert contents(run)[f"{name}.mp4"] != contents(plain)[f"{name}.mp4"]
+    assert entries(run)[name]["base_quant"] == "nf4"
+
+
 def test_an_adapter_retrained_at_the_same_path_is_another_one(twin, tmp_path):
     path = random_adapter(tmp_path / "run" / "adapter", seed=0)
     flags = dict(lora_ckpt_path=path, end_index=1)
@@ -255,10 +305,10 @@ def test_an_adapter_retrained_at_the_same_path_is_another_one(twin, tmp_path):
 def test_a_failed_prompt_is_named_and_the_rest_goes_on(twin, plain, tmp_path, monkeypatch, capsys):
     real = inference.generate
 
-    def faulty(backbone, text, config, samples):
-        if any("boat" in s.prompt.text() for s in samples):
+    def faulty(backbone, samples, *args):
+        if any("boat" in s.prompt.text for s in samples):
             raise RuntimeError("out of memory")
-        return real(backbone, text, config, samples)
+        return real(backbone, samples, *args)
 
     monkeypatch.setattr(inference, "generate", faulty)
     run = tmp_path / "run"
@@ -311,7 +361,7 @@ def bad_inputs(tmp_path, adapter):
 
 
 def test_bad_input_is_one_sentence_before_anything_loads(twin, adapter, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(OpenSora, "fetch", lambda self: pytest.fail("looked for weights"))
+    monkeypatch.setattr(OpenSora, "fetch", lambda *_, **__: pytest.fail("looked for weights"))
     for name, (settings, words) in bad_inputs(tmp_path, adapter).items():
         assert sample(twin, tmp_path / "run", **settings) == 2, name
         told = capsys.readouterr().err.strip()

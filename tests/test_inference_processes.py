@@ -5,7 +5,7 @@ import twins
 from forks import ForkServer
 from sampling_runs import SCHEDULER, contents, entries
 
-from Core.generation.generate import PARTIAL
+from Core.generation.manifest import PARTIAL
 
 
 @pytest.fixture(scope="module")

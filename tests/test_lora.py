@@ -10,7 +10,7 @@ import twins
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 
-from Core.backbones import OpenSora
+from Core.backbones.opensora import OpenSora
 from Core.modules import lora
 from opensora.models.stdit.stdit3 import STDiT3_XL_2
 

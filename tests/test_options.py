@@ -1,7 +1,7 @@
 """Options as dataclass fields: types, bounds, flags, and messages that name the key."""
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import pytest
 
@@ -18,6 +18,12 @@ from Core.utils.options import (
 
 
 @dataclass(frozen=True, kw_only=True)
+class Entry:
+    depth: int = option(28, "blocks", minimum=1)
+    share: float = option(0.1, "a share", minimum=0, below=1)
+
+
+@dataclass(frozen=True, kw_only=True)
 class Schema:
     steps: int = option(3, "number of steps", minimum=1)
     rate: float = option(0.5, "a rate", above=0)
@@ -25,7 +31,11 @@ class Schema:
     names: list[str] | None = option(None, "some names")
     size: tuple[int, int] | None = option(None, "height, width")
     parts: dict = option({}, "parts")
+    model: dict | None = option(None, "an entry", entry=Entry)
     quiet: bool = option(False, "100% quiet")
+
+
+KNOWN = {entry.name: entry for entry in fields(Schema)}
 
 
 def flags(*argv: str) -> dict:
@@ -93,8 +103,10 @@ def test_values_that_do_not_fit(value, annotation):
         ({"steps": 2.5}, "steps must be a whole number, got 2.5"),
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"rate": 0}, "rate must be above 0, got 0"),
-        ({"rate": float("nan")}, "rate must be above 0, got nan"),
+        ({"rate": float("nan")}, "rate must be finite, got nan"),
         ({"rate": float("inf")}, "rate must be finite, got inf"),
+        ({"rate": float("-inf")}, "rate must be finite, got -inf"),
+        ({"size": (3, 10**400)}, f"size must be finite, got 1{'0' * 199}…"),
         ({"mode": "first"}, "mode must be one of 'last', 'rand', got 'first'"),
         ({"names": "fox"}, "names must be a list (a string each) or None, got 'fox'"),
         (
@@ -103,14 +115,20 @@ def test_values_that_do_not_fit(value, annotation):
         ),
         ({"parts": "a"}, "parts must be a dict, got 'a'"),
         ({"quiet": "yes"}, "quiet must be True or False, got 'yes'"),
+        ({"model": [1]}, "model must be a dict or None, got [1]"),
+        ({"model": {"depth": 0}}, "model.depth must be at least 1, got 0"),
+        ({"model": {"depth": "2"}}, "model.depth must be a whole number, got '2'"),
+        ({"model": {"depth": True}}, "model.depth must be a whole number, got True"),
+        ({"model": {"share": 1}}, "model.share must be below 1, got 1"),
+        ({"model": {"depht": 2}}, "unknown key 'model.depht': did you mean 'depth'?"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_sentence(values, message):
-    assert check_values(Schema, values) == [message]
+    assert check_values(KNOWN, values) == [message]
 
 
 def test_all_errors_come_at_once():
-    assert len(check_values(Schema, {"steps": "a", "rate": -1, "modes": "last", "quiet": None})) == 4
+    assert len(check_values(KNOWN, {"steps": "a", "rate": -1, "modes": "last", "quiet": None})) == 4
 
 
 def test_types_are_described_in_words():

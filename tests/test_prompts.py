@@ -1,10 +1,11 @@
 """From prompt files and config keys to prompts."""
 
-from types import SimpleNamespace
-
 import pytest
+import twins
 
-from Core.data.prompts import check_prompt_file, parse_prompts, read_prompts, read_validation_prompts
+from Core.backbones.opensora_prompts import parse_prompts
+from Core.config import build_config
+from Core.data.prompts import PromptSettings, prompt_file_errors, read_prompts, read_validation_prompts
 
 LINES = [f"prompt number {i}" for i in range(6)]
 
@@ -16,16 +17,8 @@ def prompt_file(tmp_path) -> str:
     return str(path)
 
 
-def config(**changes) -> SimpleNamespace:
-    """The keys of a Config that concern prompts."""
-    values = dict(prompt=None, prompt_path=None, start_index=None, end_index=None)
-    values |= dict(reference_path=None, mask_strategy=None)
-    values |= dict(val_prompt_path=None, val_batch_size=2, num_val_runs=2, debug=False)
-    return SimpleNamespace(**{**values, **changes})
-
-
 def texts(prompts) -> list[str]:
-    return [prompt.text() for prompt in prompts]
+    return [prompt.text for prompt in prompts]
 
 
 def test_a_plain_line_is_one_segment():
@@ -35,14 +28,18 @@ def test_a_plain_line_is_one_segment():
 
 def test_segments_hold_until_the_next_one_begins():
     (prompt,) = parse_prompts(["|0|dawn|2|noon|5|dusk"])
-    assert [prompt.text(loop) for loop in range(7)] == ["dawn"] * 2 + ["noon"] * 3 + ["dusk"] * 2
-    assert prompt.reward_text == "dawn"
+    assert prompt.texts == ("dawn", "noon", "dusk")
+    assert [prompt.text_number(clip) for clip in range(7)] == [0] * 2 + [1] * 3 + [2] * 2
+    assert prompt.text == prompt.reward_text == "dawn"
+    assert prompt.written == "|0|dawn|2|noon|5|dusk"
 
 
 def test_a_json_suffix_names_references_and_their_strategy():
     (prompt,) = parse_prompts(['a boat{"reference_path": "a.png;b.mp4", "mask_strategy": "0;0,1,0,0,1"}'])
     assert texts([prompt]) == ["a boat"]
     assert (prompt.reference, prompt.mask_strategy) == ("a.png;b.mp4", "0;0,1,0,0,1")
+    given = {"reference_path": "a.png;b.mp4", "mask_strategy": "0;0,1,0,0,1"}
+    assert prompt.identity == {"prompt": "a boat"} | given
 
 
 def test_references_of_the_config_go_to_their_prompts():
@@ -66,39 +63,66 @@ def test_rewards_read_the_prompt_without_scores(suffix):
     assert prompt.reward_text == "A fox runs. It is red."
 
 
+def read(**keys) -> list[str]:
+    return texts(read_prompts(PromptSettings(**keys), parse_prompts))
+
+
 def test_a_part_of_a_file_is_read(prompt_file):
-    assert texts(read_prompts(config(prompt_path=prompt_file))) == LINES
-    part = config(prompt_path=prompt_file, start_index=2, end_index=4)
-    assert texts(read_prompts(part)) == LINES[2:4]
+    assert read(prompt_path=prompt_file) == LINES
+    assert read(prompt_path=prompt_file, start_index=2, end_index=4) == LINES[2:4]
     with pytest.raises(
         ValueError, match=r"no prompts between start_index \(8\) and end_index \(9\).*change them"
     ):
-        read_prompts(config(prompt_path=prompt_file, start_index=8, end_index=9))
+        read(prompt_path=prompt_file, start_index=8, end_index=9)
 
 
 def test_prompts_of_the_config_win_over_the_file(prompt_file):
-    assert texts(read_prompts(config(prompt=["mine"], prompt_path=prompt_file))) == ["mine"]
+    assert read(prompt=["mine"], prompt_path=prompt_file) == ["mine"]
 
 
-def test_validation_takes_the_first_training_prompts_or_its_own_file(prompt_file, tmp_path):
+def test_validation_takes_the_first_training_prompts_or_its_own_file(prompt_file):
     training = parse_prompts(["one", "two", "three", "four", "five"])
-    assert texts(read_validation_prompts(config(), training)) == ["one", "two", "three", "four"]
-    assert texts(read_validation_prompts(config(debug=True), training)) == ["one", "two"]
-    own = config(val_prompt_path=prompt_file, num_val_runs=1)
-    assert texts(read_validation_prompts(own, training)) == LINES[:2]
+
+    def chosen(count, **keys):
+        return texts(read_validation_prompts(PromptSettings(**keys), parse_prompts, training, count))
+
+    assert chosen(4) == ["one", "two", "three", "four"]
+    assert chosen(9) == ["one", "two", "three", "four", "five"]
+    assert chosen(2, val_prompt_path=prompt_file) == LINES[:2]
+
+
+def test_a_validation_has_num_val_runs_batches_and_one_when_debugging(twin, tmp_path):
+    def chosen(**keys):
+        values = twins.settings(twin, tmp_path / "run", val_batch_size=2, num_val_runs=2, **keys)
+        return texts(build_config(values).validation_prompt_list)
+
+    prompts = ["one", "two", "three", "four", "five"]
+    assert chosen(prompt=prompts) == prompts[:4]
+    assert chosen(prompt=prompts, debug=True) == prompts[:2]
+
+
+def test_a_config_parses_its_prompts_in_the_grammar_of_the_family(twin, tmp_path):
+    text = "|0|dawn|1|noon"
+    flags = dict(is_vader_training=False, loop=2, condition_frame_length=2)
+    config = build_config(twins.settings(twin, tmp_path / "run", prompt=[text], **flags))
+    assert config.prompt_list == parse_prompts([text]) and config.prompt_list is config.prompt_list
+
+
+def faults_of(training: bool = True, **keys) -> list[str]:
+    return prompt_file_errors(PromptSettings(**keys), training)
 
 
 def test_files_that_hold_no_prompts_are_named(tmp_path, prompt_file):
-    assert check_prompt_file("prompt_path", prompt_file) == []
+    assert faults_of(prompt_path=prompt_file) == []
     (tmp_path / "empty.txt").write_text("\n  \n")
     (tmp_path / "latin.txt").write_bytes("ein roter Fuchs läuft".encode("latin-1"))
-    faults = {
-        name: check_prompt_file("prompt_path", str(tmp_path / name))
-        for name in ("empty.txt", "latin.txt", "no")
-    }
-    assert all(
-        len(sentences) == 1 and sentences[0].startswith("prompt_path: ") for sentences in faults.values()
-    )
-    assert "holds no prompts" in faults["empty.txt"][0]
-    assert "UTF-8" in faults["latin.txt"][0]
-    assert "no" in faults["no"][0]
+    said = {"empty.txt": "holds no prompts", "latin.txt": "UTF-8", "no": "does not exist"}
+    for name, words in said.items():
+        (sentence,) = faults_of(prompt_path=str(tmp_path / name))
+        assert sentence.startswith("prompt_path: ") and words in sentence
+        (sentence,) = faults_of(prompt=["a fox"], val_prompt_path=str(tmp_path / name))
+        assert sentence.startswith("val_prompt_path: ") and words in sentence
+    # Of what is not read nothing is wrong.
+    nowhere = str(tmp_path / "no")
+    assert faults_of(prompt=["a fox"], prompt_path=nowhere) == []
+    assert faults_of(training=False, prompt=["a fox"], val_prompt_path=nowhere) == []

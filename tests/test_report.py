@@ -11,9 +11,9 @@ import pytest
 from report_runs import PROMPTS, evaluation, training_run
 from sampling_runs import picture
 
+from Core.data.video import read_video
 from Core.evaluation.charts import Line, line_chart, moving_average
 from Core.evaluation.report import VideoBudget, main_measure, write_report
-from Core.evaluation.score_videos import read_clip
 
 HEADLINE = re.compile(r"took\s+<b>hps</b> from (\S+) to <b class=\"up\">(\S+)</b>")
 
@@ -94,6 +94,19 @@ def test_a_run_without_evaluation_shows_its_validations(tmp_path):
     assert "have not been compared on held-out prompts yet" in page
 
 
+@pytest.mark.parametrize("line", ["open({!r}, 'w')", "lr = open({!r}, 'w')", "import os; os.mknod({!r})"])
+def test_code_in_a_run_s_config_is_not_run(tmp_path, line):
+    run = training_run(tmp_path / "run")
+    trace = tmp_path / "trace"
+    with open(run / "config.py", "a") as file:
+        file.write(line.format(str(trace)) + "\n")
+    try:
+        write_report(run)
+    except ValueError as error:  # told, and not run
+        assert "config.py" in str(error) and "object at 0x" not in str(error)
+    assert not trace.exists()
+
+
 def test_an_evaluation_alone_and_several_adapters(tmp_path):
     page = write_report(evaluation(tmp_path / "evaluation", ("fox", "bird"))).read_text()
     assert page.count("<b>bird</b>") == page.count("<b>fox</b>") >= 6
@@ -155,7 +168,7 @@ def test_videos_play_in_a_browser_without_a_complaint(run, chromium, tmp_path):
     faults = "[...document.querySelectorAll('video')].filter(v => v.error).length"
     assert chromium.evaluate(faults) == 0
     assert chromium.complaints() == []
-    assert read_clip(chromium.screenshot(tmp_path / "page.png")).std() > 0.1
+    assert read_video(chromium.screenshot(tmp_path / "page.png")).std() > 0.1
 
 
 @needs_browser

@@ -4,6 +4,8 @@ Axes: B batch, C channels, T latent frames, H rows, W columns, N sampling steps.
 """
 
 import json
+from contextlib import nullcontext
+from types import SimpleNamespace
 
 import golden_data
 import pytest
@@ -11,8 +13,12 @@ import torch
 from golden_data import relative_error
 from torch import Tensor, nn
 
-from Core.backbones.opensora import guided_velocity
-from Core.schedulers.rf import RFLOW, euler_sample, first_gradient_step, thin_prefix
+from Core.backbones.opensora_sampling import guided_velocity
+from Core.sampling.euler import DenoisingStep, RectifiedFlow, run_steps
+from Core.sampling.gradient_window import first_gradient_step, thin_no_grad_steps
+from Core.schedulers.rf import RFLOW
+from Core.training.rollout import Rollout, RolloutSettings
+from Core.utils.timing import Stopwatch
 from opensora.registry import SCHEDULERS, build_module
 from opensora.schedulers.rf.rectified_flow import RFlowScheduler, timestep_transform
 from opensora.utils.inference_utils import prepare_multi_resolution_info
@@ -88,12 +94,11 @@ def test_timesteps_and_samples_are_those_of_the_release(name, model):
 @pytest.mark.parametrize(("name", "window"), GRADIENTS)
 def test_gradient_through_the_last_steps_is_that_of_the_release(name, window, model):
     steps = CASES[name]["steps"]
-    z = euler_sample(
-        velocity(name, model),
-        GOLDEN[f"{name}.z"].clone(),
-        sampler(name).timesteps(CASES[name]["shape"][0], size_info(name)),
-        first_gradient_step=steps - window,
-    )
+    timesteps = sampler(name).timesteps(CASES[name]["shape"][0], size_info(name))
+    step = DenoisingStep(velocity(name, model), RectifiedFlow(), timesteps)
+    with torch.no_grad():
+        z = run_steps(step, GOLDEN[f"{name}.z"].clone(), 0, steps - window)
+    z = run_steps(step, z, steps - window, steps)
     assert relative_error(z, GOLDEN[f"{name}.sample"]) <= 1e-5
     (gradient,) = torch.autograd.grad(z.square().mean(), model.get_parameter(WATCHED))
     assert relative_error(gradient, GOLDEN[f"{name}.grad_last{window}"]) <= 1e-4
@@ -175,10 +180,19 @@ class Steps(nn.Module):
         return self.weight * z
 
 
-def integrate(steps: int, first: int | None, **kwargs) -> tuple[Tensor, Steps]:
-    moves = Steps()
-    times = torch.linspace(1000, 1000 / steps, steps)[:, None]
-    z = euler_sample(moves, torch.ones(1, 1, 1, 1, 1), times, first_gradient_step=first, **kwargs)
+def integrate(steps: int, first: int, **settings) -> tuple[Tensor, Steps]:
+    """The training rollout of a family whose prediction is ``Steps``, from a latent of ones."""
+    moves, timer = Steps(), Stopwatch(torch.device("cpu"))
+    backbone = SimpleNamespace(
+        process=RectifiedFlow(),
+        predictor=lambda features, **_: moves,
+        timesteps=lambda batch: torch.linspace(1000, 1000 / steps, steps)[:, None].expand(steps, batch),
+        no_grad_steps=nullcontext,
+    )
+    rollout = Rollout(RolloutSettings(**settings), backbone, seed=0)
+    rollout.noise = lambda samples: torch.ones(len(samples), 1, 1, 1, 1)
+    z, kl = rollout.sample([SimpleNamespace(features_of=dict)], [0], first, timer)
+    assert kl is None
     return z, moves
 
 
@@ -195,7 +209,7 @@ def test_only_the_window_keeps_a_graph(steps, first):
 
 
 def test_sampling_alone_keeps_no_graph_and_restores_the_mode():
-    z, moves = integrate(4, None)
+    z, moves = integrate(4, 4)
     assert not z.requires_grad and not any(seen["recording"] for seen in moves.seen)
     assert torch.is_grad_enabled()
 
@@ -345,9 +359,9 @@ def test_impossible_timestep_draws_are_refused():
 def test_a_thinned_prefix_spans_what_it_stands_for():
     times = torch.arange(12, 0, -1)[:, None]
     for steps in (None, 9, 20):
-        kept, first = thin_prefix(times, 9, steps)
+        kept, first = thin_no_grad_steps(times, 9, steps)
         assert kept is times and first == 9
-    kept, first = thin_prefix(times, 9, 3)
+    kept, first = thin_no_grad_steps(times, 9, 3)
     assert (kept[:, 0].tolist(), first) == ([12, 9, 6, 3, 2, 1], 3)
-    kept, first = thin_prefix(times, 9, 4)
+    kept, first = thin_no_grad_steps(times, 9, 4)
     assert (kept[:, 0].tolist(), first) == ([12, 10, 8, 6, 3, 2, 1], 4)

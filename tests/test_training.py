@@ -14,8 +14,8 @@ import twin_runs
 import twins
 from safetensors.torch import load_file
 
-from Core.backbones import opensora
-from Core.config.schema import load_config
+from Core.backbones import base
+from Core.config import load_config
 
 TESTS = Path(__file__).resolve().parent
 LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
@@ -47,7 +47,7 @@ def double_precision():
     In float32, Adam turns the rounding of a gradient that is nearly zero into a step of visible size.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(opensora.DTYPES, "fp32", torch.float64)
+        patch.setitem(base.DTYPES, "fp32", torch.float64)
         yield
 
 
@@ -76,8 +76,8 @@ def test_every_step_has_its_row(run):
 
 
 def test_the_resolved_config_starts_the_same_run(run):
-    config = load_config([str(run / "config.py")])
-    assert (config.max_train_steps, config.lora_rank, config.project_dir) == (4, 4, str(run))
+    config = load_config([str(run / "config.py")]).flat()
+    assert (config["max_train_steps"], config["lora_rank"], config["project_dir"]) == (4, 4, str(run))
 
 
 def test_validation_videos_are_there_before_and_after(run):

@@ -1,8 +1,30 @@
 """One file per model family; ``BACKBONES`` is the line a new family adds itself to."""
 
-from .base import Backbone, TextEncoder, VideoSpec
-from .opensora import OpenSora
+from Core.utils.registry import Registry
 
-BACKBONES: dict[str, type[Backbone]] = {"opensora": OpenSora}
+from .base import (
+    Backbone,
+    EncodedPrompt,
+    FamilySettings,
+    Features,
+    ModelSettings,
+    Prompt,
+    TextEncoder,
+    VideoSettings,
+    VideoSpec,
+)
 
-__all__ = ["BACKBONES", "Backbone", "OpenSora", "TextEncoder", "VideoSpec"]
+BACKBONES = Registry("backbone", {"opensora": "Core.backbones.opensora:OpenSora"})
+
+__all__ = [
+    "BACKBONES",
+    "Backbone",
+    "EncodedPrompt",
+    "FamilySettings",
+    "Features",
+    "ModelSettings",
+    "Prompt",
+    "TextEncoder",
+    "VideoSettings",
+    "VideoSpec",
+]

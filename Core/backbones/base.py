@@ -1,4 +1,4 @@
-"""What the sampler, the decoder, the adapter and the prompts need of a text-to-video model family.
+"""What a model family is: what it states about itself, and what the engine asks of it.
 
 Axes: B batch, C channels, T latent frames, h, w latent rows and columns, F chosen frames, H, W pixels,
 L text tokens, D text width, N sampling steps.
@@ -6,17 +6,27 @@ L text tokens, D text width, N sampling steps.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-from Core.utils.hub import Weight
+from Core.modules.frozen_conv import forget_conv_inputs
+from Core.modules.quantization import store_linears_in_fp8, store_linears_in_nf4
+from Core.sampling.euler import DenoisingStep, Predict, RectifiedFlow, Step
+from Core.sampling.no_grad_steps import lean_steps
+from Core.utils.hub import Weight, locate
+from Core.utils.options import free_option, option, video_option
 
-# (latent [B, C, T, h, w], timesteps [B], velocity of the captions without guidance [B, C, T, h, w])
-VelocityObserver = Callable[[Tensor, Tensor, Tensor], None]
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
+# What a text encoder makes of one caption: tensors by name, without a batch axis.
+Features = Mapping[str, Tensor]
+# (latent [B, C, T, h, w], timesteps [B], prediction for the captions without guidance, shaped as the latent)
+PredictionObserver = Callable[[Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -29,12 +39,134 @@ class VideoSpec:
     fps: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class VideoSettings:
+    """Size, length and frame rate of the videos, and of their files."""
+
+    resolution: str | None = video_option("240p", "column of the resolution table, such as `240p`")
+    aspect_ratio: str | None = video_option("3:4", "height:width, a row of the resolution table")
+    image_size: tuple[int, int] | None = video_option(
+        None, "(height, width) in pixels; replaces resolution and aspect_ratio"
+    )
+    num_frames: str | int = video_option(
+        "2s", "duration (`2s`, `4s`, `8s`, `16s`) or number of frames; 1 makes images"
+    )
+    fps: float = video_option(24, "frames per second the model is conditioned on", above=0)
+    frame_interval: int = video_option(1, "files play at fps / frame_interval", minimum=1, may_change=True)
+    save_fps: float | None = video_option(
+        None, "frames per second of the files; replaces fps / frame_interval", above=0, may_change=True
+    )
+    save_gif: bool = video_option(False, "also write an animated GIF of each video", may_change=True)
+
+    @property
+    def file_fps(self) -> float:
+        return self.save_fps or self.fps / self.frame_interval
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The model family, and how its frozen networks are stored and run."""
+
+    backbone: str = video_option("opensora", "model family")
+    dtype: Literal["bf16", "fp16", "fp32", "fp8"] = video_option(
+        "bf16", "dtype of the frozen weights; `fp8` stores the denoiser in 8-bit float and computes in bf16"
+    )
+    base_quant: Literal["none", "nf4"] = video_option(
+        "none",
+        "`nf4` stores the frozen denoiser's linear layers in 4 bits (bitsandbytes) and computes in dtype",
+    )
+    text_encoding: Literal["device", "8bit", "cpu"] = video_option(
+        "device",
+        "where captions are encoded: on the `device`, there in `8bit` (bitsandbytes), or on the `cpu`",
+    )
+    text_cache: str = free_option("~/.cache/vader/text", "folder of cached prompt embeddings")
+    compile_blocks: bool = option(
+        False, "compile the denoiser's blocks for training (torch.compile); the first step is slow"
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class FamilySettings:
+    """Keys of one model family; a family subclasses it with its own options.
+
+    Attributes:
+        nested_flags: flags that set a key inside an entry: name → (entry, key).
+        clips_per_video: clips made one after the other.
+    """
+
+    nested_flags: ClassVar[Mapping[str, tuple[str, str]]] = {}
+
+    @property
+    def clips_per_video(self) -> int:
+        return 1
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One prompt as the user wrote it; a family with a grammar of its own subclasses it."""
+
+    text: str
+
+    @property
+    def reward_text(self) -> str:
+        """What a reward model reads."""
+        return self.text
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """Every text the denoiser is conditioned on in some clip of the video."""
+        return (self.text,)
+
+    def text_number(self, clip: int) -> int:
+        """Which of ``texts`` holds in a clip."""
+        return 0
+
+    @property
+    def written(self) -> str:
+        """The prompt in the notation it was written in."""
+        return self.text
+
+    @property
+    def identity(self) -> dict[str, str]:
+        """What tells it from other prompts in a manifest."""
+        return {"prompt": self.written}
+
+
+@dataclass(frozen=True)
+class EncodedPrompt:
+    """A prompt with the features of each of its ``texts``, on the CPU."""
+
+    prompt: Prompt
+    features: tuple[Features, ...]
+
+    def features_of(self, clip: int = 0) -> Features:
+        return self.features[self.prompt.text_number(clip)]
+
+
 class TextEncoder(ABC):
-    """Turns captions into features; built for as long as captions are encoded, then freed."""
+    """Turns captions into features; exists only while captions are encoded."""
 
     @abstractmethod
-    def encode(self, captions: Sequence[str]) -> list[Tensor]:
-        """One [L, D] tensor per caption, trimmed to the caption's own tokens."""
+    def encode(self, captions: Sequence[str]) -> list[Features]:
+        """Named tensors for each caption, on the CPU, trimmed to the caption's own tokens."""
+
+
+class Conditions(ABC):
+    """Given frames of one batch of videos, clip by clip; an optional capability of a family."""
+
+    @abstractmethod
+    def condition(
+        self, step: DenoisingStep, z: Tensor, clip: int, noise_like: Callable[[Tensor], Tensor]
+    ) -> Step:
+        """The sampling step that keeps the given frames; puts them into the noise ``z`` [B, C, T, h, w] in place."""
+
+    @abstractmethod
+    def join(self, clips: Sequence[Tensor]) -> Tensor:
+        """Clips [B, 3, frames, H, W] in [-1, 1], each continuing the one before → one video."""
+
+    @abstractmethod
+    def follow(self, clip: Tensor, number: int) -> None:
+        """Make clip ``number`` begin with the end of ``clip``, the one before."""
 
 
 class Backbone(ABC):
@@ -43,20 +175,39 @@ class Backbone(ABC):
     Building one loads nothing. ``text_encoder()`` comes first, so that its memory is free again before
     ``load()`` brings the denoiser and the VAE to the device, frozen.
 
+    Class attributes, which a family states about itself:
+        settings_class: its keys of the configuration.
+        weights: key of the configuration (dotted inside an entry) → the published weights it defaults to.
+        text_weights: those of ``weights`` that only the text encoder needs.
+        lora_targets: suffixes of the linear layers adapted by default.
+        obeys: optional common keys that have an effect on it; others are refused by name.
+
     Attributes:
         denoiser: the network adapters attach to; set by ``load``, replaced by the adapter's wrapper.
+        vae: the network that ``decode`` uses, or None.
         device, dtype: of the frozen networks.
-        lora_targets: suffixes of the linear layers adapted by default.
-        num_sampling_steps: Euler steps of one video.
-        num_timesteps: length of the time axis that ``timesteps`` and ``velocity`` speak.
+        process: noise levels and deterministic step of the diffusion process.
+        compiled: whether the denoiser's blocks are compiled.
     """
 
+    settings_class: ClassVar[type[FamilySettings]]
+    weights: ClassVar[Mapping[str, Weight]] = {}
+    text_weights: ClassVar[tuple[str, ...]] = ()
+    lora_targets: ClassVar[tuple[str, ...]] = ()
+    obeys: ClassVar[frozenset[str]] = frozenset()
+
     denoiser: nn.Module
-    device: torch.device
-    dtype: torch.dtype
-    lora_targets: tuple[str, ...]
-    num_sampling_steps: int
-    num_timesteps: int = 1000
+    vae: Any = None
+
+    def __init__(
+        self, settings: FamilySettings, models: ModelSettings, video: VideoSpec, device: torch.device
+    ):
+        self.settings, self.models, self.video, self.device = settings, models, video, device
+        self.dtype = DTYPES[models.dtype]
+        self.process = RectifiedFlow()
+        self.compiled = False
+
+    # Before anything loads
 
     @classmethod
     @abstractmethod
@@ -69,46 +220,131 @@ class Backbone(ABC):
         """Frames of a named duration, or the number itself; ValueError names the durations."""
 
     @classmethod
-    @abstractmethod
-    def count_latent_frames(cls, num_frames: int, vae: dict) -> int:
-        """T of a video, from the config alone."""
+    def video_spec(cls, video: VideoSettings) -> VideoSpec:
+        """The size that the configuration asks for.
+
+        Raises:
+            ValueError: no such resolution, aspect ratio or duration.
+        """
+        size = video.image_size or cls.frame_size(str(video.resolution), str(video.aspect_ratio))
+        return VideoSpec(int(size[0]), int(size[1]), cls.frame_count(video.num_frames), video.fps)
 
     @classmethod
     @abstractmethod
-    def config_errors(cls, config) -> list[str]:
-        """What is wrong with the family's entries of a configuration; loads nothing."""
-
-    @classmethod
-    def prompt_errors(cls, config, prompts: Sequence) -> list[str]:
-        """What is wrong with the prompts' segments, references and mask strategies; loads no network."""
-        conditioned = [p.text() for p in prompts if p.reference or p.mask_strategy]
-        return [f"{cls.__name__} takes no references; remove those of {text!r}" for text in conditioned]
+    def count_latent_frames(cls, num_frames: int, settings: Any) -> int:
+        """T of a video, from the configuration alone."""
 
     @classmethod
     @abstractmethod
-    def from_config(cls, config, device: torch.device) -> "Backbone":
-        """Build from a validated configuration."""
+    def num_sampling_steps(cls, settings: Any) -> int | None:
+        """N, or None where the configuration does not say it."""
+
+    @classmethod
+    def config_errors(cls, settings: Any, video: VideoSettings, training: bool) -> list[str]:
+        """What is wrong with the family's keys beyond types and ranges; loads nothing."""
+        return []
+
+    @classmethod
+    def parse_prompts(cls, texts: Sequence[str], settings: Any = None) -> Sequence[Prompt]:
+        """The family's prompt grammar; without ``settings`` that of prompts alone, such as a validation file's.
+
+        Raises:
+            ValueError: a prompt that breaks it.
+        """
+        return [Prompt(text) for text in texts]
+
+    @classmethod
+    def prompt_errors(
+        cls, prompts: Sequence[Any], settings: Any, video: VideoSettings, training: bool
+    ) -> list[str]:
+        """What is wrong with the prompts; loads no network."""
+        return []
+
+    @classmethod
+    def weights_of(cls, settings: FamilySettings) -> dict[str, Weight]:
+        """The weights that a configuration names, by key."""
+        return {key: weight.at(str(_value_at(settings, key))) for key, weight in cls.weights.items()}
+
+    def fetch(self, text_encoder: bool = True) -> list[str]:
+        """Bring all weights, or all but the text encoder's, to this machine; a sentence for each that cannot be had."""
+        errors = []
+        for key, weight in self.weights_of(self.settings).items():
+            if (key in self.text_weights and not text_encoder) or Path(weight.source).expanduser().exists():
+                continue
+            try:
+                locate(weight)
+            except FileNotFoundError as error:
+                errors.append(f"{key}: {error}")
+        return errors
+
+    # Captions
 
     @property
     @abstractmethod
     def text_identity(self) -> str:
         """Names weights, tokenizer and length: what cached features depend on besides the caption."""
 
-    @abstractmethod
-    def caption(self, prompt: str) -> str:
-        """The text the model is conditioned on, from a plain prompt: cleaned, with the model's suffixes."""
+    def caption(self, text: str) -> str:
+        """The text the model is conditioned on, from one of a prompt's ``texts``."""
+        return text
 
     @abstractmethod
     def text_encoder(self) -> TextEncoder:
         """Load the text encoder."""
 
-    @abstractmethod
-    def fetch(self, text_encoder: bool = True) -> list[str]:
-        """Bring all weights, or all but the text encoder's, to this machine; a sentence for each that cannot be had."""
+    # Networks
 
     @abstractmethod
+    def load_denoiser(self) -> nn.Module:
+        """The denoiser with its weights, on the CPU; runs after ``load_vae``."""
+
+    def load_vae(self) -> nn.Module | None:
+        """The VAE with its weights, on the CPU."""
+        return None
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        """The denoiser's repeated blocks, which are compiled and whose linear layers are quantised."""
+        return []
+
     def load(self) -> None:
-        """Load denoiser and VAE."""
+        """Bring the VAE and the denoiser to the device, frozen, and store them as ``dtype`` and ``base_quant`` say."""
+        if (vae := self.load_vae()) is not None:
+            # An image VAE's activations overflow float16; diffusers, too, computes it in float32 then.
+            self.vae = self._place(vae, torch.float32 if self.dtype == torch.float16 else self.dtype)
+            forget_conv_inputs(self.vae)
+        self.denoiser = self._place(self.load_denoiser(), self.dtype)
+        if self.models.dtype == "fp8":
+            store_linears_in_fp8(self.blocks)
+        if self.models.base_quant == "nf4":
+            store_linears_in_nf4(self.blocks)
+
+    def _place(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+        return module.to(self.device, dtype).eval().requires_grad_(False)
+
+    def enable_checkpointing(self, keep_attention: bool = False) -> None:
+        """Recompute activations in the backward pass, once, wherever gradients flow.
+
+        Args:
+            keep_attention: all but the outputs of the denoiser's attention.
+        """
+        from diffusers import ModelMixin
+
+        for network in filter(None, (self.denoiser, self.vae)):
+            for module in network.modules():
+                if isinstance(module, ModelMixin):
+                    module.enable_gradient_checkpointing()
+
+    def compile_blocks(self) -> None:
+        """Have the denoiser's blocks compiled when they next run."""
+        # Past the limit blocks would run uncompiled, without a word: each kind of block, with or without a
+        # gradient, of training or validation, is one program.
+        torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
+        for block in self.blocks:
+            block.compile(dynamic=False)
+        self.compiled = True
+
+    # Sampling
 
     @abstractmethod
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -119,85 +355,55 @@ class Backbone(ABC):
         """[N, batch], falling from pure noise."""
 
     @abstractmethod
-    def velocity(
+    def predictor(
         self,
-        text: Sequence[Tensor],
+        text: Sequence[Features],
         *,
         guided: bool = True,
         null_grad: bool = True,
-        observe: VelocityObserver | None = None,
-    ) -> Callable[..., Tensor]:
-        """Velocity for a batch of caption features: (z, t, generated) → dz/dt, see ``Velocity``.
+        observe: PredictionObserver | None = None,
+    ) -> Predict:
+        """The model's prediction for a batch of captions, as a function of latent and timesteps.
 
         Args:
-            guided: with classifier-free guidance; False gives the velocity of the captions alone.
+            guided: with classifier-free guidance; False gives the prediction for the captions alone.
             null_grad: whether guidance's null branch keeps a graph where the caption's does.
-            observe: sees the captions' own velocity at every step that keeps its graph.
+            observe: sees the captions' own prediction at every step that keeps its graph.
         """
+
+    def no_grad_steps(self) -> AbstractContextManager:
+        """Context of sampling steps without a gradient, which leave out what is there for one."""
+        # The compiler fuses PEFT's layer itself, which needs autocast.
+        return nullcontext() if self.compiled else lean_steps(self.denoiser, self.device, self.dtype)
+
+    def conditions(self, prompts: Sequence[Any]) -> Conditions | None:
+        """The given frames of these prompts' videos; None where all frames are generated."""
+        return None
+
+    # Pixels
 
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B, C, T, h, w] → video [B, 3, frames, H, W], about [-1, 1]."""
 
     @abstractmethod
-    def decode_frames(self, z: Tensor, index: Tensor) -> Tensor:
-        """Latents and latent frame numbers [B, F] → frames [B, F, 3, H, W], differentiable."""
-
-    @abstractmethod
-    def enable_checkpointing(self, keep_attention: bool = False) -> None:
-        """Recompute activations in the backward pass, once, wherever gradients flow.
+    def decode_frames(self, z: Tensor, index: Tensor, context: str = "isolated") -> Tensor:
+        """Latents and latent frame numbers [B, F] → frames [B, F, 3, H, W], differentiable.
 
         Args:
-            keep_attention: all but the outputs of the denoiser's attention.
+            context: what a frame is decoded from: its latent frame alone (``isolated``), or what it depends on in
+                the finished video (``causal``).
         """
 
-    def compile_blocks(self) -> None:
-        """Have the denoiser's blocks compiled when they next run; optional, or the configuration refuses it."""
-        raise NotImplementedError
 
-    def residual_branches(self) -> list[nn.Module]:
-        """Attentions and MLPs, whose outputs the denoiser's blocks add to their tokens; optional for prefix_cache."""
-        raise NotImplementedError
-
-    def encode_references(self, paths: Sequence[str]) -> list[list[Tensor]]:
-        """Latents [C, T, h, w] of each sample's reference files, given as paths joined by ``;``."""
-        raise ValueError(f"{type(self).__name__} cannot be conditioned on references; remove reference_path")
-
-    def condition(
-        self,
-        z: Tensor,
-        references: list[list[Tensor]],
-        strategies: list[str],
-        loop: int,
-        align: int | None,
-    ) -> Tensor | None:
-        """Put reference frames into the noise ``z``, in place; the mask of ``euler_sample`` or None."""
-        return None
-
-    def continue_clip(
-        self,
-        video: Tensor,
-        references: list[list[Tensor]],
-        strategies: list[str],
-        loop: int,
-        length: int,
-        edit: float,
-    ) -> tuple[list[list[Tensor]], list[str]]:
-        """References and strategies that make ``loop`` begin with the end of ``video``.
-
-        Args:
-            video: the clip before, [B, 3, frames, H, W] in [-1, 1].
-            length: latent frames taken over; ``overlap(length)`` pixel frames.
-            edit: how far they may change, 0 to 1.
-        """
-        raise ValueError(f"{type(self).__name__} cannot continue a clip; set loop=1")
-
-    def overlap(self, latent_frames: int) -> int:
-        """Pixel frames that the first ``latent_frames`` latent frames of a clip make."""
-        raise ValueError(f"{type(self).__name__} cannot continue a clip; set loop=1")
+def _value_at(settings: FamilySettings, key: str) -> Any:
+    """The value of a dotted key."""
+    name, _, inner = key.partition(".")
+    value = getattr(settings, name)
+    return value.get(inner) if inner else value
 
 
-def check_weights(key: str, source: str | None) -> list[str]:
+def weight_errors(key: str, source: str | None) -> list[str]:
     """A sentence where ``source`` is a path that does not exist; hub ids are looked up when they load."""
     if source is None:
         return [f"{key} is missing; set it to a hub id (organisation/name) or the path of a local copy"]

@@ -1,18 +1,67 @@
-"""Whether Open-Sora's references, mask strategies and prompt segments hold together, before anything loads."""
+"""Open-Sora's given frames: references with mask strategies, and clips that continue the one before.
+
+Axes: B batch, C channels, T latent frames, h, w latent rows and columns, H, W pixels.
+"""
 
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from Core.sampling.euler import DenoisingStep, Step
+from Core.sampling.kept_frames import keep_frames
 from opensora.datasets.utils import read_from_path
-from opensora.utils.inference_utils import apply_mask_strategy, parse_mask_strategy
+from opensora.utils.inference_utils import (
+    append_generated,
+    apply_mask_strategy,
+    collect_references_batch,
+    parse_mask_strategy,
+)
+
+from .base import Conditions
+from .opensora_prompts import OpenSoraPrompt
+
+if TYPE_CHECKING:
+    from .opensora import OpenSora
 
 PROBE_SIZE = (8, 8)  # references are decoded to count their frames; their content does not matter here
 
 
+class OpenSoraConditions(Conditions):
+    """References of a batch of videos, to which each finished clip adds its end."""
+
+    def __init__(self, backbone: "OpenSora", prompts: Sequence[OpenSoraPrompt]):
+        self.backbone, self.settings = backbone, backbone.settings
+        size = (backbone.video.height, backbone.video.width)
+        paths = [prompt.reference for prompt in prompts]
+        self.references: list[list[Tensor]] = [[] for _ in prompts]
+        if any(paths):
+            self.references = collect_references_batch(paths, backbone.vae, size)
+        self.strategies = [prompt.mask_strategy for prompt in prompts]
+
+    def condition(
+        self, step: DenoisingStep, z: Tensor, clip: int, noise_like: Callable[[Tensor], Tensor]
+    ) -> Step:
+        mask = apply_mask_strategy(z, self.references, self.strategies, clip, self.settings.align)
+        return keep_frames(step, mask, noise_like)
+
+    def follow(self, clip: Tensor, number: int) -> None:
+        vae, settings = self.backbone.vae, self.settings
+        # The VAE codes whole clips and chunks on their own, so the tail is coded as the start of a clip is.
+        tail = clip[:, :, -self.backbone.overlap(settings.condition_frame_length) :].to(vae.dtype)
+        self.references, self.strategies = append_generated(
+            vae, tail, self.references, self.strategies, number,
+            settings.condition_frame_length, settings.condition_frame_edit,
+        )  # fmt: skip
+
+    def join(self, clips: Sequence[Tensor]) -> Tensor:
+        skip = self.backbone.overlap(self.settings.condition_frame_length) if len(clips) > 1 else 0
+        return torch.cat([clips[0], *(clip[:, :, skip:] for clip in clips[1:])], dim=2)
+
+
 def conditioning_errors(
-    prompts: Sequence,
+    prompts: Sequence[OpenSoraPrompt],
     *,
     loops: int,
     align: int | None,
@@ -22,7 +71,6 @@ def conditioning_errors(
     """Sentences on what is wrong, each problem once.
 
     Args:
-        prompts: with ``segments``, ``reference`` and ``mask_strategy``.
         loops: clips per video.
         clip_latents: latent frames of a clip.
         count_latents: pixel frames of a reference → its latent frames.
@@ -41,14 +89,14 @@ def conditioning_errors(
     return list(dict.fromkeys(errors))
 
 
-def _segment_errors(prompt, loops: int) -> list[str]:
+def _segment_errors(prompt: OpenSoraPrompt, loops: int) -> list[str]:
     """A prompt that says what happens in which loop must say it for exactly the loops there are."""
     last = prompt.segments[-1][0]
     if len(prompt.segments) == 1 or last == loops - 1:
         return []
     fault = "is never reached" if last >= loops else f"leaves the loops up to {loops - 1} without a text"
     return [
-        f"the prompt {prompt.merged!r} ends with the segment of loop {last}, which {fault} with loop={loops}; "
+        f"the prompt {prompt.written!r} ends with the segment of loop {last}, which {fault} with loop={loops}; "
         f"set loop={last + 1} or change the segments"
     ]
 
@@ -65,13 +113,13 @@ def _reference_stubs(
 
 
 def _try_strategy(
-    prompt, references: Sequence[Tensor], loops: int, align: int | None, clip_latents: int
+    prompt: OpenSoraPrompt, references: Sequence[Tensor], loops: int, align: int | None, clip_latents: int
 ) -> None:
     """Apply the mask strategy to stubs; raises the ValueError that sampling would end in."""
     strategy = prompt.mask_strategy
     if not strategy:
         raise ValueError(
-            f"the prompt {prompt.merged!r} has a reference_path but no mask_strategy, so the reference would "
+            f"the prompt {prompt.written!r} has a reference_path but no mask_strategy, so the reference would "
             "not be used; set mask_strategy, such as '0' for its first frame"
         )
     late = [group[0] for group in parse_mask_strategy(strategy) if group[0] >= loops]

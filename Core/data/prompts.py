@@ -1,102 +1,92 @@
-"""The only prompt pipeline: config keys → prompts with their segments, references and mask strategies."""
+"""Prompts of a run: configuration keys and files in, ``Prompt`` objects out. What a line means, its family says."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
-from opensora.utils.inference_utils import extract_json_from_prompts, load_prompts, merge_prompt, split_prompt
+from Core.backbones.base import Prompt
+from Core.utils.options import free_option, option
 
-# What `append_score_to_prompts` adds for the denoiser; a reward must not read it.
-SCORE_SUFFIX = re.compile(r"\s*(aesthetic score|motion score|camera motion):[^.]*(\.\d+)?\.", re.IGNORECASE)
-
-
-@dataclass(frozen=True)
-class Prompt:
-    """One prompt as the user wrote it.
-
-    segments: (first loop it holds for, text); a plain prompt has one, from loop 0.
-    reference: paths to condition on, separated by ``;``; empty for none.
-    mask_strategy: which of their frames go where; empty for none.
-    """
-
-    segments: tuple[tuple[int, str], ...]
-    reference: str = ""
-    mask_strategy: str = ""
-
-    def text(self, loop: int = 0) -> str:
-        """The text that holds in a loop."""
-        held = [text for start, text in self.segments if start <= loop]
-        return held[-1] if held else self.segments[0][1]
-
-    @property
-    def merged(self) -> str:
-        """All segments in the notation they were written in."""
-        starts, texts = zip(*self.segments, strict=True)
-        return merge_prompt(texts, starts if len(texts) > 1 else None)
-
-    @property
-    def reward_text(self) -> str:
-        """What a reward model reads: the first segment without score suffixes."""
-        return SCORE_SUFFIX.sub("", self.text()).strip()
+# Lines of prompts → prompts; a model family's own grammar.
+Parse = Callable[[Sequence[str]], Sequence[Prompt]]
 
 
-def parse_prompts(
-    texts: Sequence[str],
-    references: Sequence[str] | None = None,
-    strategies: Sequence[str] | None = None,
-) -> list[Prompt]:
-    """Prompts from raw lines: JSON suffixes and ``|0|…|1|…`` segments taken apart.
+@dataclass(frozen=True, kw_only=True)
+class PromptSettings:
+    """Which prompts a run uses."""
+
+    prompt: list[str] | None = option(None, "list of prompts; replaces prompt_path")
+    prompt_path: str | None = option(None, "file with one prompt per line")
+    start_index: int | None = option(None, "first line of prompt_path to use", minimum=0)
+    end_index: int | None = option(None, "line of prompt_path to stop before", minimum=0)
+    val_prompt_path: str | None = free_option(
+        None, "validation prompts; None uses the first training prompts"
+    )
+
+
+def read_lines(path: str | Path) -> list[str]:
+    """Prompts of a UTF-8 file, one per line, without blank lines.
 
     Raises:
-        ValueError: a malformed suffix or segment, or lists of unequal length.
+        FileNotFoundError, ValueError: no such file, not UTF-8, or no prompts in it.
     """
-    columns = [list(column or [""] * len(texts)) for column in (references, strategies)]
-    for name, column in zip(("reference_path", "mask_strategy"), columns, strict=True):
-        if len(column) != len(texts):
-            raise ValueError(
-                f"{name} needs one entry per prompt: {len(texts)} prompts, {len(column)} entries"
-            )
-    prompts, references, strategies = extract_json_from_prompts(list(texts), *columns)
-    parsed = []
-    for text, reference, strategy in zip(prompts, references, strategies, strict=True):
-        segments, starts = split_prompt(text)
-        parsed.append(Prompt(tuple(zip(starts or [0], segments, strict=True)), reference, strategy))
-    return parsed
-
-
-def read_lines(path: str) -> list[str]:
-    """Prompts of a file, without the blank lines that upstream's reader keeps."""
-    return [text for text in load_prompts(path) if text]
-
-
-def check_prompt_file(key: str, path: str) -> list[str]:
-    """What is wrong with a prompt file, as sentences that name the config key."""
+    if not Path(path).expanduser().is_file():
+        raise FileNotFoundError(
+            f"prompt file {str(path)!r} does not exist; set prompt_path to a file of one prompt a line"
+        )
     try:
-        return [] if read_lines(path) else [f"{key}: {path!r} holds no prompts; write one a line"]
-    except (OSError, ValueError) as error:
-        return [f"{key}: {error}"]
+        text = Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"prompt file {str(path)!r} is not UTF-8 text; save it as UTF-8") from None
+    lines = [line.strip() for line in text.split("\n") if line.strip()]
+    if not lines:
+        raise ValueError(f"prompt file {str(path)!r} holds no prompts; write one a line")
+    return lines
 
 
-def read_prompts(config) -> list[Prompt]:
+def prompt_file_errors(settings: PromptSettings, training: bool) -> list[str]:
+    """What is wrong with the prompt keys and the files they name; validation prompts are for training alone."""
+    if settings.prompt is None and settings.prompt_path is None:
+        return ["no prompts: set prompt_path to a file with one prompt a line, or prompt to a list"]
+    errors = []
+    paths = {} if settings.prompt is not None else {"prompt_path": settings.prompt_path}
+    paths["val_prompt_path"] = settings.val_prompt_path if training else None
+    for key, path in paths.items():
+        try:
+            if path is not None:
+                read_lines(path)
+        except (OSError, ValueError) as error:
+            errors.append(f"{key}: {error}")
+    if settings.prompt is not None and not any(text.strip() for text in settings.prompt):
+        errors.append("prompt is empty; give at least one prompt")
+    start, end = settings.start_index or 0, settings.end_index
+    if end is not None and end <= start:
+        errors.append(f"end_index ({end}) must be above start_index ({start})")
+    return errors
+
+
+def read_prompts(settings: PromptSettings, parse: Parse) -> list[Prompt]:
     """The run's prompts: ``prompt``, or those of ``prompt_path`` from ``start_index`` to before ``end_index``.
 
-    ``reference_path`` and ``mask_strategy`` have an entry for each of these, as upstream has it.
+    Raises:
+        FileNotFoundError, ValueError: no file, no prompts in the range, or a line that ``parse`` refuses.
     """
-    texts = config.prompt
-    if texts is None:
-        lines = read_lines(config.prompt_path)
-        texts = lines[config.start_index : config.end_index]
-        if not texts:
-            raise ValueError(
-                f"no prompts between start_index ({config.start_index}) and end_index ({config.end_index}) of "
-                f"{len(lines)}; change them"
-            )
-    return parse_prompts(texts, config.reference_path, config.mask_strategy)
+    if settings.prompt is not None:
+        return list(parse(settings.prompt))
+    lines = read_lines(str(settings.prompt_path))
+    chosen = lines[settings.start_index : settings.end_index]
+    if not chosen:
+        raise ValueError(
+            f"no prompts between start_index ({settings.start_index}) and end_index ({settings.end_index}) of "
+            f"{len(lines)}; change them"
+        )
+    return list(parse(chosen))
 
 
-def read_validation_prompts(config, training: Sequence[Prompt]) -> list[Prompt]:
-    """``num_val_runs`` × ``val_batch_size`` prompts, from the validation file or the first training prompts."""
-    count = config.val_batch_size * (1 if config.debug else config.num_val_runs)
-    if config.val_prompt_path is None:
+def read_validation_prompts(
+    settings: PromptSettings, parse: Parse, training: Sequence[Prompt], count: int
+) -> list[Prompt]:
+    """The first ``count`` prompts of the validation file, or of the training prompts."""
+    if settings.val_prompt_path is None:
         return list(training[:count])
-    return parse_prompts(read_lines(config.val_prompt_path)[:count])
+    return list(parse(read_lines(settings.val_prompt_path)[:count]))

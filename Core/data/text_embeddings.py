@@ -1,43 +1,47 @@
-"""Prompt embeddings: each caption is encoded once, kept on disk, and the encoder is freed.
-
-Axes: L text tokens, D text width.
-"""
+"""Prompt embeddings: each caption is encoded once, kept on disk, and the encoder is freed."""
 
 import gc
 import hashlib
 import logging
-import os
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
-from torch import Tensor
 
-from Core.backbones import Backbone
+from Core.backbones import Backbone, EncodedPrompt, Features, Prompt
+from Core.utils.files import replacing
 
 logger = logging.getLogger("vader")
 ENCODE_BATCH = 8
 
 
-def embed_captions(backbone: Backbone, captions: Iterable[str], cache: str | Path) -> dict[str, Tensor]:
-    """Features [L, D] of each caption, on the CPU; the text encoder is loaded only for those not in ``cache``.
+def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], cache: str | Path) -> list[EncodedPrompt]:
+    """The prompts with their features; the text encoder is loaded only for captions that are not in ``cache``.
 
     Each batch is written as soon as it is encoded, so that a run that is killed meanwhile continues from there. A
     cache that cannot be written costs a warning, and the encoding anew next time.
     """
-    captions = list(dict.fromkeys(captions))
+    captions = {text: backbone.caption(text) for prompt in prompts for text in prompt.texts}
+    features = _embed(backbone, captions.values(), cache)
+    return [
+        EncodedPrompt(prompt, tuple(features[captions[text]] for text in prompt.texts)) for prompt in prompts
+    ]
+
+
+def _embed(backbone: Backbone, captions: Iterable[str], cache: str | Path) -> dict[str, Features]:
     identity = backbone.text_identity
     files = {caption: _cache_file(cache, identity, caption) for caption in captions}
-    found = {caption: _read(file) for caption, file in files.items()}
-    missing = [caption for caption in captions if found[caption] is None]
+    found = {caption: features for caption, file in files.items() if (features := _read(file))}
+    missing = [caption for caption in files if caption not in found]
     failure = None
     for caption, features in _encode(backbone, missing):
         found[caption] = features
         try:
-            _write(files[caption], features)
+            files[caption].parent.mkdir(parents=True, exist_ok=True)
+            with replacing(files[caption]) as partial:
+                save_file({name: tensor.contiguous() for name, tensor in features.items()}, partial)
         except (OSError, SafetensorError) as error:  # safetensors reports a full disk as its own
             failure = error
     if failure:
@@ -47,13 +51,14 @@ def embed_captions(backbone: Backbone, captions: Iterable[str], cache: str | Pat
     return found
 
 
-def uncached(backbone: Backbone, captions: Iterable[str], cache: str | Path) -> list[str]:
-    """Captions that the encoder is needed for."""
+def all_cached(backbone: Backbone, prompts: Sequence[Prompt], cache: str | Path) -> bool:
+    """Whether the prompts can be encoded without the text encoder."""
     identity = backbone.text_identity
-    return [caption for caption in captions if not _is_whole(_cache_file(cache, identity, caption))]
+    captions = {backbone.caption(text) for prompt in prompts for text in prompt.texts}
+    return all(_is_whole(_cache_file(cache, identity, caption)) for caption in captions)
 
 
-def _encode(backbone: Backbone, captions: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+def _encode(backbone: Backbone, captions: Sequence[str]) -> Iterator[tuple[str, Features]]:
     """Each caption with its features; the encoder is there only while there are captions."""
     if not captions:
         return
@@ -72,11 +77,11 @@ def _cache_file(cache: str | Path, identity: str, caption: str) -> Path:
     return Path(cache).expanduser() / digest[:2] / f"{digest}.safetensors"
 
 
-def _read(file: Path) -> Tensor | None:
+def _read(file: Path) -> Features | None:
     """None where the file is missing or damaged: it is written anew then."""
     try:
-        return load_file(file)["features"]
-    except (OSError, SafetensorError, KeyError):
+        return load_file(file)
+    except (OSError, SafetensorError):
         return None
 
 
@@ -84,17 +89,6 @@ def _is_whole(file: Path) -> bool:
     """What ``_read`` would find, from the header and the size alone."""
     try:
         with safe_open(file, "pt") as content:
-            return "features" in content.keys()  # noqa: SIM118 (no container)
+            return bool(list(content.keys()))
     except (OSError, SafetensorError):
         return False
-
-
-def _write(file: Path, features: Tensor) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    # Machines that share the cache may write the same caption at once.
-    partial = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}.partial")
-    try:
-        save_file({"features": features.contiguous()}, partial)
-        os.replace(partial, file)
-    finally:
-        partial.unlink(missing_ok=True)

@@ -15,20 +15,19 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 
 from Core.build import fetch_scorers, once_per_machine
-from Core.config.schema import BASE, read_file
-from Core.data.prompts import parse_prompts, read_prompts
+from Core.config import BASE, Config
+from Core.config.load import read_saved
+from Core.data.prompts import read_lines
 from Core.evaluation.metrics import PairedGain, paired_gain
 from Core.evaluation.score_videos import Clip, Scorers, write_csv, write_json
-from Core.generation.generate import Sample, read_manifest
 from Core.generation.jobs import Variant, make_videos, plan_of, read_variants
-from Core.utils.distributed import Runtime
-from Core.utils.options import ConfigError
+from Core.generation.manifest import Sample, read_manifest
+from Core.utils.distributed import Distributed
 
 logger = logging.getLogger("vader")
 RESULT = "evaluation.json"
@@ -55,8 +54,8 @@ class Row:
 
 
 def compare(
-    config,
-    runtime: Runtime,
+    config: Config,
+    distributed: Distributed,
     adapters: Sequence[str],
     rewards: Mapping[str, Mapping[str, Any]],
     folder: Path,
@@ -75,34 +74,34 @@ def compare(
     """
     variants = read_variants([BASE, *adapters])
     # Loaded only when the videos are there, but missed before the hours it takes to make them.
-    once_per_machine(runtime, lambda: fetch_scorers(rewards.items()))
-    prompts = read_prompts(config)
+    once_per_machine(distributed, lambda: fetch_scorers(rewards.items()))
+    prompts = config.prompt_list
     folders = [folder / "videos" / variant.name for variant in variants]
-    make_videos(config, runtime, prompts, variants, folders)
+    make_videos(config, distributed, variants, folders)
     if len(prompts) < ENOUGH_PROMPTS:
         logger.warning("%d prompts are few: their intervals are narrower than they should be", len(prompts))
-    scorers = Scorers(list(rewards), rewards, runtime.device)
+    scorers = Scorers(list(rewards), rewards, distributed.device)
     known = training if training is not None else prompts_of_runs(adapters)
-    rows = score_variants(runtime, scorers, variants, folders, plan_of(config, prompts), known)
+    rows = score_variants(distributed, scorers, variants, folders, plan_of(config), known)
     result = {
         "adapters": [variant.settings(config) | {"name": variant.name} for variant in variants[1:]],
         "rewards": dict(rewards),
         "lower_is_better": sorted(scorers.lower_is_better),
         "prompts": len(prompts),
-        "num_sample": config.num_sample,
-        "seeds": [config.seed, config.seed + config.num_sample - 1],
+        "num_sample": config.run.num_sample,
+        "seeds": [config.run.seed, config.run.seed + config.run.num_sample - 1],
         "training_prompts": None if known is None else len(known),
         "summary": summary(rows, scorers.lower_is_better),
         "per_prompt": per_prompt(rows, scorers.lower_is_better),
     }
-    if runtime.is_main:
+    if distributed.is_main:
         write_tables(folder, rows, result)
-    runtime.barrier()
+    distributed.barrier()
     return result
 
 
 def score_variants(
-    runtime: Runtime,
+    distributed: Distributed,
     scorers: Scorers,
     variants: Sequence[Variant],
     folders: Sequence[Path],
@@ -117,7 +116,7 @@ def score_variants(
         for group in samples_by_prompt(plan)
     ]
     rows = []
-    for variant, folder, group in jobs[runtime.rank :: runtime.num_processes]:
+    for variant, folder, group in jobs[distributed.rank :: distributed.num_processes]:
         files = {entry["name"]: entry["file"] for entry in read_manifest(folder)}
         scores = scorers([Clip(folder / files[sample.name], sample.prompt) for sample in group])
         for sample, values in zip(group, scores, strict=True):
@@ -126,7 +125,7 @@ def score_variants(
             file = f"videos/{variant.name}/{files[sample.name]}"
             rows.append(Row(variant.name, sample.index, text, sample.seed, file, known, values))
     order = {variant.name: number for number, variant in enumerate(variants)}
-    return sorted(runtime.gather_objects(rows), key=lambda row: (order[row.variant], row.index, row.seed))
+    return sorted(distributed.gather_objects(rows), key=lambda row: (order[row.variant], row.index, row.seed))
 
 
 def samples_by_prompt(plan: Sequence[Sample]) -> list[list[Sample]]:
@@ -158,20 +157,17 @@ def training_prompts(adapter: Path) -> list[str] | None:
     config = next((folder / "config.py" for folder in above if (folder / "config.py").is_file()), None)
     if config is None:
         return None
-    keys = ("prompt", "prompt_path", "start_index", "end_index", "reference_path", "mask_strategy")
     try:
-        values = read_file(str(config), [])
-        prompts = read_prompts(SimpleNamespace(**{key: values.get(key) for key in keys}))
-    except (ConfigError, ValueError, OSError) as error:
+        saved = Config.of(read_saved(config))
+        return [prompt.reward_text for prompt in saved.prompt_list]
+    except (ValueError, OSError, TypeError) as error:
         logger.warning("which prompts %s was trained on is not known: %s", adapter, error)
         return None
-    return [prompt.reward_text for prompt in prompts]
 
 
-def read_training_prompts(path: str) -> list[str]:
+def read_training_prompts(path: str, config: Config) -> list[str]:
     """Prompts of a file, as a reward reads them."""
-    lines = Path(path).read_text(encoding="utf-8-sig").splitlines()
-    return [prompt.reward_text for prompt in parse_prompts([line.strip() for line in lines if line.strip()])]
+    return [prompt.reward_text for prompt in config.backbone.parse_prompts(read_lines(path))]
 
 
 def paired(rows: Sequence[Row], adapter: str, name: str) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from Core.data.prompts import Prompt
+from Core.backbones import Prompt
 from Core.rewards import Reward, RewardOutput
 
 SCORED_FRAMES = 8
@@ -92,8 +92,3 @@ def means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
     names = dict.fromkeys(name for row in rows for name in row)
     columns = {name: [row[name] for row in rows if name in row] for name in names}
     return {name: sum(values) / len(values) for name, values in columns.items()}
-
-
-def summarise(scores: Mapping[str, tuple[np.ndarray, np.ndarray]]) -> dict[str, PairedGain]:
-    """A paired gain for each named pair of scores [P, S]."""
-    return {name: paired_gain(before, after) for name, (before, after) in scores.items()}

@@ -10,20 +10,20 @@ import logging
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-import av
 import jinja2
 from markupsafe import Markup
 
-from Core.config.schema import BASE, Config, read_file
+from Core.config import BASE, Config
+from Core.config.load import read_saved
+from Core.data.video import smaller
 from Core.evaluation.charts import Line, line_chart, stack_chart
-from Core.generation.generate import read_manifest
-from Core.training.metric_logging import read_table
+from Core.generation.manifest import read_manifest
 from Core.utils.environment import read_starts
-from Core.utils.options import default_of
+from Core.utils.files import write_whole
+from Core.utils.tables import read_table
 
 logger = logging.getLogger("vader")
 REPORT = "report.html"
@@ -32,7 +32,7 @@ TEMPLATE = Path(__file__).with_name("report_page.html")
 VIDEO_BUDGET = 12_000_000
 SELECTED_PROMPTS, UNSELECTED_PROMPTS = 3, 6
 LISTED_PROMPTS = 200
-REENCODED_WIDTH, REENCODED_CRF = 320, "30"
+REENCODED_WIDTH, REENCODED_CRF = 320, 30
 TITLES = {
     "reward": "Reward",
     "loss": "Loss",
@@ -89,9 +89,7 @@ def write_report(run: Path) -> Path:
             f"{str(run)!r} has neither metrics.csv nor evaluation.json; give the folder of a run or an evaluation"
         )
     page = render(gather(run, evaluation))
-    partial = run / f".{REPORT}.partial"
-    partial.write_text(page, encoding="utf-8")
-    partial.replace(run / REPORT)
+    write_whole(run / REPORT, page)
     return run / REPORT
 
 
@@ -107,7 +105,7 @@ def gather(run: Path, evaluation: Path | None) -> dict[str, Any]:
     """Everything the template shows."""
     metrics, validation = read_rows(run / "metrics.csv"), read_rows(run / "validation.csv")
     result = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8")) if evaluation else None
-    values = read_file(str(run / "config.py"), []) if (run / "config.py").is_file() else {}
+    values = saved_values(run / "config.py")
     videos = VideoBudget(VIDEO_BUDGET)
     relative = "" if evaluation in (None, run) else "evaluation/"
     return {
@@ -129,6 +127,15 @@ def gather(run: Path, evaluation: Path | None) -> dict[str, Any]:
         "warnings": warnings(run / "log.txt"),
         "checkpoint": newest_manifest(run),
     }
+
+
+def saved_values(path: Path) -> dict[str, Any]:
+    """The keys of a run's ``config.py``, read as data; empty where there is none or it holds a program."""
+    try:
+        return read_saved(path) if path.is_file() else {}
+    except ValueError as error:
+        logger.warning("the configuration is left out of the report: %s", error)
+        return {}
 
 
 def read_rows(path: Path) -> list[dict[str, float]]:
@@ -269,36 +276,12 @@ class VideoBudget:
             return None
         content = file.read_bytes()
         if len(content) > self.each and file.suffix == ".mp4":
-            content = smaller(file)
+            content = smaller(file, REENCODED_WIDTH, REENCODED_CRF)
         if len(content) > self.left:
             return None
         self.left -= len(content)
         kind = "video/mp4" if file.suffix == ".mp4" else "image/png"
         return f"data:{kind};base64,{base64.b64encode(content).decode()}"
-
-
-def smaller(file: Path) -> bytes:
-    """An mp4 encoded again at no more than 320 pixels' width."""
-    target = file.with_name(f".{file.stem}.small.mp4")
-    try:
-        with (
-            av.open(str(file)) as source,
-            av.open(str(target), "w", options={"movflags": "+faststart"}) as out,
-        ):
-            stream = source.streams.video[0]
-            width = min(REENCODED_WIDTH, stream.width) // 2 * 2
-            height = round(stream.height * width / stream.width / 2) * 2
-            rate = Fraction(stream.average_rate or 1).limit_denominator(1001)
-            encoder = out.add_stream("libx264", rate=rate, options={"crf": REENCODED_CRF})
-            encoder.width, encoder.height, encoder.pix_fmt = width, height, "yuv420p"
-            for number_, frame in enumerate(source.decode(stream)):
-                picture = frame.reformat(width, height, format="yuv420p")
-                picture.pts, picture.time_base = number_, 1 / rate
-                out.mux(encoder.encode(picture))
-            out.mux(encoder.encode())
-        return target.read_bytes()
-    finally:
-        target.unlink(missing_ok=True)
 
 
 def evaluation_groups(
@@ -396,8 +379,10 @@ def validation_groups(run: Path, videos: VideoBudget) -> list[tuple[str, str, li
 
 def config_rows(values: Mapping[str, Any]) -> list[tuple[str, str, bool]]:
     """(key, value, whether it differs from the default) of the resolved configuration."""
-    defaults = {name: default_of(field) for name, field in Config.__dataclass_fields__.items()}
-    plain = {name: json.loads(json.dumps(default)) for name, default in defaults.items()}
+    try:
+        plain = json.loads(json.dumps(Config.of(values).defaults()))
+    except ValueError:  # of a model family that is not registered here
+        plain = {}
     return [
         (key, repr(value), json.loads(json.dumps(value, default=str)) != plain.get(key))
         for key, value in values.items()

@@ -4,6 +4,7 @@ Axes: B videos, T frames, H, W pixels.
 """
 
 import csv
+import io
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,21 +12,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import av
-import numpy as np
 import torch
-from PIL import Image
-from torch import Tensor
 
-from Core.data.prompts import Prompt, parse_prompts
+from Core.backbones import BACKBONES, Prompt
+from Core.data.video import is_image, is_video, read_video
 from Core.evaluation.metrics import diversity, motion, score_videos
-from Core.generation.generate import read_manifest
+from Core.generation.manifest import read_manifest
 from Core.rewards import Reward, build_reward, check_reward_config
-from Core.utils.options import ConfigError
-from opensora.datasets import is_img, is_vid
+from Core.utils.errors import ConfigError
+from Core.utils.files import write_whole
 
 logger = logging.getLogger("vader")
-# Measured for every video, needing no weights.
+# Measured for every video, needing no weights; a reward of that name takes the measure's place.
 SHARPNESS, MOTION, DIVERSITY = "sharpness", "motion", "diversity"
 DIGITS = 7
 
@@ -51,7 +49,7 @@ class Scorers:
     ):
         self.rewards: dict[str, Reward] = {}
         for name in [*names, SHARPNESS]:
-            if name not in (*self.rewards, MOTION, DIVERSITY):
+            if name not in (*self.rewards, DIVERSITY):
                 self.rewards[name] = build_reward(name, args.get(name, {}), device=device)
 
     @property
@@ -64,7 +62,7 @@ class Scorers:
         Raises:
             ValueError: a file cannot be read, or a reward cannot use it.
         """
-        videos = [read_clip(clip.path) for clip in clips]
+        videos = [read_video(clip.path) for clip in clips]
         of_group = {}
         if len(videos) > 1 and len({video.shape for video in videos}) == 1:
             of_group[DIVERSITY] = diversity(torch.stack(videos))
@@ -74,7 +72,7 @@ class Scorers:
                 name: score_videos(reward, video[None], [clip.prompt]).score.item()
                 for name, reward in self.rewards.items()
             }
-            row |= {MOTION: motion(video[None]).item()} | of_group
+            row = {MOTION: motion(video[None]).item(), **row, **of_group}
             rows.append({name: float(f"{value:.{DIGITS}g}") for name, value in row.items()})
         return rows
 
@@ -86,26 +84,6 @@ def check_scorers(names: Sequence[str], args: Mapping[str, Mapping[str, Any]]) -
     return errors + [
         f"reward arguments are given for {name!r}, which is not among the rewards" for name in stray
     ]
-
-
-def read_clip(path: Path) -> Tensor:
-    """A video or picture file as [3, T, H, W] in [-1, 1], at its own size.
-
-    Raises:
-        ValueError: it cannot be decoded.
-    """
-    try:
-        if is_img(path):
-            with Image.open(path) as image:
-                frames = [np.asarray(image.convert("RGB"))]
-        else:
-            with av.open(str(path)) as container:
-                frames = [frame.to_ndarray(format="rgb24") for frame in container.decode(video=0)]
-    except (OSError, av.FFmpegError, IndexError) as error:
-        raise ValueError(f"{path} cannot be read as a video ({error}); remove it or make it again") from error
-    if not frames:
-        raise ValueError(f"{path} holds no frames; remove it or make it again")
-    return torch.from_numpy(np.stack(frames)).permute(3, 0, 1, 2).float().div(127.5).sub(1)
 
 
 def find_clips(folder: Path, prompts: Path | None = None) -> list[Clip]:
@@ -120,7 +98,7 @@ def find_clips(folder: Path, prompts: Path | None = None) -> list[Clip]:
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"there is no folder {str(folder)!r}; give one with videos")
-    files = sorted(p for p in folder.iterdir() if (is_vid(p) or is_img(p)) and not p.name.startswith("."))
+    files = sorted(p for p in folder.iterdir() if (is_video(p) or is_image(p)) and not p.name.startswith("."))
     if not files:
         raise ValueError(f"{str(folder)!r} holds no videos; give a folder with .mp4 files")
     files = prefer_videos(files)
@@ -128,7 +106,7 @@ def find_clips(folder: Path, prompts: Path | None = None) -> list[Clip]:
     lacking = [file.name for file in files if file.name not in named]
     if lacking:
         raise ValueError(f"{len(lacking)} files have no prompt, such as {lacking[0]!r}; add them to the list")
-    return [Clip(file, parse_prompts([named[file.name]])[0]) for file in files]
+    return [Clip(file, named[file.name]) for file in files]
 
 
 def prefer_videos(files: Sequence[Path]) -> list[Path]:
@@ -137,14 +115,20 @@ def prefer_videos(files: Sequence[Path]) -> list[Path]:
     return [file for file in files if file.suffix.lower() != ".gif" or file.stem not in stems]
 
 
-def _own_prompts(folder: Path, files: Sequence[Path]) -> dict[str, str]:
-    entries = {entry["file"]: entry["prompt"] for entry in read_manifest(folder)}
+def _own_prompts(folder: Path, files: Sequence[Path]) -> dict[str, Prompt]:
+    entries = read_manifest(folder)
     if entries:
-        return entries
+        # Videos were recorded without their family while there was only one.
+        return {entry["file"]: parse(entry["prompt"], entry.get("backbone", "opensora")) for entry in entries}
     logger.warning(
         "%s has no prompts.jsonl: prompts are taken from the file names; --prompts gives them", folder
     )
-    return {file.name: prompt_from_name(file.stem) for file in files}
+    return {file.name: Prompt(prompt_from_name(file.stem)) for file in files}
+
+
+def parse(text: str, backbone: str) -> Prompt:
+    """A prompt in the grammar of a model family."""
+    return BACKBONES.resolve(backbone).parse_prompts([text])[0]
 
 
 def prompt_from_name(stem: str) -> str:
@@ -157,7 +141,7 @@ def prompt_from_name(stem: str) -> str:
     return " ".join(words)
 
 
-def _listed_prompts(path: Path, files: Sequence[Path]) -> dict[str, str]:
+def _listed_prompts(path: Path, files: Sequence[Path]) -> dict[str, Prompt]:
     if not path.is_file():
         raise FileNotFoundError(f"prompt list {str(path)!r} does not exist; give a .txt, .jsonl or .csv file")
     text = path.read_text(encoding="utf-8-sig")
@@ -167,13 +151,13 @@ def _listed_prompts(path: Path, files: Sequence[Path]) -> dict[str, str]:
             raise ValueError(
                 f"{str(path)!r} has {len(lines)} prompts for {len(files)} files; give one line each"
             )
-        return {file.name: line for file, line in zip(files, lines, strict=True)}
+        return {file.name: Prompt(line) for file, line in zip(files, lines, strict=True)}
     try:
         if path.suffix == ".csv":
             rows = list(csv.DictReader(text.splitlines()))
         else:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
-        return {Path(row["file"]).name: row["prompt"] for row in rows}
+        return {Path(row["file"]).name: Prompt(row["prompt"]) for row in rows}
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
             f"{str(path)!r} cannot be read ({type(error).__name__}: {error}); each row needs file and prompt"
@@ -184,21 +168,22 @@ def by_prompt(clips: Sequence[Clip]) -> Iterator[list[Clip]]:
     """Clips in groups of the same prompt, in order."""
     groups: dict[str, list[Clip]] = {}
     for clip in clips:
-        groups.setdefault(clip.prompt.merged, []).append(clip)
+        groups.setdefault(clip.prompt.written, []).append(clip)
     yield from groups.values()
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows as a table, with an empty cell where a row lacks a key."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
-    with open(path, "w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, columns, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    write_whole(path, text.getvalue())
 
 
 def write_json(path: Path, content: Any) -> None:
-    path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def refuse(errors: Sequence[str]) -> None:

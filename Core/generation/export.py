@@ -1,14 +1,12 @@
 """A trained adapter in the forms other programs read."""
 
-import dataclasses
 from pathlib import Path
 
 import torch
-from peft import LoraConfig
 from safetensors.torch import save_file
 
-from Core.backbones import BACKBONES
-from Core.config.schema import load_config
+from Core.build import new_backbone
+from Core.config import load_config
 from Core.modules import lora
 
 FORMATS = ("peft", "safetensors", "merged")
@@ -49,6 +47,8 @@ def write_peft(adapter: lora.Adapter, out: Path) -> None:
     """``adapter_model.safetensors`` and ``adapter_config.json``."""
     out.mkdir()
     save_file(adapter.state, out / lora.WEIGHTS, metadata={"format": "pt"})
+    from peft import LoraConfig
+
     settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets))
     settings.inference_mode = True
     settings.save_pretrained(str(out))
@@ -56,8 +56,8 @@ def write_peft(adapter: lora.Adapter, out: Path) -> None:
 
 def write_merged(adapter: lora.Adapter, source: str, out: Path, config_file: str) -> None:
     """The base model's layout with W + alpha / rank · B A in place of each adapted W, computed in float32."""
-    config = dataclasses.replace(load_config([config_file]), dtype="fp32", base_quant="none")
-    backbone = BACKBONES[config.backbone].from_config(config, torch.device("cpu"))
+    config = load_config([config_file, "--dtype", "fp32", "--base-quant", "none"])
+    backbone = new_backbone(config, torch.device("cpu"))
     backbone.load()
     model = lora.attach(backbone.denoiser, adapter.targets, rank=adapter.rank, alpha=adapter.alpha)
     lora.load(model, adapter, source)

@@ -14,103 +14,51 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from Core.backbones import Backbone
-from Core.data.prompts import Prompt
-from Core.sampling.euler import euler_sample
-from Core.sampling.no_grad_steps import lean_steps
-from Core.training.metric_logging import animated_gif
-from Core.utils import rng as draws
-from opensora.datasets import save_sample
+from Core.backbones import Backbone, EncodedPrompt, VideoSettings
+from Core.data.video import animated_gif, save_video
+from Core.generation.manifest import MANIFEST, PARTIAL, Sample, append_line
+from Core.sampling.euler import DenoisingStep, run_steps
+from Core.utils import rng
 
 logger = logging.getLogger("vader")
-MANIFEST = "prompts.jsonl"
-PARTIAL = ".partial_"  # prefix of files that are not complete
-
-
-@dataclass(frozen=True)
-class Sample:
-    """One video to make. Its noise depends on ``seed`` and the prompt's text alone."""
-
-    prompt: Prompt
-    index: int
-    copy: int
-    seed: int
-
-    @property
-    def name(self) -> str:
-        """File name without suffix: number of the prompt, number of the copy, and the prompt's first words."""
-        words = "".join(c if c.isalnum() else " " for c in self.prompt.reward_text).split()
-        return f"{self.index:04d}_{self.copy}_{'_'.join(words)[:40]}"
-
-    @property
-    def identity(self) -> dict[str, Any]:
-        """What tells this sample from others in a manifest."""
-        prompt = self.prompt
-        return {
-            "name": self.name,
-            "prompt": prompt.merged,
-            "reference_path": prompt.reference,
-            "mask_strategy": prompt.mask_strategy,
-            "seed": self.seed,
-        }
-
-    def generator(self, purpose: str, loop: int) -> torch.Generator:
-        return draws.generator(self.seed, purpose, self.prompt.text(), loop)
-
-
-def plan_samples(prompts: Sequence[Prompt], copies: int, seed: int, first_index: int = 0) -> list[Sample]:
-    """``copies`` videos of each prompt, with seeds from ``seed`` upwards."""
-    return [
-        Sample(prompt, first_index + number, copy, seed + copy)
-        for number, prompt in enumerate(prompts)
-        for copy in range(copies)
-    ]
 
 
 @torch.no_grad()
-def generate(backbone: Backbone, text: Mapping[str, Tensor], config, samples: Sequence[Sample]) -> Tensor:
-    """Videos [B, 3, frames, H, W] in [-1, 1], float32 on the CPU: ``config.loop`` clips of each sample in a row.
+def generate(
+    backbone: Backbone,
+    samples: Sequence[Sample],
+    texts: Sequence[EncodedPrompt],
+    progress: bool = False,
+) -> Tensor:
+    """Videos [B, 3, frames, H, W] in [-1, 1], float32 on the CPU.
 
-    ``text`` maps every caption of the samples to its features, see ``embed_captions``.
+    Args:
+        texts: the prompts of the samples, encoded.
+        progress: show the sampling steps.
     """
-    references: list[list[Tensor]] = [[] for _ in samples]
-    if any(s.prompt.reference for s in samples):
-        references = backbone.encode_references([s.prompt.reference for s in samples])
-    strategies = [s.prompt.mask_strategy for s in samples]
+    conditions = backbone.conditions([sample.prompt for sample in samples])
     clips: list[Tensor] = []
-    for loop in range(config.loop):
-        if clips:
-            length, edit = config.condition_frame_length, config.condition_frame_edit
-            references, strategies = backbone.continue_clip(
-                clips[-1], references, strategies, loop, length, edit
-            )
-        z = draws.noise([s.generator("noise", loop) for s in samples], backbone.latent_shape())
+    for clip in range(backbone.settings.clips_per_video):
+        if clips and conditions:
+            conditions.follow(clips[-1], clip)
+        z = rng.noise([s.generator("noise", clip) for s in samples], backbone.latent_shape())
         z = z.to(backbone.device)
-        mask = backbone.condition(z, references, strategies, loop, config.align)
-        z = euler_sample(
-            backbone.velocity([text[backbone.caption(s.prompt.text(loop))] for s in samples]),
-            z,
-            backbone.timesteps(len(samples)),
-            num_timesteps=backbone.num_timesteps,
-            mask=mask,
-            noise_like=_condition_noise(samples, loop),
-            prefix=lean_steps(backbone, compiled=config.compile_blocks),
-            progress=config.verbose >= 2,
-        )
+        predict = backbone.predictor([text.features_of(clip) for text in texts])
+        step: Any = DenoisingStep(predict, backbone.process, backbone.timesteps(len(samples)))
+        count = len(step.timesteps)
+        if conditions:
+            step = conditions.condition(step, z, clip, _condition_noise(samples, clip))
+        with backbone.no_grad_steps():
+            z = run_steps(step, z, 0, count, progress)
         clips.append(backbone.decode(z).clamp(-1, 1))
-    skip = backbone.overlap(config.condition_frame_length) if len(clips) > 1 else 0
-    return torch.cat([clips[0], *(clip[:, :, skip:] for clip in clips[1:])], dim=2).float().cpu()
+    video = conditions.join(clips) if conditions else clips[0]
+    return video.float().cpu().contiguous()
 
 
-def _condition_noise(samples: Sequence[Sample], loop: int) -> Callable[[Tensor], Tensor]:
+def _condition_noise(samples: Sequence[Sample], clip: int) -> Callable[[Tensor], Tensor]:
     """Noise for kept frames that start to be generated, drawn per sample so that batching changes nothing."""
-    generators = [s.generator("condition", loop) for s in samples]
-    return lambda z: draws.noise(generators, z.shape[1:]).to(z)
-
-
-def captions_of(backbone: Backbone, prompts: Sequence[Prompt]) -> list[str]:
-    """Every text the denoiser may be conditioned on for these prompts."""
-    return [backbone.caption(text) for prompt in prompts for _, text in prompt.segments]
+    generators = [s.generator("condition", clip) for s in samples]
+    return lambda z: rng.noise(generators, z.shape[1:]).to(z)
 
 
 @dataclass(frozen=True)
@@ -124,21 +72,29 @@ class Video:
 
 def write_videos(
     backbone: Backbone,
-    text: Mapping[str, Tensor],
-    config,
     samples: Sequence[Sample],
+    texts: Sequence[EncodedPrompt],
     folder: Path,
     settings: Mapping[str, Any],
+    *,
+    files: VideoSettings,
+    batch_size: int,
+    progress: bool = False,
 ) -> Iterator[Video]:
-    """Generate ``samples`` into ``folder``, ``val_batch_size`` at a time, and record each in ``prompts.jsonl``.
+    """Generate ``samples`` into ``folder`` and record each in its manifest.
 
     A sample that cannot be made is reported and left out; the rest goes on.
+
+    Args:
+        texts: the prompts of the samples, encoded.
+        settings: recorded with each video.
+        files: frame rate and kind of the files.
+        batch_size: videos generated at once.
     """
-    for start in range(0, len(samples), config.val_batch_size):
-        for sample, pixels in generate_each(
-            backbone, text, config, samples[start : start + config.val_batch_size]
-        ):
-            path = write_sample(pixels, folder, sample.name, config.file_fps, config.save_gif)
+    pairs = list(zip(samples, texts, strict=True))
+    for start in range(0, len(pairs), batch_size):
+        for sample, pixels in generate_each(backbone, pairs[start : start + batch_size], progress):
+            path = write_sample(pixels, folder, sample.name, files.file_fps, files.save_gif)
             entry = {**sample.identity, "copy": sample.copy, "file": path.name, **settings}
             append_line(folder / MANIFEST, json.dumps(entry))
             publish(path)
@@ -146,11 +102,12 @@ def write_videos(
 
 
 def generate_each(
-    backbone: Backbone, text: Mapping[str, Tensor], config, samples: Sequence[Sample]
+    backbone: Backbone, pairs: Sequence[tuple[Sample, EncodedPrompt]], progress: bool
 ) -> list[tuple[Sample, Tensor]]:
     """Samples with their pixels; when a batch fails, each is tried alone, so that only the faulty one is lost."""
+    samples, texts = zip(*pairs, strict=True)
     try:
-        videos = generate(backbone, text, config, samples)
+        videos = generate(backbone, samples, texts, progress)
         if not torch.isfinite(videos).all():
             raise ValueError("its pixels are not finite numbers; try dtype='bf16' or 'fp32'")
         return list(zip(samples, videos, strict=True))
@@ -158,7 +115,7 @@ def generate_each(
         if len(samples) == 1:
             logger.error("no video for %s: %s", samples[0].name, error)
             return []
-    return [made for sample in samples for made in generate_each(backbone, text, config, [sample])]
+    return [made for pair in pairs for made in generate_each(backbone, [pair], progress)]
 
 
 def write_sample(pixels: Tensor, folder: Path, name: str, fps: float, gif: bool) -> Path:
@@ -166,8 +123,7 @@ def write_sample(pixels: Tensor, folder: Path, name: str, fps: float, gif: bool)
 
     An older video of that path goes, so that a record of the new one never points to it.
     """
-    # Upstream's save_sample rescales in place what it is given.
-    hidden = Path(save_sample(pixels.clone(), str(folder / f"{PARTIAL}{name}"), fps=fps, verbose=False))
+    hidden = save_video(pixels, folder / f"{PARTIAL}{name}", fps)
     if gif and hidden.suffix == ".mp4":
         hidden.with_suffix(".gif").write_bytes(animated_gif(hidden))
     path = folder / hidden.name.removeprefix(PARTIAL)
@@ -181,64 +137,3 @@ def publish(path: Path) -> None:
     if hidden.with_suffix(".gif").exists():
         os.replace(hidden.with_suffix(".gif"), path.with_suffix(".gif"))
     os.replace(hidden, path)
-
-
-def clear_partial(folder: Path) -> None:
-    """Remove what a killed run left half written."""
-    for leftover in folder.glob(f".*{PARTIAL.lstrip('.')}*"):
-        leftover.unlink()
-
-
-def unfinished(samples: Sequence[Sample], folder: Path, settings: Mapping[str, Any]) -> list[Sample]:
-    """Samples that are not in ``folder`` yet, made with the same ``settings``."""
-    wanted = json.loads(json.dumps(dict(settings)))
-    recorded = {entry["name"]: entry for entry in read_manifest(folder)}
-    todo, replaced = [], 0
-    for sample in samples:
-        entry = recorded.get(sample.name)
-        if entry is None:
-            todo.append(sample)
-        elif not (sample.identity | wanted).items() <= entry.items():
-            todo.append(sample)
-            replaced += 1
-    if replaced:
-        logger.warning(
-            "%d videos in %s were made with other settings and will be replaced; choose another project_dir to "
-            "keep them", replaced, folder,
-        )  # fmt: skip
-    return todo
-
-
-def read_manifest(folder: Path) -> list[dict[str, Any]]:
-    """Entries of ``prompts.jsonl`` whose files are there, the newest of each name, by name."""
-    manifest = folder / MANIFEST
-    if not manifest.is_file():
-        return []
-    lines = manifest.read_text(encoding="utf-8").splitlines()
-    newest = {entry["name"]: entry for entry in map(_parse_line, lines) if entry}
-    return [newest[name] for name in sorted(newest) if (folder / newest[name]["file"]).is_file()]
-
-
-def _parse_line(line: str) -> dict[str, Any]:
-    """An entry, or nothing where a crash cut the line short."""
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError:
-        return {}
-
-
-def tidy_manifest(folder: Path) -> None:
-    """Rewrite ``prompts.jsonl`` in the order of names, without entries whose files are gone."""
-    entries = read_manifest(folder)
-    partial = folder / f"{PARTIAL}{MANIFEST}"
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in entries), encoding="utf-8")
-    os.replace(partial, folder / MANIFEST)
-
-
-def append_line(path: Path, line: str) -> None:
-    """Append a line in one system call, so that processes do not mix theirs and a crash leaves whole lines."""
-    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o666)
-    try:
-        os.write(handle, f"{line}\n".encode())
-    finally:
-        os.close(handle)

@@ -8,37 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from Core.backbones import Backbone
 from Core.build import build_backbone
-from Core.config.schema import BASE
-from Core.data.prompts import Prompt, read_prompts
-from Core.generation.generate import (
-    Sample,
-    clear_partial,
-    plan_samples,
-    tidy_manifest,
-    unfinished,
-    write_videos,
-)
+from Core.config import BASE, Config
+from Core.generation.generate import write_videos
+from Core.generation.manifest import Sample, clear_partial, plan_samples, tidy_manifest, unfinished
 from Core.modules import lora
-from Core.utils.distributed import Runtime
+from Core.utils.distributed import Distributed
 from Core.utils.environment import record_environment
+from Core.utils.errors import IncompleteError
+from Core.utils.terminal import progress_bar
 
 logger = logging.getLogger("vader")
 # Folders that say nothing of which adapter it is.
 GENERIC_FOLDERS = ("adapter", "checkpoints", "adapter_model")
-# What a video depends on besides prompt, seed and adapter.
-SETTINGS = tuple(
-    "resolution aspect_ratio image_size num_frames fps frame_interval save_fps multi_resolution aes flow "
-    "camera_motion model vae text_encoder scheduler dtype loop condition_frame_length condition_frame_edit "
-    "align save_gif".split()
-)
-
-
-class IncompleteError(RuntimeError):
-    """Some videos could not be made; those that could are there."""
 
 
 @dataclass(frozen=True)
@@ -49,12 +32,13 @@ class Variant:
     path: str | None = None
     adapter: lora.Adapter | None = None
 
-    def settings(self, config) -> dict[str, Any]:
+    def settings(self, config: Config) -> dict[str, Any]:
         """What is recorded with each of its videos, enough to make the video again."""
-        of_adapter = {"adapter": self.path, "adapter_sha256": None, "lora_scale": None}
+        of_adapter: dict[str, Any] = {"adapter": self.path, "adapter_sha256": None, "lora_scale": None}
         if self.adapter:
-            of_adapter |= {"adapter_sha256": fingerprint(self.adapter), "lora_scale": config.lora_scale}
-        return of_adapter | {key: getattr(config, key) for key in SETTINGS}
+            scale = config.adapter.lora_scale
+            of_adapter |= {"adapter_sha256": fingerprint(self.adapter), "lora_scale": scale}
+        return of_adapter | config.video_settings()
 
 
 def fingerprint(adapter: lora.Adapter) -> str:
@@ -121,11 +105,12 @@ def adapted(backbone: Backbone, variant: Variant, scale: float) -> Iterator[None
         backbone.denoiser = backbone.denoiser.unload()
 
 
-def chosen_variants(config) -> list[Variant]:
+def chosen_variants(config: Config) -> list[Variant]:
     """Variants that ``lora_ckpt_path`` and ``lora_scale`` ask for."""
-    if isinstance(config.lora_ckpt_path, str):
-        return read_variants([config.lora_ckpt_path if config.lora_scale > 0 else BASE])
-    return read_variants(config.lora_ckpt_path or [BASE])
+    paths = config.adapter.lora_ckpt_path
+    if isinstance(paths, str):
+        return read_variants([paths if config.adapter.lora_scale > 0 else BASE])
+    return read_variants(paths or [BASE])
 
 
 @dataclass(frozen=True)
@@ -138,7 +123,7 @@ class Job:
     settings: Mapping[str, Any]
 
 
-def sample(config, runtime: Runtime, folder: Path) -> None:
+def sample(config: Config, distributed: Distributed, folder: Path) -> None:
     """Generate ``num_sample`` videos of each prompt into ``folder``, with several adapters into one folder each.
 
     Raises:
@@ -146,18 +131,19 @@ def sample(config, runtime: Runtime, folder: Path) -> None:
     """
     variants = chosen_variants(config)
     folders = [folder / variant.name if len(variants) > 1 else folder for variant in variants]
-    if runtime.is_main:
+    if distributed.is_main:
         record_environment(folder)
-    make_videos(config, runtime, read_prompts(config), variants, folders)
+    make_videos(config, distributed, variants, folders)
 
 
-def plan_of(config, prompts: Sequence[Prompt]) -> list[Sample]:
+def plan_of(config: Config) -> list[Sample]:
     """All videos of a run; a prompt's number is its line, whatever ``start_index`` leaves out."""
-    return plan_samples(prompts, config.num_sample, config.seed, config.start_index or 0)
+    first = config.prompts.start_index or 0
+    return plan_samples(config.prompt_list, config.run.num_sample, config.run.seed, first)
 
 
 def make_videos(
-    config, runtime: Runtime, prompts: Sequence[Prompt], variants: Sequence[Variant], folders: Sequence[Path]
+    config: Config, distributed: Distributed, variants: Sequence[Variant], folders: Sequence[Path]
 ) -> None:
     """Generate the videos of every variant, spread over the processes; those that are there already are kept.
 
@@ -165,21 +151,21 @@ def make_videos(
         ValueError: an adapter does not fit the model; found before the first video.
         IncompleteError: some videos could not be made.
     """
-    plan = plan_of(config, prompts)
-    if runtime.is_main:
+    plan = plan_of(config)
+    if distributed.is_main:
         for folder in folders:
             clear_partial(folder)
     jobs = []
     for variant, folder in zip(variants, folders, strict=True):
         settings = variant.settings(config)
-        jobs.append(Job(variant, folder, unfinished(plan, folder, settings), settings))
-    runtime.barrier()  # nobody writes before everybody has seen what there is
+        jobs.append(Job(variant, folder, unfinished(plan, folder, settings, config.defaults()), settings))
+    distributed.barrier()  # nobody writes before everybody has seen what there is
     total, todo = len(plan) * len(jobs), sum(len(job.samples) for job in jobs)
     if todo < total:
         logger.info("%d of %d videos are there already", total - todo, total)
-    missing = todo - sum(runtime.gather_objects([run_jobs(config, runtime, prompts, jobs)])) if todo else 0
-    runtime.barrier()
-    if runtime.is_main:
+    missing = todo - sum(distributed.gather_objects([run_jobs(config, distributed, jobs)])) if todo else 0
+    distributed.barrier()
+    if distributed.is_main:
         for folder in folders:
             tidy_manifest(folder)
     if missing:
@@ -190,20 +176,26 @@ def make_videos(
     logger.info("%d videos are in %s", total, ", ".join(map(str, folders)))
 
 
-def run_jobs(config, runtime: Runtime, prompts: Sequence[Prompt], jobs: Sequence[Job]) -> int:
+def run_jobs(config: Config, distributed: Distributed, jobs: Sequence[Job]) -> int:
     """This process's share of the jobs; returns how many videos it made."""
-    backbone, text = build_backbone(config, runtime, prompts)
+    backbone, encoded = build_backbone(config, distributed, config.prompt_list)
+    first, scale = config.prompts.start_index or 0, config.adapter.lora_scale
     for job in jobs:
-        with adapted(backbone, job.variant, config.lora_scale):
+        with adapted(backbone, job.variant, scale):
             pass  # an adapter of another model is refused before the first video
-    shares = [job.samples[runtime.rank :: runtime.num_processes] for job in jobs]
+    shares = [job.samples[distributed.rank :: distributed.num_processes] for job in jobs]
     made = 0
-    quiet = config.verbose < 1 or not runtime.is_main
-    with tqdm(total=sum(map(len, shares)), desc="generating", unit="video", disable=quiet) as bar:
+    with progress_bar(hidden=config.run.verbose < 1 or not distributed.is_main) as bar:
+        task = bar.add_task("generating", total=sum(map(len, shares)))
         for job, share in zip(jobs, shares, strict=True):
-            bar.set_postfix_str(job.variant.name)
-            with adapted(backbone, job.variant, config.lora_scale):
-                for _ in write_videos(backbone, text, config, share, job.folder, job.settings):
+            bar.update(task, description=f"generating, {job.variant.name}")
+            texts = [encoded[sample.index - first] for sample in share]
+            with adapted(backbone, job.variant, scale):
+                for _ in write_videos(
+                    backbone, share, texts, job.folder, job.settings,
+                    files=config.video, batch_size=config.validation.val_batch_size,
+                    progress=config.run.verbose >= 2,
+                ):  # fmt: skip
                     made += 1
-                    bar.update()
+                    bar.advance(task)
     return made

@@ -8,17 +8,18 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
-from Core.utils import rng as draws
+from Core.utils import rng
 from Core.utils.state_dict import describe_mismatch, load_state
+
+if TYPE_CHECKING:  # imported where it is used: reading an adapter file must not wait for PEFT
+    from peft import PeftModel
 
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
@@ -47,7 +48,7 @@ def attach(
     alpha: int,
     dropout: float = 0.0,
     seed: int = 0,
-) -> PeftModel:
+) -> "PeftModel":
     """Wrap ``model`` with a float32 adapter on every linear layer whose name ends in one of ``targets``.
 
     Only the adapter requires gradients, and only its dropout ever leaves eval mode.
@@ -55,6 +56,8 @@ def attach(
     Raises:
         ValueError: a target matches no layer.
     """
+    from peft import LoraConfig, get_peft_model
+
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in names):
@@ -67,7 +70,7 @@ def attach(
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, settings)
     if dropout:
-        for layer in _layers(wrapped).values():
+        for layer in lora_layers(wrapped).values():
             mask_device = layer.lora_A[ADAPTER].weight.device
             layer.lora_dropout[ADAPTER] = StepDropout(dropout, layer.in_features).to(mask_device)
     return wrapped.eval()
@@ -96,40 +99,43 @@ class StepDropout(nn.Module):
         return x * self.mask if self.training else x
 
 
-def _layers(model: nn.Module) -> dict[str, LoraLayer]:
+def lora_layers(model: nn.Module) -> dict[str, Any]:
+    """PEFT's LoRA layers by name."""
+    from peft.tuners.lora import LoraLayer
+
     return {name: module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
 
 
-def parameters(model: PeftModel) -> dict[str, nn.Parameter]:
+def parameters(model: "PeftModel") -> dict[str, nn.Parameter]:
     """The adapter's weights by their key on disk, in a fixed order."""
     marker = f".{ADAPTER}"
     return {name.replace(marker, ""): p for name, p in model.named_parameters() if "lora_" in name}
 
 
-def set_dropout(model: PeftModel, active: bool, *step: int) -> None:
+def set_dropout(model: "PeftModel", active: bool, *step: int) -> None:
     """Switch the adapter's dropout on for training, with the masks of ``step`` (seed, number), or off."""
-    for name, layer in _layers(model).items():
+    for name, layer in lora_layers(model).items():
         layer.lora_dropout.train(active)
         if active and isinstance(layer.lora_dropout[ADAPTER], StepDropout):
-            layer.lora_dropout[ADAPTER].draw(draws.generator(step[0], "dropout", name, *step[1:]))
+            layer.lora_dropout[ADAPTER].draw(rng.generator(step[0], "dropout", name, *step[1:]))
 
 
-def set_scale(model: PeftModel, scale: float) -> None:
+def set_scale(model: "PeftModel", scale: float) -> None:
     """Strength of the adapter relative to alpha / rank."""
-    for layer in _layers(model).values():
+    for layer in lora_layers(model).values():
         layer.set_scale(ADAPTER, scale)
 
 
 @contextmanager
-def base_only(model: PeftModel) -> Iterator[None]:
+def base_only(model: "PeftModel") -> Iterator[None]:
     """Within this context the adapter adds zero. Unlike PEFT's switch it leaves ``requires_grad`` alone, so that
     it may be used while a graph is kept."""
-    scaling = {name: layer.scaling[ADAPTER] for name, layer in _layers(model).items()}
+    scaling = {name: layer.scaling[ADAPTER] for name, layer in lora_layers(model).items()}
     set_scale(model, 0)
     try:
         yield
     finally:
-        for name, layer in _layers(model).items():
+        for name, layer in lora_layers(model).items():
             layer.scaling[ADAPTER] = scaling[name]
 
 
@@ -141,7 +147,7 @@ def digest(tensors: Iterable[Tensor]) -> str:
     return sha.hexdigest()
 
 
-def save(model: PeftModel, folder: Path) -> None:
+def save(model: "PeftModel", folder: Path) -> None:
     """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT reads them.
 
     An adapter that lies there is replaced only when the new one is whole.
@@ -231,7 +237,7 @@ def _weights_file(path: Path) -> Path:
     return found[0]
 
 
-def load(model: PeftModel, adapter: Adapter, source: str) -> None:
+def load(model: "PeftModel", adapter: Adapter, source: str) -> None:
     """Copy ``adapter`` into ``model``.
 
     Raises:

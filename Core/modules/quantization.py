@@ -1,6 +1,6 @@
 """Frozen linear layers kept in 8-bit float or 4 bits, computed in the model's own dtype."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 import torch.nn.functional as F
@@ -93,19 +93,19 @@ class _FrozenLinear(torch.autograd.Function):
         return grad @ ctx.widened(*stored).to(grad.dtype), *[None] * (2 + len(stored))
 
 
-def store_linears_in_fp8(model: nn.Module) -> None:
-    """Keep every linear layer inside the model's lists of blocks in 8 bits; embedders and the output stay exact."""
-    _replace_linears(model, Fp8Linear.of)
+def store_linears_in_fp8(blocks: Iterable[nn.Module]) -> None:
+    """Keep every linear layer of ``blocks`` in 8 bits; what lies outside them, embedders and output, stays exact."""
+    _replace_linears(blocks, Fp8Linear.of)
 
 
-def store_linears_in_nf4(model: nn.Module) -> None:
+def store_linears_in_nf4(blocks: Iterable[nn.Module]) -> None:
     """The same in 4 bits."""
-    _replace_linears(model, Nf4Linear.of)
+    _replace_linears(blocks, Nf4Linear.of)
 
 
-def _replace_linears(model: nn.Module, make: Callable[[nn.Linear], nn.Linear]) -> None:
-    for blocks in [child for child in model.children() if isinstance(child, nn.ModuleList)]:
-        for parent in blocks.modules():
+def _replace_linears(blocks: Iterable[nn.Module], make: Callable[[nn.Linear], nn.Linear]) -> None:
+    for block in blocks:
+        for parent in block.modules():
             for name, child in parent.named_children():
                 if type(child) is nn.Linear:
                     setattr(parent, name, make(child))

@@ -37,7 +37,7 @@ def first_gradient_step(
     return SPECIFIC_STEP if mode == "specific" else num_steps - backprop_steps
 
 
-def thin_prefix(timesteps: Tensor, first: int, steps: int | None) -> tuple[Tensor, int]:
+def thin_no_grad_steps(timesteps: Tensor, first: int, steps: int | None) -> tuple[Tensor, int]:
     """Leave at most ``steps`` of the timesteps before index ``first``, evenly spread and with the first among them.
 
     Args:

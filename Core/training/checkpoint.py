@@ -6,14 +6,16 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from torch import Tensor, nn
 
 from Core.modules import lora
+from Core.utils.distributed import Distributed
 from Core.utils.hub import sha256
 
 logger = logging.getLogger("vader")
@@ -93,7 +95,7 @@ class Checkpoints:
             )
         return None
 
-    def save(self, step: int, model: PeftModel, state: dict[str, Any], settings: dict, score: float | None):
+    def save(self, step: int, model: nn.Module, state: dict[str, Any], settings: dict, score: float | None):
         """Write checkpoint ``step``.
 
         Args:
@@ -186,3 +188,15 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def refuse_divergence(distributed: Distributed, step: int, tensors: Iterable[Tensor]) -> None:
+    """Raise ValueError where the processes hold different adapters."""
+    hashes = distributed.gather_objects([lora.digest(tensors)])
+    if len(set(hashes)) > 1:
+        listed = ", ".join(f"process {rank} {digest[:8]}" for rank, digest in enumerate(hashes))
+        raise ValueError(
+            f"the adapter differs between processes at step {step} ({listed}); nothing was saved: check that all "
+            "machines run the same versions and their memory is sound, then start again to resume from the last "
+            "checkpoint"
+        )

@@ -1,48 +1,28 @@
-"""The course of validation: whether the trained reward is bought with something else, and when to stop."""
+"""Validation results so far: whether the trained reward rose at the cost of something else, and when to stop."""
 
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from Core.config.schema import EarlyStop
+
 # A monitor counts as fallen when it lost this share of what it was at first. Below that, a handful of validation
 # videos says nothing.
 NOTABLE = 0.05
-EARLY_STOP_DEFAULTS: dict[str, Any] = {"fall": 0.0, "patience": 3}
 
 
-def early_stop_errors(early_stop: Mapping[str, Any] | None, monitors: Sequence[str]) -> list[str]:
-    """What is wrong with the key ``early_stop``, as sentences."""
-    if early_stop is None:
-        return []
-    allowed = {"monitor", *EARLY_STOP_DEFAULTS}
-    if "monitor" not in early_stop or not early_stop.keys() <= allowed:
-        return [
-            f"early_stop must have the key monitor, and may have fall and patience; got {dict(early_stop)!r}"
-        ]
-    rule = EARLY_STOP_DEFAULTS | dict(early_stop)
-    known = ("reward", "motion", "diversity", *monitors)
-    errors = []
-    if rule["monitor"] not in known:
-        errors.append(f"early_stop: monitor must be one of {', '.join(known)}, got {rule['monitor']!r}")
-    if not isinstance(rule["patience"], int) or rule["patience"] < 1:
-        errors.append(f"early_stop: patience must be a whole number from 1, got {rule['patience']!r}")
-    if not isinstance(rule["fall"], (int, float)) or not 0 <= rule["fall"] < 1:
-        errors.append(f"early_stop: fall must be at least 0 and below 1, got {rule['fall']!r}")
-    return errors
-
-
-class Course:
+class ValidationHistory:
     """Validation results so far, each a dict of means with its ``step``.
 
     Args:
-        early_stop: ``monitor``, ``fall``, ``patience``: stop once the monitor has been more than ``fall`` (a
+        early_stop: see ``EarlyStop``: stop once the monitor has been more than ``fall`` (a
             share of its best value) below its best for ``patience`` validations in a row; with ``fall`` 0, once
             it has not improved for so long.
         lower_is_better: names of values that are better when lower.
     """
 
     def __init__(self, early_stop: Mapping[str, Any] | None, lower_is_better: Sequence[str] = ()):
-        self.early_stop = early_stop and EARLY_STOP_DEFAULTS | dict(early_stop)
+        self.early_stop = EarlyStop(**early_stop) if early_stop else None
         self.lower_is_better = frozenset(lower_is_better)
         self.results: list[dict[str, float]] = []
 
@@ -66,7 +46,7 @@ class Course:
         if len(reward) < 2 or not reward[-1] > reward[0]:
             return []
         values = {name: self.goodness(name) for name in monitors}
-        return [self._warning(name) for name, course in values.items() if _fallen(course)]
+        return [self._warning(name) for name, history in values.items() if _fallen(history)]
 
     def _warning(self, name: str) -> str:
         first, last = self.results[0], self.results[-1]
@@ -81,19 +61,16 @@ class Course:
         rule = self.early_stop
         if rule is None:
             return ""
-        values = self.goodness(rule["monitor"])
-        if len(values) <= rule["patience"]:
+        values = self.goodness(rule.monitor)
+        if len(values) <= rule.patience:
             return ""
-        best = max(values[: -rule["patience"]])
-        threshold = best - rule["fall"] * abs(best)
-        if any(
-            value > threshold or (value == threshold and rule["fall"])
-            for value in values[-rule["patience"] :]
-        ):
+        best = max(values[: -rule.patience])
+        threshold = best - rule.fall * abs(best)
+        if any(value > threshold or (value == threshold and rule.fall) for value in values[-rule.patience :]):
             return ""
-        name = rule["monitor"]
-        below = f"more than {rule['fall']:.0%} below" if rule["fall"] else "no better than"
-        return f"{name} has been {below} its best, {abs(best):.4g}, for {rule['patience']} validations"
+        name = rule.monitor
+        below = f"more than {rule.fall:.0%} below" if rule.fall else "no better than"
+        return f"{name} has been {below} its best, {abs(best):.4g}, for {rule.patience} validations"
 
 
 def _fallen(values: Sequence[float]) -> bool:

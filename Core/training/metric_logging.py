@@ -3,19 +3,53 @@
 A tracker that fails costs a warning, never the run.
 """
 
-import csv
-import errno
-import io
 import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+from Core.config import Config
+from Core.data.video import animated_gif
+from Core.utils.tables import CsvTable
+
 logger = logging.getLogger("vader")
 INIT_TIMEOUT = 30  # seconds after which wandb counts as out of reach
+
+
+@dataclass(frozen=True)
+class StepMetrics:
+    """One optimiser step, averaged over its global batch.
+
+    Attributes:
+        skipped: the step was not applied.
+        scaler_calibrating: because fp16's scaler was still looking for its scale, which is no fault.
+        stopping: some process was asked to stop.
+        timings: seconds of this process by part of the step.
+    """
+
+    reward: float
+    loss: float
+    grad_norm: float
+    parts: dict[str, float]
+    skipped: bool
+    scaler_calibrating: bool
+    stopping: bool
+    timings: dict[str, float]
+
+    @property
+    def seconds(self) -> float:
+        return sum(self.timings.values())
+
+    def scalars(self, lr: float) -> dict[str, float]:
+        named = {"reward": self.reward, "loss": self.loss, "grad_norm": self.grad_norm, "lr": lr}
+        named |= {"skipped": float(self.skipped), **self.parts, "seconds": self.seconds}
+        named["all_reduce_share"] = self.timings["all_reduce"] / self.seconds
+        named |= {f"seconds_{part}": seconds for part, seconds in self.timings.items()}
+        return {f"train/{name}": value for name, value in named.items()}
 
 
 class Tracker(Protocol):
@@ -26,78 +60,6 @@ class Tracker(Protocol):
     def log_videos(self, paths: Sequence[Path], captions: Sequence[str], step: int) -> None: ...
 
     def close(self) -> None: ...
-
-
-class CsvTable:
-    """A CSV file with one row per step, flushed row by row; a row with a new column rewrites the file.
-
-    A row that a full disk refuses is kept and written with the next one.
-
-    Args:
-        resume_step: rows after it belong to steps that will be done again, and are dropped.
-    """
-
-    def __init__(self, path: Path, resume_step: int = -1):
-        self.path = path
-        self.columns: list[str] = []
-        self.waiting: list[Mapping[str, Any]] = []
-        if path.is_file():
-            rows = [row for row in _complete_rows(path) if int(row["step"]) <= resume_step]
-            self.columns = list(rows[0]) if rows else []
-            self._rewrite(rows)
-
-    def append(self, row: Mapping[str, Any]) -> None:
-        self.waiting.append(row)
-        try:
-            self._write_waiting()
-        except OSError as error:
-            logger.warning("%s: %s; its rows are kept until they can be written", self.path, error)
-            return
-        self.waiting.clear()
-
-    def _write_waiting(self) -> None:
-        new = [
-            name for name in dict.fromkeys(n for row in self.waiting for n in row) if name not in self.columns
-        ]
-        if new:
-            before = _complete_rows(self.path) if self.columns else []
-            self.columns = [*self.columns, *new]
-            self._rewrite([*before, *self.waiting])
-            return
-        # One write for all, so that a killed run leaves whole lines; what a full disk cut short is taken back.
-        size, lines = self.path.stat().st_size, self._lines(self.waiting)
-        try:
-            with open(self.path, "ab", buffering=0) as file:
-                if file.write(lines) < len(lines):
-                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        except OSError:
-            os.truncate(self.path, size)
-            raise
-
-    def _rewrite(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        partial = self.path.with_name(f".{self.path.name}.partial")
-        header = dict(zip(self.columns, self.columns, strict=True))
-        partial.write_bytes(self._lines([header, *rows]) if self.columns else b"")
-        os.replace(partial, self.path)
-
-    def _lines(self, rows: Sequence[Mapping[str, Any]]) -> bytes:
-        text = io.StringIO()
-        csv.DictWriter(text, self.columns, lineterminator="\n").writerows(rows)
-        return text.getvalue().encode()
-
-
-def read_table(path: Path) -> list[dict[str, float]]:
-    """Rows of a table of numbers; an empty cell is NaN."""
-    return [{key: float(value or "nan") for key, value in row.items()} for row in _complete_rows(path)]
-
-
-def _complete_rows(path: Path) -> list[dict[str, str]]:
-    """Rows as text, without a last line that a crash cut short."""
-    with open(path, encoding="utf-8", newline="") as file:
-        text = file.read()
-    # Without its newline a last line may lack digits.
-    whole = text[: text.rfind("\n") + 1]
-    return [row for row in csv.DictReader(io.StringIO(whole)) if None not in row.values() and None not in row]
 
 
 class CsvTracker:
@@ -204,22 +166,6 @@ class TensorboardTracker:
         self.writer.close()
 
 
-def animated_gif(path: Path) -> bytes:
-    """A video or picture file as a GIF that loops."""
-    import av
-    from PIL import Image
-
-    if path.suffix == ".mp4":
-        with av.open(str(path)) as container:
-            rate = float(container.streams.video[0].average_rate or 1)
-            frames = [frame.to_image() for frame in container.decode(video=0)]
-    else:
-        rate, frames = 1.0, [Image.open(path)]
-    out = io.BytesIO()
-    frames[0].save(out, "GIF", save_all=True, append_images=frames[1:], duration=round(1000 / rate), loop=0)
-    return out.getvalue()
-
-
 class Trackers:
     """All trackers of a run; a tracker that raises is named once and dropped."""
 
@@ -254,12 +200,12 @@ class Trackers:
         self._each(lambda tracker: tracker.close())
 
 
-def build_trackers(config, folder: Path, resume_step: int = -1) -> Trackers:
+def build_trackers(config: Config, folder: Path, resume_step: int = -1) -> Trackers:
     """Trackers that the configuration asks for; ``debug`` keeps to the CSV files."""
     choices: dict[str, Callable[[], Tracker]] = {"csv": lambda: CsvTracker(folder, resume_step)}
-    settings = config.to_dict()
-    if config.logger_type == "tensorboard" and not config.debug:
+    settings, tracking = config.flat(), config.tracking
+    if tracking.logger_type == "tensorboard" and not config.run.debug:
         choices["tensorboard"] = lambda: TensorboardTracker(folder, settings, resume_step)
-    if config.logger_type == "wandb" and config.use_wandb and not config.debug:
-        choices["wandb"] = lambda: WandbTracker(folder, settings, config.wandb_entity)
+    if tracking.logger_type == "wandb" and tracking.use_wandb and not config.run.debug:
+        choices["wandb"] = lambda: WandbTracker(folder, settings, tracking.wandb_entity)
     return Trackers(choices)

@@ -1,43 +1,16 @@
-"""What keeps a step from doing harm: distance to the base model, and faults found before they are applied.
+"""Values that are not finite, found before they are applied."""
 
-Axes: B batch, C channels, T latent frames, h, w latent rows and columns.
-"""
-
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from Core.modules import lora
+from Core.utils.distributed import Distributed
 
+logger = logging.getLogger("vader")
 NAMED_PARAMETERS = 3
-
-
-class BaseDistance:
-    """Mean squared difference between the adapted velocity of the captions and the base model's.
-
-    Observes the gradient steps of one sampling run. For Gaussian steps of equal width this is the KL
-    divergence between the two samplers up to a factor (DPOK, Fan et al., 2023).
-
-    Args:
-        denoiser: the network with its adapter.
-        velocity: of the captions alone, without guidance; must not have been called yet.
-    """
-
-    def __init__(self, denoiser: nn.Module, velocity: Callable[[Tensor, Tensor], Tensor]):
-        self.denoiser, self.velocity = denoiser, velocity
-        self.terms: list[Tensor] = []
-
-    def observe(self, z: Tensor, t: Tensor, v_text: Tensor) -> None:
-        """Add a step: latent ``z`` [B, C, T, h, w], timesteps ``t`` [B], the adapted velocity like ``z``."""
-        with torch.no_grad(), lora.base_only(self.denoiser):
-            v_base = self.velocity(z.detach(), t)
-        self.terms.append((v_text - v_base).square().flatten(1).mean(1))
-
-    def per_sample(self) -> Tensor:
-        """[B], averaged over the observed steps."""
-        return torch.stack(self.terms).mean(0)
 
 
 @dataclass(frozen=True)
@@ -72,3 +45,24 @@ def find_fault(
     norms = torch.stack(torch._foreach_norm(list(grads.values())))
     names = [name for name, good in zip(grads, norms.isfinite().tolist(), strict=True) if not good]
     return Fault(bad, tuple(names[:NAMED_PARAMETERS])) if bad or names else None
+
+
+def report_skip(
+    distributed: Distributed, step: int, seed: int, fault: Fault | None, calibrating: bool
+) -> None:
+    """Say why a step was not applied, naming what was not finite on whichever process; called by all.
+
+    Args:
+        step: optimiser steps before it.
+        calibrating: it was skipped while fp16's scaler looks for its scale.
+    """
+    if calibrating:
+        logger.info("step %d was skipped while fp16's scaler looks for its scale", step + 1)
+        return
+    faults = distributed.gather_objects([str(fault) if fault else ""])
+    named = [f"process {rank}: {text}" for rank, text in enumerate(faults) if text]
+    if distributed.is_main:
+        logger.warning(
+            "step %d was skipped on all processes, seed %d: not finite: %s",
+            step + 1, seed, "; ".join(named) or "the norm of the averaged gradient",
+        )  # fmt: skip

@@ -26,7 +26,7 @@ PLAIN_SECONDS = 10.0  # between two plain lines
 RECENT = 20  # steps that times and the estimate of what is left are taken over
 
 
-class LiveView:
+class ProgressPanel:
     """Shows a run's progress; ``with view.begin(step):`` around the training loop.
 
     Args:
@@ -54,12 +54,12 @@ class LiveView:
         self.live = Live(console=self.console, auto_refresh=False, transient=False) if drawn else None
         self.handler = RichHandler(console=self.console, show_path=False, show_time=False, show_level=False)
 
-    def begin(self, step: int) -> "LiveView":
+    def begin(self, step: int) -> "ProgressPanel":
         """The view itself, for a run that has done ``step`` steps before."""
         self.step = step
         return self
 
-    def __enter__(self) -> "LiveView":
+    def __enter__(self) -> "ProgressPanel":
         if self.live:
             self.live.start()
             self._redirect(self.handler)

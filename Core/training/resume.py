@@ -4,23 +4,13 @@ import hashlib
 import json
 import logging
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
-from Core.config.schema import Config
-from Core.data.prompts import Prompt
+from Core.backbones import Prompt
+from Core.config import Config
 from Core.training.checkpoint import Checkpoint, Checkpoints
-from Core.utils.options import default_of
 
 logger = logging.getLogger("vader")
-# Keys that may differ between a checkpoint and the run that continues it: none of them changes a step. That
-# batch size times accumulation times processes stays the same is checked on its own.
-FREE_TO_CHANGE = frozenset(
-    "max_train_steps num_train_epochs train_batch_size gradient_accumulation_steps validation_steps "
-    "checkpointing_steps keep_checkpoints resume val_batch_size num_val_runs num_val_seeds val_prompt_path "
-    "monitors monitor_args early_stop project_dir text_cache logger_type use_wandb wandb_entity verbose debug "
-    "max_bad_steps is_sample_preview save_fps frame_interval save_gif lora_scale num_sample check_only".split()
-)
 GLOBAL_BATCH = "global batch"
 RUN_FILES = ("checkpoints", "samples", "adapter", "metrics.csv", "validation.csv", "config.py", "tensorboard")
 
@@ -36,14 +26,14 @@ def choose_checkpoint(
     Raises:
         ValueError: it is damaged, or was made with other settings.
     """
-    if config.resume == "never":
+    if config.run.resume == "never":
         return None
-    if config.resume == "auto":
+    if config.run.resume == "auto":
         chosen = checkpoints.newest()
     else:
-        chosen = Checkpoint(Path(config.resume).expanduser())
+        chosen = Checkpoint(Path(config.run.resume).expanduser())
         if damage := chosen.damage():
-            raise ValueError(f"resume: checkpoint {config.resume!r} cannot be used: {damage}")
+            raise ValueError(f"resume: checkpoint {config.run.resume!r} cannot be used: {damage}")
     if chosen:
         refuse_contradiction(config, chosen, prompts, global_batch)
     return chosen
@@ -57,10 +47,10 @@ def prepare_folder(
     Raises:
         ValueError: see ``choose_checkpoint``.
     """
-    checkpoints = Checkpoints(folder / "checkpoints", config.keep_checkpoints)
+    checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
     checkpoints.recover()
     chosen = choose_checkpoint(config, checkpoints, prompts, global_batch)
-    if config.resume == "never":
+    if config.run.resume == "never":
         set_aside(folder)
     # What came after the chosen one, damaged or abandoned, must not be taken for this run's own later.
     later = checkpoints.set_aside_after(chosen.step if chosen else -1, _previous(folder) / "checkpoints")
@@ -88,9 +78,9 @@ def _previous(folder: Path) -> Path:
 
 def identity(config: Config, prompts: Sequence[Prompt], global_batch: int) -> dict:
     """What a checkpoint's later steps depend on, to be recorded with it."""
-    texts = "\n".join(prompt.text() for prompt in prompts)
+    texts = "\n".join(prompt.text for prompt in prompts)
     digest = hashlib.sha256(texts.encode()).hexdigest()
-    settings = json.loads(json.dumps(config.to_dict()))
+    settings = json.loads(json.dumps(config.flat()))
     return settings | {GLOBAL_BATCH: global_batch, "text of the prompts (sha256)": digest[:16]}
 
 
@@ -99,16 +89,14 @@ def refuse_contradiction(
 ) -> None:
     """Raise ValueError, naming the keys, where the run would not continue what the checkpoint began."""
     # A key that came with a later version stood at its default, whose meaning is what went before.
-    defaults = json.loads(json.dumps({entry.name: default_of(entry) for entry in fields(config)}))
-    before = defaults | checkpoint.manifest()["config"]
+    before = json.loads(json.dumps(config.defaults())) | checkpoint.manifest()["config"]
     now = identity(config, prompts, global_batch or before[GLOBAL_BATCH])
-    free = FREE_TO_CHANGE
-    if config.lr_schedule != "constant":
-        free = free - {"max_train_steps", "num_train_epochs"}  # they stretch the course of lr
+    fixed = config.fixed_keys()
+    free = config.flat().keys() - fixed
     changed = [key for key in now if key not in free and before[key] != now[key]]
     if changed:
         listed = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
         raise ValueError(
-            f"the run in {config.project_dir!r} was made with other settings: {listed}; restore them, choose "
+            f"the run in {config.run.project_dir!r} was made with other settings: {listed}; restore them, choose "
             "another project_dir, or set resume='never'"
         )

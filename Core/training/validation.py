@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from Core.backbones import Backbone
-from Core.data.prompts import Prompt
+from Core.backbones import Backbone, EncodedPrompt
+from Core.config import Config
 from Core.evaluation.metrics import diversity, means, motion, score_videos
-from Core.generation.generate import Video, plan_samples, write_videos
+from Core.generation.generate import Video, write_videos
+from Core.generation.manifest import plan_samples
 from Core.rewards import Reward
-from Core.utils.distributed import Runtime
+from Core.utils.distributed import Distributed
 
 logger = logging.getLogger("vader")
 
@@ -34,31 +34,30 @@ class Validation:
 
     Args:
         reward: the trained one; ``monitors``: others, scored beside it.
-        text: features [L, D] of every caption of ``prompts``.
     """
 
     def __init__(
         self,
-        config,
-        runtime: Runtime,
+        config: Config,
+        distributed: Distributed,
         backbone: Backbone,
         reward: Reward,
         monitors: Mapping[str, Reward],
-        prompts: Sequence[Prompt],
-        text: Mapping[str, Tensor],
+        prompts: Sequence[EncodedPrompt],
     ):
-        self.config, self.runtime, self.backbone, self.text = config, runtime, backbone, text
+        self.config, self.distributed, self.backbone, self.prompts = config, distributed, backbone, prompts
         self.reward, self.monitors = reward, monitors
-        self.samples = plan_samples(prompts, config.num_val_seeds, config.seed)
+        plain = [encoded.prompt for encoded in prompts]
+        self.samples = plan_samples(plain, config.validation.num_val_seeds, config.run.seed)
 
     def run(self, step: int, folder: Path) -> ValidationResult:
         """Write the videos into ``folder``, emptied before, and score them.
 
         A full or read-only disk costs this validation, with a message; not the run.
         """
-        if self.runtime.is_main:
+        if self.distributed.is_main:
             shutil.rmtree(folder, ignore_errors=True)
-        self.runtime.barrier()
+        self.distributed.barrier()
         rows, videos = [], []
         try:
             for video_rows, made in self._by_prompt(step, folder):
@@ -66,15 +65,19 @@ class Validation:
                 videos += made
         except OSError as error:
             logger.error("validation of step %d is incomplete: %s; training goes on", step, error)
-        rows, videos = self.runtime.gather_objects(rows), self.runtime.gather_objects(videos)
+        rows, videos = self.distributed.gather_objects(rows), self.distributed.gather_objects(videos)
         return ValidationResult(_means(rows), tuple((Path(path), prompt) for path, prompt in sorted(videos)))
 
     def _by_prompt(self, step: int, folder: Path):
         """For each of this process's prompts: the values of its videos, and their files."""
-        count, rank = self.runtime.num_processes, self.runtime.rank
+        count, rank = self.distributed.num_processes, self.distributed.rank
         own = [sample for sample in self.samples if sample.index % count == rank]
         folder.mkdir(parents=True, exist_ok=True)
-        made = write_videos(self.backbone, self.text, self.config, own, folder, {"step": step})
+        made = write_videos(
+            self.backbone, own, [self.prompts[sample.index] for sample in own], folder, {"step": step},
+            files=self.config.video, batch_size=self.config.validation.val_batch_size,
+            progress=self.config.run.verbose >= 2,
+        )  # fmt: skip
         for _, group in itertools.groupby(made, key=lambda video: video.sample.index):
             videos = list(group)
             rows = [self._score(video) for video in videos]
@@ -83,13 +86,14 @@ class Validation:
             yield rows, [(str(video.path), video.sample.prompt.reward_text) for video in videos]
 
     def _score(self, video: Video) -> dict[str, float]:
-        pixels, prompt = video.pixels[None].to(self.runtime.device), [video.sample.prompt]
+        """Reward, its parts, the monitors, and ``motion`` unless a scorer of that name gives it."""
+        pixels, prompt = video.pixels[None].to(self.distributed.device), [video.sample.prompt]
         output = score_videos(self.reward, pixels, prompt)
         values = {"reward": output.score.item()} | {name: part.item() for name, part in output.parts.items()}
         for name, monitor in self.monitors.items():
             values[name] = score_videos(monitor, pixels, prompt).score.item()
         if pixels.shape[2] > 1:
-            values["motion"] = motion(pixels).item()
+            values.setdefault("motion", motion(pixels).item())
         return values
 
 

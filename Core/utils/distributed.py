@@ -20,11 +20,11 @@ SCALE_FLOOR = 1.0  # a gradient that overflows fp16 without any scaling overflow
 
 
 def speaks_for_machine() -> bool:
-    """Whether this process is the first of its machine, by what the launcher told it: no runtime is needed."""
+    """Whether this process is the first of its machine, by what the launcher told it: nothing is set up for it."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-class Runtime:
+class Distributed:
     """The processes of a run and what they do together.
 
     Args:
@@ -111,7 +111,7 @@ class Runtime:
         """Unscale fp16 gradients, clip them, and return the norm they had."""
         return float(self.accelerator.clip_grad_norm_(parameters, max_norm))
 
-    def apply(self, optimizer: Optimizer, grad_norm: float, faulty: bool) -> bool:
+    def optimizer_step(self, optimizer: Optimizer, grad_norm: float, faulty: bool) -> bool:
         """Take the optimiser's step unless it is ``faulty`` or its gradients are not finite, and forget them.
 
         Returns:
@@ -119,13 +119,13 @@ class Runtime:
             starts high on purpose and finds its scale so: nothing is wrong until it stands at ``SCALE_FLOOR``.
         """
         finite, scaler = math.isfinite(grad_norm), self.accelerator.scaler
-        searching = scaler is not None and not (faulty or finite) and scaler.get_scale() > SCALE_FLOOR
-        if searching or (finite and not faulty):
+        calibrating = scaler is not None and not (faulty or finite) and scaler.get_scale() > SCALE_FLOOR
+        if calibrating or (finite and not faulty):
             optimizer.step()
         elif scaler is not None:
             scaler.update(scaler.get_scale())  # it forgets that the gradients were unscaled
         optimizer.zero_grad()
-        return searching
+        return calibrating
 
     @property
     def scales_gradients(self) -> bool:
@@ -147,7 +147,7 @@ class Runtime:
         """The lists of all processes as one, by rank."""
         return gather_object(objects) if self.num_processes > 1 else list(objects)
 
-    def from_main(self, value: Any) -> Any:
+    def broadcast(self, value: Any) -> Any:
         """The main process's ``value``, on every process."""
         return broadcast_object_list([value])[0] if self.num_processes > 1 else value
 

@@ -12,6 +12,8 @@ from typing import Any
 
 import torch
 
+from Core.utils.files import write_whole
+
 ENVIRONMENT = "environment.json"
 PACKAGES = (
     "torch",
@@ -45,9 +47,7 @@ def record_environment(folder: Path) -> None:
     if now not in starts:
         starts.append(now)
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / f".{ENVIRONMENT}.partial"
-    partial.write_text(json.dumps({"starts": starts}, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, folder / ENVIRONMENT)
+    write_whole(folder / ENVIRONMENT, json.dumps({"starts": starts}, indent=1) + "\n")
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:

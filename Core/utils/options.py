@@ -2,31 +2,52 @@
 
 import argparse
 import ast
-import difflib
 import math
 import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, field, fields
+from functools import partial
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+from Core.utils.errors import ConfigError
+from Core.utils.registry import did_you_mean
 
 ARTICLES = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
 ARTICLES |= {dict: "a dict", Mapping: "a dict", type(None): "None"}
 
 
-class ConfigError(ValueError):
-    """Everything that is wrong with a configuration, one sentence each."""
+def option(
+    default: Any,
+    doc: str,
+    *,
+    minimum: float | None = None,
+    maximum: float | None = None,
+    above: float | None = None,
+    below: float | None = None,
+    entry: type | None = None,
+    remakes_videos: bool = False,
+    may_change: bool = False,
+) -> Any:
+    """A dataclass field with its documentation, its bounds and what it affects.
 
-    def __init__(self, errors: list[str]):
-        super().__init__("\n".join(errors))
-        self.errors = errors
-
-
-def option(default: Any, doc: str, *, minimum: float | None = None, above: float | None = None) -> Any:
-    """A dataclass field with its documentation and bounds; mutable defaults are copied per instance."""
-    metadata = {"doc": doc, "minimum": minimum, "above": above}
+    Args:
+        default: copied per instance where it is mutable.
+        minimum, maximum, above, below: bounds of a number, or of each number of a sequence.
+        entry: dataclass of options that describes the keys of a dict.
+        remakes_videos: a generated video depends on it.
+        may_change: a run that is resumed may have another value.
+    """
+    bounds = {"at least": minimum, "at most": maximum, "above": above, "below": below}
+    metadata: dict[str, Any] = {"doc": doc, "bounds": bounds, "entry": entry}
+    metadata |= {"remakes_videos": remakes_videos, "may_change": may_change}
     if isinstance(default, (list, dict)):
         return field(default_factory=default.copy, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+# An option that generated videos depend on, and one that a resumed run may change.
+video_option = partial(option, remakes_videos=True)
+free_option = partial(option, may_change=True)
 
 
 def default_of(entry: Field) -> Any:
@@ -61,7 +82,7 @@ def fits(value: Any, annotation: Any) -> bool:
     if origin is Literal:
         return any(value == arg and type(value) is type(arg) for arg in args)
     if origin is list:
-        return isinstance(value, (list, tuple)) and all(fits(entry, args[0]) for entry in value)
+        return isinstance(value, (list, tuple)) and all(fits(item, args[0]) for item in value)
     if origin is tuple:
         same_length = isinstance(value, (list, tuple)) and len(value) == len(args)
         return same_length and all(fits(v, a) for v, a in zip(value, args, strict=True))
@@ -75,40 +96,74 @@ def fits(value: Any, annotation: Any) -> bool:
     return isinstance(value, Mapping if kind is dict else kind)
 
 
-def check_values(schema: type, values: Mapping[str, Any]) -> list[str]:
-    """Sentences on unknown keys, wrong types and values out of bounds."""
-    known = {entry.name: entry for entry in fields(schema)}
-    errors = [unknown_key(key, known) for key in values if key not in known]
+def check_values(known: Mapping[str, Field], values: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Sentences on unknown keys, wrong types and values out of bounds, entries included.
+
+    Args:
+        known: fields by key.
+        prefix: of the keys in messages, such as ``model.``.
+    """
+    errors = [unknown_key(key, known, prefix) for key in values if key not in known]
     for key, value in values.items():
         if key in known:
-            errors += _value_errors(known[key], value)
+            errors += _value_errors(known[key], f"{prefix}{key}", value)
     return errors
 
 
-def _value_errors(entry: Field, value: Any) -> list[str]:
+def _value_errors(entry: Field, name: str, value: Any) -> list[str]:
     if not fits(value, entry.type):
-        return [f"{entry.name} must be {describe_type(entry.type)}, got {value!r}"]
-    minimum, above = entry.metadata["minimum"], entry.metadata["above"]
-    number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    if number and math.isinf(value):
-        return [f"{entry.name} must be finite, got {value}"]
-    if number and minimum is not None and not value >= minimum:
-        return [f"{entry.name} must be at least {minimum}, got {value}"]
-    if number and above is not None and not value > above:
-        return [f"{entry.name} must be above {above}, got {value}"]
-    return []
+        return [f"{name} must be {describe_type(entry.type)}, got {_shown(value)}"]
+    if (schema := entry.metadata["entry"]) and value:
+        return check_values({inner.name: inner for inner in fields(schema)}, value, f"{name}.")
+    numbers = value if isinstance(value, (list, tuple)) else [value]
+    return [error for number in numbers if (error := _number_error(entry, name, number))][:1]
 
 
-def unknown_key(key: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else "; remove it")
+def _number_error(entry: Field, name: str, value: Any) -> str:
+    """What is wrong with the size of a number; empty for what is none."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return ""
+    if not _is_finite(value):
+        return f"{name} must be finite, got {_shown(value)}"
+    holds: dict[str, Callable[[Any, Any], bool]] = {
+        "at least": lambda a, b: a >= b,
+        "at most": lambda a, b: a <= b,
+        "above": lambda a, b: a > b,
+        "below": lambda a, b: a < b,
+    }
+    for words, bound in entry.metadata["bounds"].items():
+        if bound is not None and not holds[words](value, bound):
+            return f"{name} must be {words} {bound}, got {_shown(value)}"
+    return ""
+
+
+def _is_finite(value: int | float) -> bool:
+    """Whether a float can hold the number."""
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
+
+
+def _shown(value: Any, limit: int = 200) -> str:
+    """``repr`` that fits a sentence; Python refuses to print numbers of thousands of digits."""
+    try:
+        text = repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} too long to print"
+    return text if len(text) <= limit else f"{text[:limit]}…"
+
+
+def unknown_key(key: str, known: Collection[str], prefix: str = "") -> str:
+    hint = did_you_mean(key, known)
+    return f"unknown key {prefix + str(key)!r}" + (f": {hint}" if hint else "; remove it")
 
 
 def parse_literal(text: str) -> Any:
     """A flag's text as the Python value it spells, else as the string it is."""
     try:
         return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError):
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         return text
 
 
@@ -148,13 +203,17 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if message.startswith("unrecognized arguments"):
-            near = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.5)
-            message = f"unknown flag {unknown}" + (f": did you mean {near[0]}?" if near else "; see --help")
+            hint = did_you_mean(unknown, self._option_string_actions).replace("'", "")
+            message = f"unknown flag {unknown}" + (f": {hint}" if hint else "; see --help")
         raise ConfigError([message])
 
 
-def add_flags(parser: argparse.ArgumentParser, schema: type) -> None:
-    """One ``--flag`` for each field of ``schema``; a bare flag means True, and sequences take several values."""
+def add_flags(parser: Any, schema: type) -> None:
+    """One ``--flag`` for each field of ``schema``; a bare flag means True, and sequences take several values.
+
+    Args:
+        parser: a parser, or a group of one.
+    """
     for entry in fields(schema):
         one = {"nargs": "?", "const": True, "type": typed_literal(entry.type)}
         several = {"nargs": "*", "action": SequenceAction, "annotation": entry.type}

@@ -1,10 +1,8 @@
 """Where the time of a step goes."""
 
 import time
-from collections.abc import Callable
 
 import torch
-from torch import Tensor
 
 
 class Stopwatch:
@@ -25,19 +23,6 @@ class Stopwatch:
     def lap(self, name: str) -> None:
         """End the current stretch and name it."""
         self.laps.append((name, self._now()))
-
-    def split(self, velocity: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """``velocity``, with the stretch before its first step that keeps a graph named ``prefix``."""
-        begun = False
-
-        def timed(*args) -> Tensor:
-            nonlocal begun
-            if torch.is_grad_enabled() and not begun:
-                begun = True
-                self.lap("prefix")
-            return velocity(*args)
-
-        return timed
 
     def seconds(self) -> dict[str, float]:
         """Seconds by name; waits for the GPU."""

@@ -13,15 +13,15 @@ from unittest import mock
 
 import torch
 
-from Core.config.schema import Config, build_config
-from Core.data.prompts import read_prompts
-from Core.generation.generate import captions_of
+from Core.backbones import EncodedPrompt
+from Core.build import new_backbone
+from Core.config import Config, build_config
 from Core.training import trainer as trainer_module
 from Core.training.metric_logging import Trackers
 from Core.training.setup import adapt_for_training
 from Core.training.trainer import Trainer
 from Core.training.validation import Validation
-from Core.utils.distributed import Runtime
+from Core.utils.distributed import Distributed
 from scripts.bench.meter import (
     MeteredStopwatch,
     OperationCounter,
@@ -29,7 +29,7 @@ from scripts.bench.meter import (
     copy_bandwidth,
     matmul_ceiling,
 )
-from scripts.bench.networks import RandomHPS, RandomOpenSora, registered
+from scripts.bench.networks import RandomHPS, registered
 from scripts.bench.plain import plain_path
 from scripts.bench.presets import PRESETS, Setting
 
@@ -49,31 +49,32 @@ class Bench:
 
     def __init__(self, preset: str, setting: Setting, folder: Path):
         self.config = config = config_of(preset, setting, folder)
-        self.setting, runtime = setting, Runtime(config.mixed_precision)
-        self.device = runtime.device
+        self.setting, distributed = setting, Distributed(config.optimizer.mixed_precision)
+        self.device = distributed.device
         with registered():
-            backbone = RandomOpenSora.from_config(config, runtime.device)
-        prompts = read_prompts(config)
-        captions = captions_of(backbone, prompts)
+            backbone = new_backbone(config, distributed.device)
         self.encoder = backbone.text_encoder()
-        text = {caption: self.encoder.encode([caption])[0].cpu() for caption in captions}
+        prompts = [
+            EncodedPrompt(prompt, tuple(self.encoder.encode([backbone.caption(prompt.text)])))
+            for prompt in config.prompt_list
+        ]
         if not setting.plain:
             self.encoder = None
             gc.collect()
             torch.cuda.empty_cache()
         backbone.load()
-        reward = RandomHPS(PRESETS[preset].vit).to(runtime.device).cast(backbone.dtype)
+        reward = RandomHPS(PRESETS[preset].vit).to(distributed.device).cast(backbone.dtype)
         adapt_for_training(config, backbone)
-        validation = Validation(config, runtime, backbone, reward, {}, prompts, text)
+        validation = Validation(config, distributed, backbone, reward, {}, prompts)
         self.trainer = Trainer(
-            config, {}, runtime, backbone, reward, prompts, text, validation, folder, Trackers({})
+            config, {}, distributed, backbone, reward, prompts, validation, folder, Trackers({})
         )
-        self.clock: MeteredStopwatch | None = None
+        self.timer: MeteredStopwatch | None = None
 
     @contextmanager
     def path(self) -> Iterator[None]:
         """The setting's way to take steps, default or plain."""
-        lap = lambda name: self.clock.lap(name) if self.clock else None  # noqa: E731
+        lap = lambda name: self.timer.lap(name) if self.timer else None  # noqa: E731
         with plain_path(self.trainer, self.encoder, lap) if self.setting.plain else nullcontext():
             yield
 
@@ -81,8 +82,8 @@ class Bench:
         """Take an optimiser step; seconds by phase."""
 
         def start(device: torch.device) -> MeteredStopwatch:
-            self.clock = MeteredStopwatch(device, list(listeners))
-            return self.clock
+            self.timer = MeteredStopwatch(device, list(listeners))
+            return self.timer
 
         with mock.patch.object(trainer_module, "Stopwatch", start):
             metrics = self.trainer.train_step()

@@ -5,17 +5,20 @@ Axes: B batch, N images, L text tokens, D text width.
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from dataclasses import dataclass
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, T5Config, T5EncoderModel
 
-from Core.backbones import BACKBONES, OpenSora, TextEncoder
+from Core.backbones import BACKBONES, Features, TextEncoder
+from Core.backbones.opensora import OpenSora, OpenSoraSettings
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.clip import ImageTower, unit
 from Core.rewards.preprocess import ImageTransform
-from Core.utils import rng as draws
+from Core.utils import rng
+from Core.utils.options import video_option
 from opensora.models.stdit.stdit3 import STDiT3, STDiT3Config
 from opensora.models.vae.vae import (
     LATENT_SCALE,
@@ -74,24 +77,36 @@ class RandomT5(TextEncoder):
             self.model = T5EncoderModel(config).to(dtype).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> list[Tensor]:
+    def encode(self, captions: Sequence[str]) -> list[Features]:
         size = self.model.config.vocab_size
         rows = [
-            torch.randint(2, size, (TEXT_TOKENS,), generator=draws.generator(0, "tokens", caption))
+            torch.randint(2, size, (TEXT_TOKENS,), generator=rng.generator(0, "tokens", caption))
             for caption in captions
         ]
         tokens = torch.stack(rows).to(self.model.device)
         mask = torch.zeros_like(tokens)
         mask[:, :CAPTION_TOKENS] = 1
         features = self.model(tokens * mask, attention_mask=mask).last_hidden_state
-        return list(features[:, :CAPTION_TOKENS])
+        return [{"features": row.cpu()} for row in features[:, :CAPTION_TOKENS]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkSettings(OpenSoraSettings):
+    """Open-Sora's keys, whose entries hold sizes."""
+
+    model: dict = video_option({}, "sizes of the denoiser")
+    vae: dict = video_option({}, "sizes of the VAE")
+    text_encoder: dict = video_option({}, "sizes of the text encoder")
 
 
 class RandomOpenSora(OpenSora):
-    """The family without files: its entries hold sizes."""
+    """The family without files."""
+
+    settings_class = BenchmarkSettings
+    weights = {}
 
     @classmethod
-    def config_errors(cls, config) -> list[str]:
+    def config_errors(cls, settings, video, training: bool) -> list[str]:
         return []
 
     @property
@@ -99,18 +114,14 @@ class RandomOpenSora(OpenSora):
         return "random"
 
     def text_encoder(self) -> RandomT5:
-        sizes = {
-            k: v for k, v in self.entries["text_encoder"].items() if k not in ("type", "model_max_length")
-        }
+        entry = self.settings.text_encoder
+        sizes = {k: v for k, v in entry.items() if k not in ("type", "model_max_length")}
         return RandomT5(sizes, self.device, self.dtype)
-
-    def fetch(self, text_encoder: bool = True) -> list[str]:
-        return []
 
 
 def registered() -> AbstractContextManager:
     """Within this context ``backbone="benchmark"`` is a model family; nobody else is offered it."""
-    return mock.patch.dict(BACKBONES, {"benchmark": RandomOpenSora})
+    return mock.patch.dict(BACKBONES.table, {"benchmark": RandomOpenSora})
 
 
 class RandomHPS(ImageReward):
@@ -127,9 +138,7 @@ class RandomHPS(ImageReward):
         self.width = sizes["projection_dim"]
 
     def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
-        text = torch.stack(
-            [torch.randn(self.width, generator=draws.generator(0, "text", p)) for p in prompts]
-        )
+        text = torch.stack([torch.randn(self.width, generator=rng.generator(0, "text", p)) for p in prompts])
         return (self.image(images) * unit(text.to(images.device))).sum(dim=-1)
 
     def loss(self, score: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ Each is put in place of a piece for as long as the context lasts.
 Axes: B batch, N heads, Q queries, K keys, d head dimension, T latent frames.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import partial
 from types import SimpleNamespace
@@ -20,9 +20,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Core.backbones import TextEncoder, opensora
+from Core.backbones import Backbone, EncodedPrompt, Features, TextEncoder, opensora
 from Core.modules.frozen_conv import forget_conv_inputs
-from Core.sampling import no_grad_steps as prefix
+from Core.sampling import no_grad_steps
 from Core.training.trainer import Trainer
 from opensora.models.layers import blocks
 from opensora.models.layers.embeddings import PatchEmbed3D, RotaryEmbedding, at_least_float32
@@ -73,17 +73,17 @@ def transposed_tokens(
     return lambda self, x: embed(self, x).transpose(1, 2).contiguous().transpose(1, 2)
 
 
-class EncodedEachTime:
-    """Stands for the features of every caption, and runs the encoder whenever one is asked for: caption by
-    caption, which takes longer than a batch would."""
+def encoded_each_time(
+    backbone: Backbone, encoder: TextEncoder, lap: Callable[[str], None]
+) -> Callable[[Sequence[EncodedPrompt]], list[Features]]:
+    """In place of ``Rollout.features``: runs the encoder, caption by caption, which takes longer than a batch would."""
 
-    def __init__(self, encoder: TextEncoder, lap: Callable[[str], None]):
-        self.encoder, self.lap = encoder, lap
+    def features(prompts: Sequence[EncodedPrompt]) -> list[Features]:
+        found = [encoder.encode([backbone.caption(text.prompt.text)])[0] for text in prompts]
+        lap("text")
+        return found
 
-    def __getitem__(self, caption: str) -> Tensor:
-        (features,) = self.encoder.encode([caption])
-        self.lap("text")
-        return features
+    return features
 
 
 def with_mask(velocity: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -97,22 +97,24 @@ def with_mask(velocity: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def undoing(trainer: Trainer) -> dict[str, list[tuple[Any, str, Any]]]:
     """For each saving (object, attribute, value) that put the plain way in its place."""
-    velocity = trainer.backbone.velocity
+    predictor = trainer.backbone.predictor
     functional = SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": score_matrix_attention})
     # Where nothing is checkpointed there is nothing to checkpoint twice.
-    doubled = partial(opensora.guided_velocity, checkpoint_steps=bool(trainer.config.grad_checkpoint))
+    doubled = partial(
+        opensora.guided_velocity, checkpoint_steps=bool(trainer.config.optimizer.grad_checkpoint)
+    )
     return {
         "fused attention": [(blocks, "F", functional)],
         "text keys and values computed once": [
             (type(trainer.backbone.denoiser.get_base_model()), "accepts_text_context", False)
         ],
         "no frame mask": [
-            (trainer.backbone, "velocity", lambda *args, **kwargs: with_mask(velocity(*args, **kwargs)))
+            (trainer.backbone, "predictor", lambda *args, **kwargs: with_mask(predictor(*args, **kwargs)))
         ],
         "checkpointing once": [(opensora, "guided_velocity", doubled)],
-        "fused adapter": [(prefix, "fused_adapter", lambda model: nullcontext())],
+        "fused adapter": [(no_grad_steps, "fused_adapter", lambda model: nullcontext())],
         "no autocast in the prefix": [
-            (prefix, "without_needless_autocast", lambda device, dtype: nullcontext())
+            (no_grad_steps, "without_needless_autocast", lambda device, dtype: nullcontext())
         ],
         "norms in one operation": [(blocks.RMSNorm, "forward", separate_rms_norm)],
         "rotary position in three operations": [(RotaryEmbedding, "forward", separate_rotary)],
@@ -147,9 +149,10 @@ def undone(trainer: Trainer, *names: str) -> Iterator[None]:
 @contextmanager
 def plain_path(trainer: Trainer, encoder: TextEncoder, lap: Callable[[str], None]) -> Iterator[None]:
     """Within this context ``trainer`` takes plain steps."""
+    rollout = trainer.objective.rollout
     with (
         undone(trainer, *undoing(trainer)),
         kept_conv_inputs(trainer),
-        mock.patch.object(trainer.rollout, "text", EncodedEachTime(encoder, lap)),
+        mock.patch.object(rollout, "features", encoded_each_time(trainer.backbone, encoder, lap)),
     ):
         yield

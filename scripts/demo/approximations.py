@@ -17,15 +17,16 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from Core.config.schema import load_config
+from Core.config import load_config
 from Core.modules import lora
 from Core.training.setup import build_trainer
 from Core.training.trainer import Trainer
-from Core.utils.distributed import Runtime
+from Core.utils.distributed import Distributed
 from Core.utils.timing import Stopwatch
 from scripts.bench import page
 from scripts.benchmark import origin
@@ -33,8 +34,6 @@ from scripts.demo.quickstart import CONFIG
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "exact": {},
-    "prefix_cache=2": {"prefix_cache": 2},
-    "prefix_cache=3": {"prefix_cache": 3},
     "prefix_steps=6": {"prefix_steps": 6},
     "prefix_steps=3": {"prefix_steps": 3},
     "dtype='fp8'": {"dtype": "fp8", "mixed_precision": "bf16"},
@@ -58,30 +57,29 @@ def trainer_of(option: str, folder: Path) -> Trainer:
     values = {"verbose": 0, "project_dir": str(folder), **OPTIONS[option]}
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
     config = load_config([str(CONFIG), *flags])
-    return build_trainer(config, Runtime(config.mixed_precision), folder)
+    return build_trainer(config, Distributed(config.optimizer.mixed_precision), folder)
 
 
 def batch_of(trainer: Trainer, number: int) -> range:
-    size = trainer.config.train_batch_size
+    size = trainer.config.optimizer.train_batch_size
     return range(number * size, (number + 1) * size)
 
 
 def step(trainer: Trainer, number: int) -> tuple[Tensor, Tensor, float]:
     """Latents, gradient and seconds of batch ``number``."""
-    lora.set_dropout(trainer.backbone.denoiser, True, trainer.config.seed, number)
-    sample, made = trainer.rollout.sample, []
+    lora.set_dropout(trainer.backbone.denoiser, True, trainer.seed, number)
+    rollout, made = trainer.objective.rollout, []
+    sample = rollout.sample
 
     def watched(*args, **kwargs):
         made.append(sample(*args, **kwargs))
         return made[-1]
 
-    trainer.rollout.sample = watched  # type: ignore[method-assign]
-    clock = Stopwatch(trainer.runtime.device)
-    try:
-        trainer.micro_step(batch_of(trainer, number), trainer.rollout.gradient_window(0), clock)
-    finally:
-        del trainer.rollout.sample
-    seconds = sum(clock.seconds().values())
+    timer = Stopwatch(trainer.distributed.device)
+    trainer.objective.begin_step(0)
+    with mock.patch.object(rollout, "sample", watched):
+        trainer.micro_step(batch_of(trainer, number), timer)
+    seconds = sum(timer.seconds().values())
     gradient = torch.cat([p.grad.flatten() for p in trainer.parameters])
     for parameter in trainer.parameters:
         parameter.grad = None
@@ -92,13 +90,12 @@ def step(trainer: Trainer, number: int) -> tuple[Tensor, Tensor, float]:
 def velocities(trainer: Trainer, latents: Tensor) -> Tensor:
     """Of the first batch, on the straight way from its noise to ``latents``, at every timestep."""
     samples = batch_of(trainer, 0)
-    text = [trainer.rollout.text[trainer.backbone.caption(p.text())] for p in trainer.prompts_of(samples)]
-    velocity, noise = trainer.backbone.velocity(text), trainer.rollout.noise(samples)
-    found = []
-    with trainer.runtime.autocast():
-        for t in trainer.backbone.timesteps(len(samples)):
-            share = (t / trainer.backbone.num_timesteps)[:, None, None, None, None]
-            found.append(velocity((1 - share) * latents + share * noise, t))
+    backbone, rollout = trainer.backbone, trainer.objective.rollout
+    predict = backbone.predictor(rollout.features(trainer.prompts_of(samples)))
+    noise, found = rollout.noise(samples), []
+    with trainer.distributed.autocast():
+        for t in backbone.timesteps(len(samples)):
+            found.append(predict(backbone.process.add_noise(latents, noise, t), t))
     return torch.stack(found)
 
 

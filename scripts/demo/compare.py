@@ -12,17 +12,19 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
+from Core.backbones import Backbone, EncodedPrompt, Prompt
 from Core.build import build_backbone
 from Core.cli import run
-from Core.data.prompts import Prompt, parse_prompts
+from Core.config import Config
 from Core.evaluation.metrics import PairedGain, motion, paired_gain, score_videos
-from Core.generation.generate import Sample, generate, plan_samples
+from Core.generation.generate import generate
 from Core.generation.jobs import Variant, adapted, read_variants
+from Core.generation.manifest import Sample, plan_samples
 from Core.rewards import Reward, build_reward
-from Core.training.metric_logging import read_table
-from Core.utils.distributed import Runtime
+from Core.utils.distributed import Distributed
+from Core.utils.tables import read_table
+from Core.utils.terminal import progress_bar
 from scripts.demo import oracle, world
 from scripts.demo.common import HELDOUT_SEED, heldout, to_pixels, to_uint8
 
@@ -62,7 +64,7 @@ class Comparison:
         return gain.gain / (self.true_reward - gain.before)
 
 
-def train(config) -> Path:
+def train(config: Config) -> Path:
     """Train as a user's command would; the run folder.
 
     Raises:
@@ -70,10 +72,9 @@ def train(config) -> Path:
     """
     folder = run(config)
     done = len(read_table(folder / "metrics.csv"))
-    if done < config.max_train_steps:
-        raise SystemExit(
-            f"training was stopped after step {done} of {config.max_train_steps}; continue it with --resume auto"
-        )
+    asked = config.optimizer.max_train_steps
+    if done < asked:
+        raise SystemExit(f"training was stopped after step {done} of {asked}; continue it with --resume auto")
     return folder
 
 
@@ -93,29 +94,33 @@ def score(reward: Reward, videos: Tensor, prompts: Sequence[Prompt]) -> Scores:
     return Scores(torch.cat(parts).numpy(), both, hits["direction"].astype(float), motion(videos).numpy())
 
 
-def generate_all(config, backbone, text, samples: Sequence[Sample], variant: Variant) -> Tensor:
+def generate_all(
+    backbone: Backbone,
+    samples: Sequence[Sample],
+    texts: Sequence[EncodedPrompt],
+    variant: Variant,
+    quiet: bool,
+) -> Tensor:
     """Videos [P, 3, T, H, W] of a variant; equal samples start from equal noise."""
     made = []
-    bar = tqdm(
-        total=len(samples), desc=f"generating, {variant.name}", unit="video", disable=config.verbose < 1
-    )
-    with adapted(backbone, variant, 1.0):
+    with adapted(backbone, variant, 1.0), progress_bar(hidden=quiet) as bar:
+        task = bar.add_task(f"generating, {variant.name}", total=len(samples))
         for start in range(0, len(samples), BATCH):
-            made.append(generate(backbone, text, config, samples[start : start + BATCH]))
-            bar.update(len(made[-1]))
-    bar.close()
+            own = slice(start, start + BATCH)
+            made.append(generate(backbone, samples[own], texts[own]))
+            bar.advance(task, len(made[-1]))
     return torch.cat(made)
 
 
-def compare(config, adapter: str, count: int, scene_seed: int = HELDOUT_SEED) -> Comparison:
+def compare(config: Config, adapter: str, count: int, scene_seed: int = HELDOUT_SEED) -> Comparison:
     """Compare base model and ``adapter`` on ``count`` held-out captions."""
     scenes, captions = heldout(count, scene_seed)
-    prompts = parse_prompts(captions)
-    backbone, text = build_backbone(config, Runtime(), prompts)
-    reward = build_reward(config.reward_fn, config.reward_arguments, device=backbone.device)
-    samples = plan_samples(prompts, 1, SEED)
+    prompts = config.backbone.parse_prompts(captions)
+    backbone, texts = build_backbone(config, Distributed(), prompts)
+    reward = build_reward(config.reward.reward_fn, config.reward.arguments, device=backbone.device)
+    samples, quiet = plan_samples(prompts, 1, SEED), config.run.verbose < 1
     before, after = (
-        generate_all(config, backbone, text, samples, variant) for variant in read_variants([None, adapter])
+        generate_all(backbone, samples, texts, variant, quiet) for variant in read_variants([None, adapter])
     )
     truth = to_pixels(np.stack([world.render(scene) for scene in scenes])).transpose(1, 2)
     return Comparison(

@@ -15,15 +15,18 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest import mock
 
 import torch
 from torch import Tensor
 
-from Core.backbones import OpenSora
+from Core.backbones.opensora import OpenSora
 from Core.cli import main as run
-from Core.evaluation.score_videos import read_clip
-from Core.generation import generate as inference
-from opensora.datasets import read_from_path, save_sample
+from Core.data.video import read_video, save_video
+from Core.generation import generate as generation
+from Core.generation.manifest import read_manifest
+from Core.sampling.kept_frames import KeptFrames
+from opensora.datasets import read_from_path
 from scripts.demo import oracle, world
 from scripts.demo.common import ROOT, heldout, psnr, to_pixels, to_uint8
 
@@ -43,27 +46,23 @@ def sample(folder: Path, captions: list[str], *flags: str) -> None:
 def kept_latents() -> Iterator[list[float]]:
     """Largest difference between given and final latents of each conditioned clip, as clips are sampled."""
     differences: list[float] = []
-    real = inference.euler_sample
+    run_steps = generation.run_steps
 
-    def watched(velocity, z: Tensor, timesteps: Tensor, **kwargs) -> Tensor:
-        given, result = z.clone(), real(velocity, z, timesteps, **kwargs)
-        if kwargs["mask"] is not None:
-            kept = (kwargs["mask"] == 0)[:, None, :, None, None].expand_as(z)
+    def watched(step, z: Tensor, *args) -> Tensor:
+        given, result = z.clone(), run_steps(step, z, *args)
+        if isinstance(step, KeptFrames):
+            kept = (step.mask == 0)[:, None, :, None, None].expand_as(z)
             differences.append(float((result - given)[kept].abs().max()))
         return result
 
-    inference.euler_sample = watched
-    try:
+    with mock.patch.object(generation, "run_steps", watched):
         yield differences
-    finally:
-        inference.euler_sample = real
 
 
 def videos(folder: Path) -> list[Tensor]:
     """[3, T, H, W] of each prompt, in order."""
-    return [
-        read_clip(folder / "videos" / entry["file"]) for entry in inference.read_manifest(folder / "videos")
-    ]
+    made = folder / "videos"
+    return [read_video(made / entry["file"]) for entry in read_manifest(made)]
 
 
 def right(clip: Tensor, caption: str) -> bool:
@@ -96,15 +95,12 @@ def picture_conditioning(folder: Path, count: int, flags: list[str]) -> dict:
     """How a true first frame comes out, against the picture and against the VAE's own reconstruction of it."""
     scenes, captions = heldout(count)
     frames = [to_pixels(world.render(scene, [0])).transpose(0, 1) for scene in scenes]
-    paths = [save_sample(frame, str(folder / f"{i:04d}"), verbose=False) for i, frame in enumerate(frames)]
+    paths = [str(save_video(frame, folder / f"{i:04d}", fps=8)) for i, frame in enumerate(frames)]
     suffixes = [json.dumps({"reference_path": path, "mask_strategy": "0"}) for path in paths]
     backbones: list[OpenSora] = []
     load = OpenSora.load
-    OpenSora.load = lambda self: (load(self), backbones.append(self))[0]
-    try:
+    with mock.patch.object(OpenSora, "load", lambda self: (load(self), backbones.append(self))[0]):
         sample(folder, [caption + suffix for caption, suffix in zip(captions, suffixes, strict=True)], *flags)
-    finally:
-        OpenSora.load = load
     vae = backbones[0].vae
     with torch.no_grad():
         pixels = torch.stack([read_from_path(path, (world.SIDE, world.SIDE)) for path in paths])

@@ -19,11 +19,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from Core.config.schema import load_config
+from Core.config import Config, load_config
 from Core.evaluation.metrics import paired_gain
-from Core.training.metric_logging import read_table
 from Core.training.setup import build_trainer
-from Core.utils.distributed import Runtime
+from Core.utils.distributed import Distributed
+from Core.utils.tables import read_table
 from scripts.bench import page
 from scripts.bench.plain import plain_path
 from scripts.benchmark import origin
@@ -42,10 +42,10 @@ PATHS: dict[str, list[str]] = {
 }
 
 
-def train(config, plain: bool) -> Path:
+def train(config: Config, plain: bool) -> Path:
     """Train on the plain path of ``scripts/bench/plain.py`` or as a user does; the adapter."""
-    folder = Path(config.project_dir)
-    trainer = build_trainer(config, Runtime(config.mixed_precision), folder)
+    folder = Path(config.run.project_dir)
+    trainer = build_trainer(config, Distributed(config.optimizer.mixed_precision), folder)
     context: Any = nullcontext()
     if plain:
         context = plain_path(trainer, trainer.backbone.text_encoder(), lambda name: None)

@@ -8,8 +8,8 @@ import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 
-from Core.training.metric_logging import read_table
-from opensora.datasets import save_sample
+from Core.data.video import save_video
+from Core.utils.tables import read_table
 from scripts.demo import world
 
 ZOOM = 3
@@ -70,7 +70,7 @@ def side_by_side(
     count = len(captions) - len(captions) % columns
     video = grid([cell(*one) for one in zip(captions[:count], before, after, strict=False)], columns)
     pixels = torch.from_numpy(np.concatenate([video, video])).permute(3, 0, 1, 2) / 127.5 - 1
-    return Path(save_sample(pixels, str(path.with_suffix("")), fps=world.FPS / 2, verbose=False))
+    return save_video(pixels, path.with_suffix(""), fps=world.FPS / 2)
 
 
 def contact_sheet(path: Path, captions: list[str], before: np.ndarray, after: np.ndarray) -> Path:

@@ -15,8 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
-from Core.config.schema import load_config  # noqa: E402
-from Core.utils.options import ConfigError  # noqa: E402
+from Core.config import ConfigError, load_config  # noqa: E402
 from scripts.demo.compare import Comparison, compare, train  # noqa: E402
 from scripts.demo.pictures import contact_sheet, reward_curve, side_by_side  # noqa: E402
 

@@ -15,7 +15,7 @@ import time
 
 import torch
 
-from Core.config.schema import load_config
+from Core.config import load_config
 from scripts.demo.common import ROOT
 from scripts.demo.compare import Comparison, compare, train
 from scripts.demo.quickstart import CONFIG

@@ -20,9 +20,10 @@ import numpy as np
 import torch
 
 from Core.cli import run
-from Core.config.schema import load_config, read_file
-from Core.training.metric_logging import read_table
+from Core.config import load_config
+from Core.config.load import read_saved
 from Core.utils.environment import read_starts
+from Core.utils.tables import read_table
 from scripts.demo.common import ROOT
 from scripts.demo.quickstart import CONFIG
 
@@ -30,18 +31,18 @@ FOLDER = ROOT / "runs" / "study_windows"
 PAGE = ROOT / "docs" / "learning-study.md"
 TABLE, PLOT = (ROOT / "docs" / "benchmarks" / f"learning-study.{kind}" for kind in ("csv", "svg"))
 DEMO = load_config([str(CONFIG)])
+SAMPLING_STEPS = DEMO.backbone.num_sampling_steps(DEMO.family)
+GRADIENT_STEPS = DEMO.flat()["backprop_steps"]
 WINDOWS: dict[str, dict[str, Any]] = {
     "window 1": {"backprop_steps": 1},
     "window 3": {"backprop_steps": 3},
     "window 5": {"backprop_steps": 5},
     "rand": {"backprop_mode": "rand"},
-    "full": {"backprop_steps": DEMO.scheduler["num_sampling_steps"]},
-    "noise repeats 2": {"backprop_steps": 1, "noise_repeats": 2},
-    "noise repeats 4": {"backprop_steps": 1, "noise_repeats": 4},
+    "full": {"backprop_steps": SAMPLING_STEPS},
 }
 GUARDS: dict[str, dict[str, Any]] = {f"kl {weight:g}": {"kl_weight": weight} for weight in (0.3, 1.0, 10.0)}
 SETTINGS = WINDOWS | GUARDS
-DEFAULT = f"window {DEMO.backprop_steps}"
+DEFAULT = f"window {GRADIENT_STEPS}"
 PILOT_STEPS = 8
 MEASURES = ("reward", "motion", "diversity")
 VALIDATIONS = 2  # beside the one before the first step
@@ -76,7 +77,7 @@ def course(setting: str, seed: int) -> dict[str, np.ndarray] | None:
         return None
     table = read_table(folder / "validation.csv")
     steps = np.array([int(row["step"]) for row in table])
-    if steps[-1] != read_file(str(folder / "config.py"), [])["max_train_steps"]:
+    if steps[-1] != read_saved(folder / "config.py")["max_train_steps"]:
         return None
     return {name: np.array([row[name] for row in table]) for name in MEASURES} | {"steps": steps}
 
@@ -147,7 +148,7 @@ their change as a share of the base model's.
 
 ## Windows
 
-The demo has {DEMO.scheduler["num_sampling_steps"]} sampling steps. `window K` keeps the gradient of the last K, `full`
+The demo has {SAMPLING_STEPS} sampling steps. `window K` keeps the gradient of the last K, `full`
 of all, `rand` from a step drawn anew; `noise repeats R` takes the last step R times from new noise.
 
 {as_table(windows)}
@@ -158,7 +159,7 @@ of all, `rand` from a step drawn anew; `noise repeats R` takes the last step R t
 
 ## The distance to the base model
 
-`kl X` is the demo's own setting (`backprop_steps={DEMO.backprop_steps}`) with `kl_weight=X`.
+`kl X` is the demo's own setting (`backprop_steps={GRADIENT_STEPS}`) with `kl_weight=X`.
 
 {as_table(guarded)}
 

@@ -6,7 +6,7 @@ import logging
 import pytest
 from rich.console import Console
 
-from Core.training.progress import BLOCKS, LiveView, clock_text, sparkline
+from Core.training.progress import BLOCKS, ProgressPanel, clock_text, sparkline
 
 TIMINGS = {
     "prefix": 0.8,
@@ -22,7 +22,7 @@ NUMBERS = {"loss": 0.25, "grad norm": 0.0125, "lr": 2e-4}
 def view_on(terminal: bool, shown: bool = True):
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=100)
-    return LiveView(100, 10, shown, console), out
+    return ProgressPanel(100, 10, shown, console), out
 
 
 def advance(view, steps):

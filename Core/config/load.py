@@ -1,0 +1,217 @@
+"""From a config file and flags to a checked configuration."""
+
+import argparse
+import ast
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from Core.backbones import BACKBONES
+from Core.training.objectives import OBJECTIVES
+from Core.utils.errors import ConfigError
+from Core.utils.options import FlagParser, add_flags, check_values, parse_literal
+from Core.utils.registry import did_you_mean
+
+from .checks import config_errors
+from .schema import Config, keys_of, sections_of
+
+SUFFIXES = (".py", ".yaml", ".yml", ".json")
+# Keys of earlier versions, with the value that meant "off": a config file may still hold that.
+RETIRED = {"prefix_cache": 1, "noise_repeats": 1}
+
+
+def load_config(argv: Sequence[str] | None = None) -> Config:
+    """The configuration of ``CONFIG [flags]``.
+
+    Raises:
+        ConfigError: with every error found; nothing has been loaded by then.
+    """
+    values, flags = parse_arguments(argv)
+    return build_config(values, flags)
+
+
+def parse_arguments(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Keys of the file, and flags; which flags there are depends on the family and the objective chosen.
+
+    Raises:
+        ConfigError: an unreadable file or an unknown flag.
+    """
+    first = FlagParser(add_help=False, allow_abbrev=False)
+    first.add_argument("config", nargs="?")
+    _add_overrides(first)
+    for flag in ("backbone", "objective"):
+        first.add_argument(f"--{flag}", default=argparse.SUPPRESS)
+    chosen, rest = first.parse_known_args(argv)
+    helping = bool({"-h", "--help"} & set(rest))
+    values: dict[str, Any] = {}
+    if chosen.config is not None and not (helping and not Path(chosen.config).is_file()):
+        values = read_file(chosen.config, chosen.cfg_options)
+    choice = {key: vars(chosen).get(key, values.get(key)) for key in ("backbone", "objective")}
+    schemas = _schemas({key: value for key, value in choice.items() if value is not None})
+    flags = vars(_parser(schemas).parse_args(argv))
+    del flags["config"], flags["cfg_options"]
+    return values, flags
+
+
+def _add_overrides(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--cfg-options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="set any key, also inside an entry (model.from_pretrained=…)",
+    )
+
+
+def _schemas(choice: Mapping[str, Any]) -> dict[str, type]:
+    """The sections that a choice of family and objective gives; a wrong one is reported later, with all else."""
+    known = {"backbone": BACKBONES, "objective": OBJECTIVES}
+    valid = {
+        key: value for key, value in choice.items() if isinstance(value, str) and value in known.get(key, ())
+    }
+    return sections_of(valid)
+
+
+def _parser(schemas: Mapping[str, type]) -> FlagParser:
+    parser = FlagParser(
+        description="Train a LoRA adapter by reward gradient, or generate videos (is_vader_training=False).",
+        allow_abbrev=False,
+    )
+    parser.add_argument("config", help=f"config file ({', '.join(SUFFIXES)})")
+    _add_overrides(parser)
+    for name, schema in schemas.items():
+        group = parser.add_argument_group(name, (schema.__doc__ or "").partition("\n")[0])
+        add_flags(group, schema)
+        if name == "family":
+            for flag, (entry, key) in schema.nested_flags.items():  # type: ignore[attr-defined]
+                option = "--" + flag.replace("_", "-")
+                group.add_argument(option, type=parse_literal, metavar="VALUE", help=f"{key} of {entry}")
+    return parser
+
+
+def read_file(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Keys of a config file after ``key=value`` overrides.
+
+    Raises:
+        ConfigError: no such file, or one that cannot be read.
+    """
+    if not Path(path).is_file():
+        raise ConfigError([f"config file {path!r} does not exist; give the path of a config file"])
+    if Path(path).suffix not in SUFFIXES:
+        raise ConfigError([f"config file {path!r} must end in one of {', '.join(SUFFIXES)}"])
+    malformed = [entry for entry in overrides if "=" not in entry]
+    if malformed:
+        raise ConfigError([f"--cfg-options takes KEY=VALUE, got {entry!r}" for entry in malformed])
+    from mmengine.config import Config as FileConfig
+
+    try:
+        file = FileConfig.fromfile(path)
+        file.merge_from_dict(
+            {key: parse_literal(value) for key, _, value in (o.partition("=") for o in overrides)}
+        )
+    except Exception as error:  # a config file is a program, so anything may come out of it
+        reason = str(error) or "no reason given"
+        raise ConfigError(
+            [f"config file {path!r} cannot be read: {type(error).__name__}: {reason}"]
+        ) from error
+    values = file.to_dict()
+    return {key: value for key, value in values.items() if not isinstance(value, ModuleType)}
+
+
+def read_saved(path: Path) -> dict[str, Any]:
+    """Keys of a ``config.py`` that ``Config.save`` wrote, read as data: nothing in it is run.
+
+    Raises:
+        ValueError, OSError: no such file, or it holds more than literals.
+    """
+    values = {}
+    try:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            assigned = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
+            if not assigned:
+                raise ValueError("more than assignments")
+            values[node.targets[0].id] = ast.literal_eval(node.value)  # type: ignore[attr-defined]
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{path} is no saved configuration: it holds {error}") from error
+    return values
+
+
+def build_config(values: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> Config:
+    """A checked configuration from keys of a file and flags that override them.
+
+    Raises:
+        ConfigError: with every error found.
+    """
+    values, errors = _without_retired({**values, **(flags or {})})
+    schemas = _schemas(values)
+    nested = schemas["family"].nested_flags  # type: ignore[attr-defined]
+    for flag in set(nested) & set(flags or {}):
+        entry, inner = nested[flag]
+        if (value := values.pop(flag)) is not None:
+            values[entry] = {**(values.get(entry) or {}), inner: value}
+    if isinstance(values.get("prompt"), str):
+        values["prompt"] = [values["prompt"]]
+    for key, table in (("backbone", BACKBONES), ("objective", OBJECTIVES)):
+        if isinstance(values.get(key), str) and values[key] not in table:
+            errors.append(_unknown_choice(key, values.pop(key), table))
+    known = keys_of(schemas)
+    sound: dict[str, Any] = {}
+    faulty: list[str] = []
+    for key, value in values.items():
+        sound |= _sound_part(key, value, known, errors, faulty)
+    # The rest is checked without the faulty values, so that all errors come at once.
+    config = Config.of(sound)
+    more = config_errors(config)
+    errors += [error for error in more if not error.startswith(tuple(f"{name} " for name in faulty))]
+    if errors:
+        raise ConfigError(list(dict.fromkeys(errors)))
+    return config
+
+
+def _sound_part(
+    key: str, value: Any, known: Mapping[str, Any], errors: list[str], faulty: list[str]
+) -> dict[str, Any]:
+    """``{key: value}`` if nothing is wrong with it, else what is left of it; adds to ``errors`` and ``faulty``."""
+    found = _key_errors(key, value, known)
+    if not found:
+        return {key: value}
+    errors += found
+    if key not in known or known[key].metadata["entry"] is None or not isinstance(value, Mapping):
+        faulty.append(key)
+        return {}
+    wrong = [inner for inner in value if check_values(known, {key: {inner: value[inner]}})]
+    faulty += [f"{key}.{inner}" for inner in wrong]
+    return {key: {inner: value[inner] for inner in value if inner not in wrong}}
+
+
+def _key_errors(key: str, value: Any, known: Mapping[str, Any]) -> list[str]:
+    if key in known:
+        return check_values(known, {key: value})
+    owner = _owner(key)
+    if owner:
+        return [f"{key} is a key of {owner}, which is not the one chosen; remove it"]
+    return check_values(known, {key: value})
+
+
+def _owner(key: str) -> str:
+    """The family or objective that has a key which the chosen ones have not."""
+    for kind, table in (("backbone", BACKBONES), ("objective", OBJECTIVES)):
+        for name in table:
+            if key in keys_of({"": table.resolve(name).settings_class}):
+                return f"{kind} {name!r}"
+    return ""
+
+
+def _unknown_choice(key: str, value: str, table: Mapping[str, Any]) -> str:
+    hint = did_you_mean(value, list(table))
+    return f"{key} must be one of {', '.join(table)}, got {value!r}" + (f": {hint}" if hint else "")
+
+
+def _without_retired(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    errors = [
+        f"{key} was removed, since measurement showed no gain; remove it"
+        for key, off in RETIRED.items()
+        if values.get(key, off) != off
+    ]
+    return {key: value for key, value in values.items() if key not in RETIRED}, errors

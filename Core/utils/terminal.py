@@ -1,0 +1,38 @@
+"""The terminal: one console, progress bars with rate and time left, and log lines above them."""
+
+import logging
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TextColumn,
+    TimeRemainingColumn,
+)
+from rich.text import Text
+
+console = Console(stderr=True)
+
+
+class RateColumn(ProgressColumn):
+    """Seconds per item, or items per second where that reads better."""
+
+    def render(self, task) -> Text:
+        if not task.speed:
+            return Text("")
+        return Text(f"{task.speed:.1f}/s" if task.speed >= 1 else f"{1 / task.speed:.1f} s each")
+
+
+def progress_bar(hidden: bool = False) -> Progress:
+    """A progress bar on standard error: done of total, rate and time left."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn())
+    return Progress(*columns, TimeRemainingColumn(), console=console, disable=hidden)
+
+
+class ConsoleHandler(logging.Handler):
+    """Prints log lines above a progress bar instead of through it."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)

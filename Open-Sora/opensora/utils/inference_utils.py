@@ -32,32 +32,27 @@ class MaskGroup(NamedTuple):
 
 
 def prepare_multi_resolution_info(info_type, batch_size, image_size, num_frames, fps, device, dtype):
-    """Return what a multi-resolution model is told about the sample, each value repeated over the batch.
+    """What a multi-resolution model is told about the sample, each value repeated over the batch.
 
     Args:
-        info_type: "STDiT2" (or "OpenSora"), "PixArtMS", or None for a model that takes nothing.
+        info_type: ``"STDiT2"`` (or ``"OpenSora"``), or None for a model that takes nothing.
         image_size: (height, width) in pixels.
-        num_frames: pixel frames; a still picture (1) is announced at `IMG_FPS`.
+        num_frames: pixel frames; a still picture (1) is announced at ``IMG_FPS``.
         fps: frames per second.
 
     Returns:
-        "STDiT2": height, width, num_frames, fps, ar, each [B]; "PixArtMS": hw [B, 2], ar [B, 1]; None: {}.
-        ar is height / width.
+        height, width, num_frames, fps and ar, which is height / width, each [B]; ``{}`` for None.
     """
-    height, width = image_size
-
-    def batch(*values):
-        return torch.tensor([values], device=device, dtype=dtype).repeat(batch_size, 1)
-
     if info_type is None:
         return {}
-    if info_type == "PixArtMS":
-        return dict(ar=batch(height / width), hw=batch(height, width))
-    if info_type in ("STDiT2", "OpenSora"):
-        values = dict(height=height, width=width, num_frames=num_frames, ar=height / width)
-        values["fps"] = fps if num_frames > 1 else IMG_FPS
-        return {name: batch(value)[:, 0] for name, value in values.items()}
-    raise ValueError(f"multi_resolution={info_type!r} is unknown; use 'STDiT2', 'PixArtMS' or None")
+    if info_type not in ("STDiT2", "OpenSora"):
+        raise ValueError(f"multi_resolution={info_type!r} is unknown; use 'STDiT2', 'OpenSora' or None")
+    height, width = image_size
+    values = dict(height=height, width=width, num_frames=num_frames, ar=height / width)
+    values["fps"] = fps if num_frames > 1 else IMG_FPS
+    return {
+        name: torch.full((batch_size,), value, device=device, dtype=dtype) for name, value in values.items()
+    }
 
 
 def load_prompts(prompt_path, start_idx=None, end_idx=None):
@@ -330,10 +325,3 @@ def append_generated(
         group = f"{loop_i},{len(refs) - 1},-{length},0,{length},{condition_frame_edit}"
         strategies.append(f"{strategy};{group}" if strategy else group)
     return references, strategies
-
-
-def dframe_to_frame(num):
-    """Return how many pixel frames `num` latent frames are: a VAE chunk is 5 latent or 17 pixel frames."""
-    if num % 5:
-        raise ValueError(f"{num} latent frames do not fill whole VAE chunks; use a multiple of 5")
-    return num // 5 * 17

@@ -182,7 +182,7 @@ def test_the_base_model_against_itself_shows_nothing(trained, tmp_path):
         (("--rewards", "sharpness", "--reward-arguments", '{"hps": {}}'), "'hps', which is not among"),
         (("--adapter", "nowhere"), "there is no file or folder 'nowhere'"),
         (("--prompts", "nowhere.txt"), "'nowhere.txt' does not exist"),
-        (("--seeed", "1"), "did you mean --seed?"),
+        (("--seeed", "1"), "did you mean '--seed'?"),
     ],
 )
 def test_bad_input_is_one_sentence(trained, tmp_path, capsys, flags, words):

@@ -145,7 +145,7 @@ def test_text_that_is_no_python_value_stays_text(text):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--stepz", "3"], "unknown flag --stepz: did you mean --steps?"),
+        (["--stepz", "3"], "unknown flag --stepz: did you mean '--steps'?"),
         (["--zzzzzzz"], "unknown flag --zzzzzzz; see --help"),
     ],
 )

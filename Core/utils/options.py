@@ -2,12 +2,13 @@
 
 import argparse
 import ast
-import difflib
 import math
 import types
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, Field, field, fields
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
+
+from Core.utils.registry import did_you_mean
 
 ARTICLES = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
 ARTICLES |= {dict: "a dict", Mapping: "a dict", type(None): "None"}
@@ -100,8 +101,8 @@ def _value_errors(entry: Field, value: Any) -> list[str]:
 
 
 def unknown_key(key: str, known: Collection[str]) -> str:
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    return f"unknown key {key!r}" + (f": did you mean {near[0]!r}?" if near else "; remove it")
+    hint = did_you_mean(key, known)
+    return f"unknown key {key!r}" + (f": {hint}" if hint else "; remove it")
 
 
 def parse_literal(text: str) -> Any:
@@ -148,8 +149,8 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if message.startswith("unrecognized arguments"):
-            near = difflib.get_close_matches(unknown, self._option_string_actions, n=1, cutoff=0.5)
-            message = f"unknown flag {unknown}" + (f": did you mean {near[0]}?" if near else "; see --help")
+            hint = did_you_mean(unknown, self._option_string_actions)
+            message = f"unknown flag {unknown}" + (f": {hint}" if hint else "; see --help")
         raise ConfigError([message])
 
 

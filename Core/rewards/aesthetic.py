@@ -24,9 +24,11 @@ LAION_HEAD = Weight(
 class Aesthetic(ClipHead):
     """LAION head on the unit CLIP feature; loss 0.1 · |score − 10|.
 
-    model: CLIP folder or hub id. head: file in the LAION layout (`layers.0.weight`, …) for that CLIP's width.
-    resize: how an image that is not square is fitted; by default as the CLIP folder says. target: score
-    aimed at.
+    Args:
+        model: CLIP folder or hub id.
+        head: file in the LAION layout (``layers.0.weight``, …) for that CLIP's width.
+        resize: how an image that is not square is fitted; by default as the CLIP folder says.
+        target: score aimed at.
     """
 
     info = RewardInfo(

@@ -1,4 +1,4 @@
-"""Checks of `reward_args` against a scorer's constructor, before anything is loaded."""
+"""Checks of ``reward_args`` against a scorer's constructor, before anything is loaded."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from Core.utils.registry import did_you_mean
 
 
 def argument_errors(cls: Any, args: Mapping[str, Any], label: str, shared: Mapping[str, type]) -> list[str]:
-    """Sentences on unknown, missing and ill-typed arguments of `cls(**args)`.
+    """Sentences on unknown, missing and ill-typed arguments of ``cls(**args)``.
 
-    label: how messages call the arguments. shared: arguments every scorer takes beside its own.
+    Args:
+        label: how messages call the arguments.
+        shared: arguments every scorer takes beside its own.
     """
     parameters = {
         n: p for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY

@@ -12,9 +12,11 @@ from Core.rewards.base import Reward
 
 
 def log_odds(logits: Tensor, index: Tensor) -> Tensor:
-    """log(p / (1 − p)) of one class each, in float32 or better.
+    """log(p / (1 − p)) of one class each, [...] in float32 or better.
 
-    logits: [..., K] of K ≥ 2 classes. index: [...], the class of each. Returns [...].
+    Args:
+        logits: [..., K] of K ≥ 2 classes.
+        index: [...], the class of each.
     """
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     index = index[..., None]
@@ -23,7 +25,7 @@ def log_odds(logits: Tensor, index: Tensor) -> Tensor:
 
 
 class ClassProbability(Reward):
-    """`score_images` or `score_clips` return log-odds; the score is the probability p, in [0, 1].
+    """``score_images`` or ``score_clips`` return log-odds; the score is the probability p, in [0, 1].
 
     loss −log p, or −log(1 − p) where lower is better. It never takes the logarithm of a rounded probability:
     one that has reached 0 or 1 would have no gradient.

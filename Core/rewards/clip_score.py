@@ -98,8 +98,10 @@ def load_siglip(folder: Path, resize: Fit | None) -> tuple[ImageTower, TextTower
 class ClipScore(ImageReward):
     """100 · cos(image, own prompt); loss 1 − score / 100.
 
-    model: hub id or folder of a CLIP or SigLIP in the transformers layout, or, with the `open_clip` extra,
-    "open_clip:architecture/pretrained". resize: as in `pick_score`.
+    Args:
+        model: hub id or folder of a CLIP or SigLIP in the transformers layout, or, with the ``open_clip`` extra,
+            "open_clip:architecture/pretrained".
+        resize: as in ``pick_score``.
     """
 
     info = RewardInfo(

@@ -55,7 +55,7 @@ NUM_FRAMES_MAP = {f"{n}x": 51 * n for n in (1, 2, 4, 8, 16)} | {f"{2 * n}s": 51 
 
 
 def get_image_size(resolution, ar_ratio):
-    """Return (height, width) in pixels.
+    """(height, width) in pixels.
 
     Args:
         resolution: name such as "240p" or "720p".
@@ -76,7 +76,7 @@ def get_image_size(resolution, ar_ratio):
 
 
 def get_num_frames(num_frames):
-    """Return the pixel frames of a duration ("4s"), a multiple of 51 frames ("2x") or a number (16, "16").
+    """The pixel frames of a duration ("4s"), a multiple of 51 frames ("2x") or a number (16, "16").
 
     Raises:
         ValueError: neither a known name nor a positive whole number.

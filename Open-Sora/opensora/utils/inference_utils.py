@@ -1,12 +1,12 @@
 """Prompts, conditions and references for sampling, with the text formats of Open-Sora v1.2.0.
 
-Axis legend: B batch, C channels, T frames (latent frames where the tensor is a latent), H height, W width.
+Axes: B batch, C channels, T frames (latent frames where the tensor is a latent), H height, W width.
 
-A prompt may end in a JSON object with references, `A cat.{"reference_path": "a.png", "mask_strategy": "0"}`,
-and may change from loop to loop of a long video, `|0|a dog runs|2|the dog sleeps`.
+A prompt may end in a JSON object with references, ``A cat.{"reference_path": "a.png", "mask_strategy": "0"}``,
+and may change from loop to loop of a long video, ``|0|a dog runs|2|the dog sleeps``.
 
 A mask strategy tells which latent frames are given and not generated: groups joined by ";", each up to six
-numbers `loop,reference,reference_start,target_start,length,edit_ratio` (defaults 0,0,0,0,1,0; a negative
+numbers ``loop,reference,reference_start,target_start,length,edit_ratio`` (defaults 0,0,0,0,1,0; a negative
 start counts from the end). An edit ratio of 0 keeps the frames as they are; a higher one lets the sampler
 change them more.
 """
@@ -56,7 +56,7 @@ def prepare_multi_resolution_info(info_type, batch_size, image_size, num_frames,
 
 
 def load_prompts(prompt_path, start_idx=None, end_idx=None):
-    """Return the prompts of a UTF-8 file, one a line, blank lines left out.
+    """The prompts of a UTF-8 file, one a line, blank lines left out.
 
     Args:
         start_idx, end_idx: slice of the prompts (end exclusive); None is open.
@@ -86,7 +86,7 @@ def load_prompts(prompt_path, start_idx=None, end_idx=None):
 
 
 def append_score_to_prompts(prompts, aes=None, flow=None, camera_motion=None):
-    """Return the prompts with the score suffixes the model was trained with, where they are not there yet.
+    """The prompts with the score suffixes the model was trained with, where they are not there yet.
 
     Args:
         aes: aesthetic score, about 4 to 7.
@@ -130,7 +130,7 @@ def extract_json_from_prompts(prompts, reference, mask_strategy):
 
 
 def _read_suffix(prompt, suffix):
-    """Parse the JSON suffix of a prompt into {key: str}."""
+    """The JSON suffix of a prompt as {key: str}."""
     try:
         info = json.loads(suffix)
     except json.JSONDecodeError as error:
@@ -171,14 +171,14 @@ def split_prompt(prompt_text):
 
 
 def merge_prompt(text_list, loop_idx_list=None):
-    """Undo `split_prompt`."""
+    """Undo ``split_prompt``."""
     if loop_idx_list is None:
         return text_list[0]
     return "".join(f"|{loop}|{text}" for loop, text in zip(loop_idx_list, text_list, strict=True))
 
 
 def extract_prompts_loop(prompts, num_loop):
-    """Return for each prompt the text that holds in loop `num_loop` (0 is the first)."""
+    """For each prompt the text that holds in loop ``num_loop`` (0 is the first)."""
     selected = []
     for prompt in prompts:
         texts, loops = split_prompt(prompt)
@@ -188,7 +188,7 @@ def extract_prompts_loop(prompts, num_loop):
 
 
 def parse_mask_strategy(mask_strategy):
-    """Return the `MaskGroup`s of a mask strategy string (see the top of this file); none for "" or None.
+    """The ``MaskGroup``s of a mask strategy string (see the top of this file); none for "" or None.
 
     Raises:
         ValueError: a group has more than six fields or one that is no number.
@@ -225,7 +225,7 @@ def collect_references_batch(reference_paths, vae, image_size):
 
     Args:
         reference_paths: B strings, each paths joined by ";" or "" for none.
-        vae: has `encode([1, 3, T, H, W] in [-1, 1]) -> latent`, `device` and `dtype`.
+        vae: has ``encode([1, 3, T, H, W] in [-1, 1]) -> latent``, ``device`` and ``dtype``.
         image_size: (height, width) in pixels to which pictures and videos are fitted.
 
     Returns:
@@ -284,7 +284,7 @@ def apply_mask_strategy(z, refs_x, mask_strategys, loop_i, align=None):
 
 
 def _start_frame(start, num_frames, align, field, strategy):
-    """Return `start` as an index in [0, num_frames), moved to the nearest multiple of `align` that fits."""
+    """``start`` as an index in [0, num_frames), moved to the nearest multiple of ``align`` that fits."""
     index = start + num_frames if start < 0 else start
     if not 0 <= index < num_frames:
         raise ValueError(
@@ -306,7 +306,7 @@ def append_generated(
     """Make the end of the last clip the start of the next: encode it and add it to the references.
 
     Args:
-        vae: has `encode([B, 3, T, H, W]) -> [B, C, T, H, W]`.
+        vae: has ``encode([B, 3, T, H, W]) -> [B, C, T, H, W]``.
         generated_video: [B, 3, T, H, W] pixels in [-1, 1].
         refs_x: B lists of reference latents (or None for an empty one).
         mask_strategy: B mask strategy strings (or None for an empty one).

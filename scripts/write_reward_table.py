@@ -3,8 +3,6 @@
 Everything between a line `<!-- NAME: generated … -->` and the next `<!-- end -->` is replaced.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import sys

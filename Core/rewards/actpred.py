@@ -3,8 +3,6 @@
 Axes: B clips, T frames the network takes, K action classes.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Mapping, Sequence

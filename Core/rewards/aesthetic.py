@@ -1,7 +1,5 @@
 """LAION aesthetic predictor V2: a linear read-out of CLIP image features, rated 1 to 10 by people."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from Core.rewards.base import RewardInfo

@@ -1,7 +1,5 @@
 """Checks of ``reward_args`` against a scorer's constructor, before anything is loaded."""
 
-from __future__ import annotations
-
 import inspect
 from collections.abc import Mapping
 from typing import Any, get_type_hints

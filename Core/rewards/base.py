@@ -3,8 +3,6 @@
 Axes: B videos, F frames of each, N images (N = B·F inside an image scorer), H rows, W columns.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from Core.rewards.arguments import argument_errors
 from Core.rewards.preprocess import to_unit_range
 from Core.utils.hub import Weight, missing_local
+
+Score = Callable[[Tensor, list[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class Reward(nn.Module):
         if isinstance(value, (nn.Module, nn.Parameter)):
             freeze(self)
 
-    def train(self, mode: bool = True) -> Reward:
+    def train(self, mode: bool = True) -> "Reward":
         """Stay in eval mode, whatever ``mode`` says."""
         return super().train(False)
 
@@ -102,7 +102,7 @@ class Reward(nn.Module):
         )
         return next(floats, torch.float32)
 
-    def cast(self, dtype: torch.dtype) -> Reward:
+    def cast(self, dtype: torch.dtype) -> "Reward":
         """Convert the networks to ``dtype``, except that ``full_precision`` ones never get less than float32."""
         for name, child in self.named_children():
             child.to(torch.promote_types(dtype, torch.float32) if name in self.full_precision else dtype)
@@ -136,14 +136,10 @@ class Reward(nn.Module):
         return []
 
     def forward(self, frames: Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Score videos.
-
-        Args:
-            frames: [B, F, 3, H, W] in [-1, 1].
-            prompts: B texts.
+        """Score B videos, frames [B, F, 3, H, W] in [-1, 1], each by its prompt.
 
         Raises:
-            ValueError: the two do not fit.
+            ValueError: frames and prompts do not fit.
         """
         check_inputs(frames, prompts)
         freeze(self)
@@ -163,22 +159,10 @@ class Reward(nn.Module):
         """What training minimises, elementwise of the same; by default the score itself, signed."""
         return -raw if self.higher_is_better else raw
 
-    def in_slices(
-        self, score: Callable[[Tensor, list[str]], Tensor], inputs: Tensor, prompts: list[str]
-    ) -> Tensor:
-        """``score(inputs, prompts)`` in slices of ``slice_size``, each recomputed in the backward pass.
+    def in_slices(self, score: Score, inputs: Tensor, prompts: list[str]) -> Tensor:
+        """``score(inputs, prompts)`` [N], float32 or better, of inputs [N, …] and N prompts.
 
-        The graph of only one slice is alive at a time.
-
-        Args:
-            inputs: [N, …].
-            prompts: N texts.
-
-        Returns:
-            [N], float32 or better.
-
-        Raises:
-            ValueError: ``score`` does not return one number per input.
+        It runs in slices of ``slice_size``, recomputed in the backward pass: the graph of only one is alive at a time.
         """
         if len(inputs) <= self.slice_size:
             return self.one_each(score(inputs, prompts), len(inputs))

@@ -4,8 +4,6 @@
 arguments of the scorer, for a mixture {name: {argument: value}}.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -16,10 +14,11 @@ from Core.rewards.mixture import Mixture, mixture_errors
 from Core.rewards.registry import construct, resolve_reward
 from Core.utils.hub import Weight, prefetch
 
+RewardFn = str | Mapping[str, float]
+RewardArgs = Mapping[str, Any] | None
 
-def check_reward_config(
-    reward_fn: str | Mapping[str, float], reward_args: Mapping[str, Any] | None = None
-) -> list[str]:
+
+def check_reward_config(reward_fn: RewardFn, reward_args: RewardArgs = None) -> list[str]:
     """All that is wrong with a reward configuration, one sentence each, without loading any weights."""
     args = dict(reward_args or {})
     if isinstance(reward_fn, Mapping):
@@ -30,17 +29,13 @@ def check_reward_config(
         return [str(error)]
 
 
-def required_weights(
-    reward_fn: str | Mapping[str, float], reward_args: Mapping[str, Any] | None = None
-) -> list[Weight]:
+def required_weights(reward_fn: RewardFn, reward_args: RewardArgs = None) -> list[Weight]:
     """All weights that ``build_reward(reward_fn, reward_args)`` loads."""
     parts = _parts(reward_fn, reward_args)
     return [w for name, own in parts.items() for w in resolve_reward(name).required_weights(own).values()]
 
 
-def prompt_errors(
-    reward_fn: str | Mapping[str, float], reward_args: Mapping[str, Any] | None, prompts: Sequence[str]
-) -> list[str]:
+def prompt_errors(reward_fn: RewardFn, reward_args: RewardArgs, prompts: Sequence[str]) -> list[str]:
     """Sentences on prompts the reward cannot score, before a network is loaded.
 
     Raises:
@@ -50,9 +45,7 @@ def prompt_errors(
     return [e for name, own in parts.items() for e in resolve_reward(name).prompt_errors(own, prompts)]
 
 
-def _parts(
-    reward_fn: str | Mapping[str, float], reward_args: Mapping[str, Any] | None
-) -> dict[str, Mapping[str, Any]]:
+def _parts(reward_fn: RewardFn, reward_args: RewardArgs) -> dict[str, Mapping[str, Any]]:
     """The scorers of a valid configuration by name, each with its own arguments."""
     args = dict(reward_args or {})
     if isinstance(reward_fn, Mapping):
@@ -61,8 +54,8 @@ def _parts(
 
 
 def build_reward(
-    reward_fn: str | Mapping[str, float],
-    reward_args: Mapping[str, Any] | None = None,
+    reward_fn: RewardFn,
+    reward_args: RewardArgs = None,
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,

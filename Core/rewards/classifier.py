@@ -1,7 +1,5 @@
 """Scorers whose score is the probability of a class, trained in log-odds."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -12,12 +10,7 @@ from Core.rewards.base import Reward
 
 
 def log_odds(logits: Tensor, index: Tensor) -> Tensor:
-    """log(p / (1 − p)) of one class each, [...] in float32 or better.
-
-    Args:
-        logits: [..., K] of K ≥ 2 classes.
-        index: [...], the class of each.
-    """
+    """log(p / (1 − p)) [...] of one class each: ``logits`` [..., K ≥ 2], ``index`` [...]; in float32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     index = index[..., None]
     others = logits.scatter(-1, index, -math.inf).logsumexp(dim=-1)

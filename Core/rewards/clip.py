@@ -3,8 +3,6 @@
 Axes: N images or texts, L tokens, D features.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path

@@ -1,7 +1,5 @@
 """File size of a frame as JPEG, predicted from CLIP image features by a small MLP."""
 
-from __future__ import annotations
-
 import itertools
 
 from torch import Tensor, nn
@@ -23,15 +21,7 @@ PAPER = "Prabhudesai et al. 2024, arXiv:2407.08737"
 
 
 class JpegSize(ClipHead):
-    """Predicted kB as JPEG; loss ∓score, or |score − target| with a target in kB.
-
-    Args:
-        model: CLIP folder or hub id.
-        head: the reference's ``compression_reward.pt``, or a file of the same layout (linear layers with ReLU
-            between them, on the unit CLIP feature).
-        target: kB.
-        resize: as in ``aesthetic``.
-    """
+    """Predicted kB as JPEG; loss ∓score, or |score − target| with a target in kB."""
 
     def __init__(
         self,
@@ -57,7 +47,8 @@ class Compression(JpegSize):
 
     Args:
         model: CLIP folder or hub id.
-        head: ``compression_reward.pt``.
+        head: the reference's ``compression_reward.pt``, or a file of the same layout (linear layers with ReLU
+            between them, on the unit CLIP feature).
         target: kB.
         resize: as in ``aesthetic``.
     """

@@ -1,7 +1,5 @@
 """Small read-outs of CLIP image features, stored as a chain of linear layers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

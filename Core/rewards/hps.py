@@ -3,8 +3,6 @@
 The published files hold open_clip's parameter names; they are converted to ``transformers.CLIPModel``.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Weighted sums of scorers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -21,7 +19,6 @@ class Mixture(Reward):
     negatively, so that a higher mixture score is always better.
 
     Args:
-        weights: of the parts, by name.
         score_weights: those of the score, where they differ from those of the loss.
     """
 
@@ -38,7 +35,7 @@ class Mixture(Reward):
         self.weights = [float(weights[name]) for name in parts]
         self.score_weights = [float((score_weights or weights)[name]) for name in parts]
 
-    def cast(self, dtype: torch.dtype) -> Mixture:
+    def cast(self, dtype: torch.dtype) -> "Mixture":
         for reward in self.rewards:
             reward.cast(dtype)
         return self

@@ -1,7 +1,5 @@
 """Presence or absence of an object, by the YOLOS detector (Fang et al. 2021, arXiv:2106.00666)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 

@@ -1,7 +1,5 @@
 """PickScore: preference of people between images for a prompt (Kirstain et al. 2023, arXiv:2305.01569)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from Core.rewards.base import ImageReward, RewardInfo

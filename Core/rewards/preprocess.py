@@ -5,8 +5,6 @@ gradient reaches the frames, and it reproduces the 8-bit pipelines the published
 antialiased bilinear / bicubic resampling as in Pillow, integer output sizes as in torchvision.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -52,9 +50,8 @@ class _ClampTowardsRange(torch.autograd.Function):
 def clamp_towards_range(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """Clamp ``x`` to [low, high].
 
-    ``torch.clamp`` stops every gradient of a saturated pixel, so such a pixel can never recover. Here the
-    gradient of a loss (to be minimised) passes if stepping against it moves the value back towards the
-    range.
+    ``torch.clamp`` stops every gradient of a saturated pixel, so such a pixel can never recover. Here the gradient of a
+    loss (to be minimised) passes if stepping against it moves the value back towards the range.
     """
     return _ClampTowardsRange.apply(x, low, high)
 
@@ -90,8 +87,7 @@ def resize_short_side(images: Tensor, size: int, interpolation: Interpolation = 
 def center_crop(images: Tensor, height: int, width: int, round_half: RoundHalf = "down") -> Tensor:
     """Cut the central [height, width] window out of [N, 3, H, W], after padding with black if needed.
 
-    Args:
-        round_half: what becomes of the half pixel of an odd margin.
+    ``round_half`` is what becomes of the half pixel of an odd margin.
     """
     images = pad_centered(images, max(height, images.shape[-2]), max(width, images.shape[-1]))
     rounded = math.floor if round_half == "down" else round
@@ -139,7 +135,7 @@ class ImageTransform:
         """[N, 3, H, W] in [0, 1] → normalised [N, 3, height, width]."""
         return normalize(self.fitted(images), self.mean, self.std)
 
-    def with_fit(self, fit: Fit | None) -> ImageTransform:
+    def with_fit(self, fit: Fit | None) -> "ImageTransform":
         """The same transform with another ``fit``; None keeps the model's own."""
         return self if fit in (None, self.fit) else replace(self, fit=fit, short_side=None)
 

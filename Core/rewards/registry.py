@@ -1,7 +1,5 @@
 """Scorers by name, or by the file that holds one."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.util
 import sys

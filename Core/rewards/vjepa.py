@@ -7,8 +7,6 @@ jumps, melting objects and flicker are not (Garrido et al. 2025, arXiv:2502.1183
 Axes: B clips, T tubelets (pairs of frames), S patches of one tubelet, N = T·S tokens, D features.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,8 +25,7 @@ VJEPA2 = Weight(
 def hidden_tokens(tubelets: int, side: int) -> dict[str, Tensor]:
     """What each task hides, as a bool mask [N] over tokens in (tubelet, row, column) order.
 
-    Returns:
-        ``future``: the second half of the clip. ``tube``: the central quarter of the picture, all the time.
+    ``future``: the second half of the clip. ``tube``: the central quarter of the picture, all the time.
     """
     frames = torch.arange(tubelets) >= (tubelets + 1) // 2
     inner = (torch.arange(side) >= side // 4) & (torch.arange(side) < side // 4 + (side + 1) // 2)

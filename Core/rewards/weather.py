@@ -1,7 +1,5 @@
 """Rain or snow, told from CLIP image features by a small sigmoid read-out."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from torch import Tensor, nn

@@ -4,8 +4,6 @@ A weight is named by a local file or folder, a hub id ("owner/name") or a pinned
 looked for on this machine first; the network is used only for what is missing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -43,11 +41,11 @@ class Weight:
     sha256: str = ""
     licence: str = ""
 
-    def at(self, source: str) -> Weight:
+    def at(self, source: str) -> "Weight":
         """The same artefact from another place; what was known of the published one no longer holds there."""
         return self if source == self.source else replace(self, source=source, size=0, sha256="", licence="")
 
-    def named(self, file: str) -> Weight:
+    def named(self, file: str) -> "Weight":
         """The same source, another of its files."""
         return replace(self, file=file)
 

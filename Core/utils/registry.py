@@ -1,7 +1,5 @@
 """Classes by name, imported when asked for; and the nearest of known names."""
 
-from __future__ import annotations
-
 import difflib
 import importlib
 from collections.abc import Iterable, Mapping

@@ -1,7 +1,5 @@
 """Reading weights: strict on what a model needs, and without ever running code from a file."""
 
-from __future__ import annotations
-
 import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence

@@ -5,8 +5,6 @@ the current folder; compares their SHA-256, and the aesthetic head's scores and 
 tests/golden/. The tests themselves run without these files. Exit code 1 if a number differs, 2 if a file is missing.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from pathlib import Path

@@ -8,8 +8,6 @@ Without --to the files go to the caches of huggingface_hub and torch, where trai
 stopped download is taken up where it ended; what is complete is not fetched again.
 """
 
-from __future__ import annotations
-
 import argparse
 import sys
 from collections.abc import Mapping

@@ -3,11 +3,10 @@
 Everything between a line `<!-- NAME: generated … -->` and the next `<!-- end -->` is replaced.
 """
 
-from __future__ import annotations
-
 import inspect
 import re
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -65,8 +64,15 @@ def details() -> str:
     sections = []
     for name in REGISTRY:
         cls = resolve_reward(name)
-        text = inspect.getdoc(cls)
-        sections.append(f"### `{name}`\n\n{text}\n\nArguments: {arguments_cell(cls)}.")
+        text, _, explained = (inspect.getdoc(cls) or "").replace("``", "`").partition("Args:\n")
+        listed = re.sub(r"^(\w+):", r"- `\1`:", textwrap.dedent(explained), flags=re.MULTILINE)
+        parts = [
+            f"### `{name}`",
+            text.rstrip(),
+            f"Arguments: {arguments_cell(cls)}.",
+            *filter(None, [listed]),
+        ]
+        sections.append("\n\n".join(parts))
     return "\n\n".join(sections)
 
 
@@ -75,7 +81,7 @@ def example() -> str:
 
 
 def render(page: str) -> str:
-    """`page` with its generated parts renewed."""
+    """``page`` with its generated parts renewed."""
     for name, content in (("overview", overview()), ("details", details()), ("example", example())):
         pattern = rf"(<!-- {name}: generated[^\n]*-->\n).*?(<!-- end -->)"
         page = re.sub(pattern, lambda m, text=content: f"{m[1]}\n{text}\n\n{m[2]}", page, flags=re.DOTALL)

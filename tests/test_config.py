@@ -102,7 +102,7 @@ def test_every_key_is_read_by_the_program():
 @pytest.fixture
 def plain(values, monkeypatch) -> dict:
     """Values for the family ``Plain``."""
-    monkeypatch.setitem(BACKBONES.table, "plain", Plain)
+    monkeypatch.setitem(BACKBONES, "plain", Plain)
     own = {entry.name for entry in fields(OpenSoraSettings)} | {"dtype"}
     return {key: value for key, value in values.items() if key not in own} | {"backbone": "plain"}
 

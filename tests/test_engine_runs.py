@@ -161,7 +161,7 @@ def test_another_objective_does_not_continue_a_run(finished, tmp_path, monkeypat
         manifest = json.loads(file.read_text())
         del manifest["config"]["objective"]
         file.write_text(json.dumps(manifest))
-    monkeypatch.setitem(OBJECTIVES.table, "another", OBJECTIVES["reward_gradient"])
+    monkeypatch.setitem(OBJECTIVES, "another", OBJECTIVES["reward_gradient"])
     assert main([str(config), "--project-dir", str(run), "--objective", "another"]) == 2
     assert "objective was 'reward_gradient' and is 'another'" in capsys.readouterr().err
 

@@ -267,7 +267,9 @@ def test_fp16s_scale_stops_at_its_floor(scaled):
     calibrating = []
     for _ in range(12):
         distributed.backward((parameter * torch.inf).sum())
-        calibrating.append(distributed.optimizer_step(optimizer, distributed.clip([parameter], 10.0), faulty=False))
+        calibrating.append(
+            distributed.optimizer_step(optimizer, distributed.clip([parameter], 10.0), faulty=False)
+        )
     assert calibrating == [True] * 10 + [False] * 2 and distributed.scaler_state()["scale"] == 1.0
 
 

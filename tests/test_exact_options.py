@@ -21,7 +21,6 @@ from Core.modules.frozen_conv import forget_conv_inputs
 from Core.sampling.no_grad_steps import fused_adapter
 from Core.training.trainer import Trainer
 from Core.utils.timing import Stopwatch
-from opensora.models.layers import blocks
 from scripts.bench.plain import kept_conv_inputs, undoing, undone
 
 SAMPLES = (0, 1)
@@ -105,7 +104,6 @@ def saves_nothing(name: str, dtype: torch.dtype) -> bool:
     return {
         "no autocast in the prefix": True,  # a CPU's autocast widens no norm
         "norms in one operation": dtype == torch.float32,  # a CPU writes them out
-        "GELU in its product": dtype not in blocks.ONEDNN_DTYPES,
     }.get(name, False)
 
 

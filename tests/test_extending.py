@@ -30,7 +30,7 @@ def examples():
     import toy_objective
 
     yield toy_backbone, toy_objective
-    del BACKBONES.table["toy"], OBJECTIVES.table["one_jump"]
+    del BACKBONES["toy"], OBJECTIVES["one_jump"]
     del sys.modules["toy_backbone"], sys.modules["toy_objective"]
 
 

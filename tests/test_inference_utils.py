@@ -105,9 +105,6 @@ def test_a_still_picture_has_its_own_frame_rate():
 
 
 def test_other_info_types():
-    info = iu.prepare_multi_resolution_info("PixArtMS", 2, (240, 480), 1, 24, "cpu", torch.float32)
-    assert info["hw"].tolist() == [[240, 480]] * 2
-    assert info["ar"].tolist() == [[0.5]] * 2
     assert iu.prepare_multi_resolution_info(None, 2, (240, 480), 1, 24, "cpu", torch.float32) == {}
     with pytest.raises(ValueError, match="multi_resolution='STDiT9' is unknown"):
         iu.prepare_multi_resolution_info("STDiT9", 2, (240, 480), 1, 24, "cpu", torch.float32)
@@ -211,9 +208,3 @@ def test_the_end_of_a_clip_becomes_the_start_of_the_next():
     mask = iu.apply_mask_strategy(z, refs, strategy, 1, align=5)
     assert z[:, 0, :, 0, 0].tolist() == [[5, 6, 7, 8, 9, 0, 0, 0, 0, 0]] * 2
     assert mask.tolist() == [[0.25] * 5 + [1] * 5] * 2
-
-
-def test_latent_frames_of_whole_chunks_in_pixel_frames():
-    assert [iu.dframe_to_frame(n) for n in (0, 5, 15)] == [0, 17, 51]
-    with pytest.raises(ValueError, match="multiple of 5"):
-        iu.dframe_to_frame(4)

@@ -60,7 +60,7 @@ def test_imports_point_downwards():
 
 
 def test_no_modules_import_each_other_in_a_circle():
-    assert imports.cycle(imports.graph(lazy=False)) == []
+    assert imports.cycle(imports.graph()) == []
 
 
 def test_an_upward_import_and_a_circle_are_found(tmp_path, monkeypatch):

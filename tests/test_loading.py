@@ -127,7 +127,7 @@ class Intruder:
 @pytest.mark.parametrize("save", [torch.save, lambda value, path: path.write_bytes(pickle.dumps(value))])
 def test_a_pickle_that_holds_code_is_refused_and_not_run(tmp_path, state, save):
     save({"state_dict": state, "extra": Intruder(tmp_path / "trace")}, tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="holds more than tensors.*could run code; give a .safetensors file"):
+    with pytest.raises(ValueError, match="weights.pt .*could run code.*give a .safetensors file"):
         load(tmp_path / "weights.pt")
     assert not (tmp_path / "trace").exists()
 
@@ -144,13 +144,15 @@ def test_a_download_that_was_cut_off(tmp_path, state):
     file = tmp_path / "model.safetensors"
     save_file(state, file)
     file.write_bytes(file.read_bytes()[:-1000])
-    with pytest.raises(ValueError, match="model.safetensors is no weight file or is damaged; fetch it again"):
+    with pytest.raises(ValueError, match="model.safetensors is damaged.*; fetch it again"):
         load(tmp_path)
 
 
 def test_a_file_without_a_state_dict(tmp_path):
     torch.save([torch.ones(2)], tmp_path / "weights.pt")
-    with pytest.raises(ValueError, match="holds a list; give a file with a state dict"):
+    with pytest.raises(
+        ValueError, match="holds a list without tensors by name; give a file with a state dict"
+    ):
         load(tmp_path / "weights.pt")
 
 
@@ -327,7 +329,7 @@ def test_an_interrupted_save_leaves_the_earlier_file(tmp_path, original, monkeyp
     def fail(*_, **__):
         raise OSError("no space left on device")
 
-    monkeypatch.setattr(ckpt_utils, "save_file", fail)
+    monkeypatch.setattr(ckpt_utils, "save_model", fail)
     with pytest.raises(OSError, match="no space left"):
         twins.stdit(seed=4).save_pretrained(tmp_path)
     after = load_file(tmp_path / "model.safetensors")

@@ -1,7 +1,7 @@
 """Options as dataclass fields: types, bounds, flags, and messages that name the key."""
 
 from dataclasses import dataclass, fields
-from typing import Any, Literal
+from typing import Literal
 
 import pytest
 
@@ -163,7 +163,7 @@ def test_text_that_is_no_python_value_stays_text(text):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--stepz", "3"], "unknown flag --stepz: did you mean --steps?"),
+        (["--stepz", "3"], "unknown flag --stepz: did you mean '--steps'?"),
         (["--zzzzzzz"], "unknown flag --zzzzzzz; see --help"),
     ],
 )

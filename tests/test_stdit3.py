@@ -3,16 +3,12 @@
 import golden_data
 import pytest
 import torch
-import torch.nn.functional as F
 import twins
 from golden_data import relative_error
 from operators import Recorder
-from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from opensora.acceleration.checkpoint import set_grad_checkpoint
-from opensora.models.layers import blocks
-from opensora.models.layers.blocks import gelu_linear
 from opensora.models.stdit.stdit3 import STDiT3_3B_2, STDiT3_XL_2
 from opensora.schedulers.rf.rectified_flow import RFlowScheduler
 
@@ -140,29 +136,6 @@ def test_tokens_lie_in_one_order_in_memory_all_along_the_blocks():
     inputs, kwargs = video_inputs(captions=2)
     model(*inputs, **kwargs)
     assert contiguous == [True] * len(model.blocks)
-
-
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-6), (torch.bfloat16, 1e-2)])
-def test_gelu_in_its_product_is_gelu_behind_it(dtype, bound):
-    linear, x = nn.Linear(48, 96).to(dtype), torch.randn(2, 3, 5, 48).to(dtype)
-    behind = gelu_linear(linear, x)
-    with torch.no_grad():
-        with Recorder() as ran:
-            within = gelu_linear(linear, x)
-        assert ("_linear_pointwise" in {str(call).rpartition(".")[2] for call in ran.calls}) == (
-            dtype in blocks.ONEDNN_DTYPES
-        )
-    assert relative_error(within, behind.detach()) < bound
-
-
-@torch.no_grad()
-def test_gelu_stays_behind_a_product_that_onednn_does_not_serve():
-    x = torch.randn(2, 48)
-    wide, adapted = nn.Linear(48, 96).double(), nn.Sequential(nn.Linear(48, 96))
-    for linear, given in ((wide, x.double()), (adapted, x)):
-        assert torch.equal(gelu_linear(linear, given), F.gelu(linear(given), approximate="tanh"))
-    with torch.autocast("cpu", torch.bfloat16):
-        assert gelu_linear(adapted[0], x).dtype == torch.bfloat16
 
 
 def test_half_precision_computes_in_its_type_and_answers_in_float32():

@@ -14,7 +14,7 @@ from .base import (
     VideoSpec,
 )
 
-BACKBONES = Registry("backbone", {"opensora": "Core.backbones.opensora:OpenSora"})
+BACKBONES: Registry[Backbone] = Registry("backbone", {"opensora": "Core.backbones.opensora:OpenSora"})
 
 __all__ = [
     "BACKBONES",

@@ -1,15 +1,8 @@
 """Reward models: frozen scorers of videos whose gradient reaches the pixels."""
 
 from Core.rewards.base import ImageReward, Reward, RewardInfo, RewardOutput, VideoReward
-from Core.rewards.registry import (
-    REGISTRY,
-    build_reward,
-    check_reward_config,
-    prompt_errors,
-    register,
-    required_weights,
-    resolve_reward,
-)
+from Core.rewards.build import build_reward, check_reward_config, prompt_errors, required_weights
+from Core.rewards.registry import REGISTRY, register, resolve_reward
 from Core.utils.hub import Weight
 
 __all__ = [

@@ -3,8 +3,6 @@
 Axes: B clips, T frames the network takes, K action classes.
 """
 
-from __future__ import annotations
-
 import difflib
 import re
 from collections.abc import Mapping, Sequence
@@ -35,7 +33,8 @@ def words(text: str) -> list[str]:
 def find_action(prompt: str, labels: Sequence[str]) -> str:
     """The label a prompt is about: an exact one, else the longest whose words all occur in the prompt.
 
-    Raises ValueError naming near labels if there is none.
+    Raises:
+        ValueError: there is none; the message names near labels.
     """
     spoken = words(prompt)
     exact = [label for label in labels if words(label) == spoken]
@@ -69,8 +68,9 @@ def spread_frames(clips: Tensor, count: int) -> Tensor:
 class ActionPrediction(ClassProbability, VideoReward):
     """Probability of the prompt's action class; loss is its cross entropy.
 
-    action: the class for every prompt; by default it is found in each prompt (`find_action`).
-    model: hub id or folder of a VideoMAE classifier.
+    Args:
+        model: hub id or folder of a VideoMAE classifier.
+        action: the class for every prompt; by default it is found in each prompt (``find_action``).
     """
 
     info = RewardInfo(

@@ -1,7 +1,5 @@
 """LAION aesthetic predictor V2: a linear read-out of CLIP image features, rated 1 to 10 by people."""
 
-from __future__ import annotations
-
 from torch import Tensor, nn
 
 from Core.rewards.base import RewardInfo
@@ -24,9 +22,11 @@ LAION_HEAD = Weight(
 class Aesthetic(ClipHead):
     """LAION head on the unit CLIP feature; loss 0.1 · |score − 10|.
 
-    model: CLIP folder or hub id. head: file in the LAION layout (`layers.0.weight`, …) for that CLIP's width.
-    resize: how an image that is not square is fitted; by default as the CLIP folder says. target: score
-    aimed at.
+    Args:
+        model: CLIP folder or hub id.
+        head: file in the LAION layout (``layers.0.weight``, …) for that CLIP's width.
+        resize: how an image that is not square is fitted; by default as the CLIP folder says.
+        target: score aimed at.
     """
 
     info = RewardInfo(

@@ -1,19 +1,19 @@
-"""Checks of `reward_args` against a scorer's constructor, before anything is loaded."""
+"""Checks of ``reward_args`` against a scorer's constructor, before anything is loaded."""
 
-from __future__ import annotations
-
-import difflib
 import inspect
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
 from Core.utils.options import describe_type, fits
+from Core.utils.registry import did_you_mean
 
 
 def argument_errors(cls: Any, args: Mapping[str, Any], label: str, shared: Mapping[str, type]) -> list[str]:
-    """Sentences on unknown, missing and ill-typed arguments of `cls(**args)`.
+    """Sentences on unknown, missing and ill-typed arguments of ``cls(**args)``.
 
-    label: how messages call the arguments. shared: arguments every scorer takes beside its own.
+    Args:
+        label: how messages call the arguments.
+        shared: arguments every scorer takes beside its own.
     """
     parameters = {
         n: p for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY
@@ -36,6 +36,5 @@ def argument_errors(cls: Any, args: Mapping[str, Any], label: str, shared: Mappi
 
 def unknown_name(key: Any, allowed: Mapping[str, Any] | list[str], label: str) -> str:
     """One sentence on a name that does not exist, with the nearest one that does."""
-    near = difflib.get_close_matches(str(key), list(allowed), n=1, cutoff=0.5)
-    hint = f"did you mean {near[0]!r}? " if near else ""
-    return f"{label} no {key!r}: {hint}allowed: {', '.join(sorted(allowed)) or 'none'}"
+    hint = did_you_mean(key, allowed)
+    return f"{label} no {key!r}: {hint and hint + ' '}allowed: {', '.join(sorted(allowed)) or 'none'}"

@@ -3,8 +3,6 @@
 Axes: B videos, F frames of each, N images (N = B·F inside an image scorer), H rows, W columns.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +15,8 @@ from torch.utils.checkpoint import checkpoint
 from Core.rewards.arguments import argument_errors
 from Core.rewards.preprocess import to_unit_range
 from Core.utils.hub import Weight, missing_local
+
+Score = Callable[[Tensor, list[str]], Tensor]
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,9 @@ class RewardInfo:
 
 
 def freeze(module: nn.Module) -> nn.Module:
-    """Put `module` into eval mode and turn each of its parameters into a buffer.
+    """Put ``module`` into eval mode and turn each of its parameters into a buffer.
 
-    A buffer moves and is saved like a parameter, but no `requires_grad_`, optimiser or wrapper finds it:
+    A buffer moves and is saved like a parameter, but no ``requires_grad_``, optimiser or wrapper finds it:
     the only form of freezing that whoever holds the module cannot undo by accident.
     """
     for child in module.modules():
@@ -65,9 +65,9 @@ def freeze(module: nn.Module) -> nn.Module:
 class Reward(nn.Module):
     """A frozen, differentiable scorer of videos.
 
-    Subclass `ImageReward` or `VideoReward`, set `info`, and load the networks in a constructor with
-    keyword-only, annotated arguments (they become the keys of `reward_args`). Networks are frozen as they
-    are assigned, and whatever was done to them since is undone in each `forward`.
+    Subclass ``ImageReward`` or ``VideoReward``, set ``info``, and load the networks in a constructor with
+    keyword-only, annotated arguments (they become the keys of ``reward_args``). Networks are frozen as they
+    are assigned, and whatever was done to them since is undone in each ``forward``.
     """
 
     info: ClassVar[RewardInfo]
@@ -79,8 +79,8 @@ class Reward(nn.Module):
         if isinstance(value, (nn.Module, nn.Parameter)):
             freeze(self)
 
-    def train(self, mode: bool = True) -> Reward:
-        """Stay in eval mode, whatever `mode` says."""
+    def train(self, mode: bool = True) -> "Reward":
+        """Stay in eval mode, whatever ``mode`` says."""
         return super().train(False)
 
     @property
@@ -102,8 +102,8 @@ class Reward(nn.Module):
         )
         return next(floats, torch.float32)
 
-    def cast(self, dtype: torch.dtype) -> Reward:
-        """Convert the networks to `dtype`, except that `full_precision` ones never get less than float32."""
+    def cast(self, dtype: torch.dtype) -> "Reward":
+        """Convert the networks to ``dtype``, except that ``full_precision`` ones never get less than float32."""
         for name, child in self.named_children():
             child.to(torch.promote_types(dtype, torch.float32) if name in self.full_precision else dtype)
         return self
@@ -115,12 +115,12 @@ class Reward(nn.Module):
 
     @classmethod
     def required_weights(cls, args: Mapping[str, Any]) -> dict[str, Weight]:
-        """Weights that `cls(**args)` loads, by the constructor argument that names them."""
+        """Weights that ``cls(**args)`` loads, by the constructor argument that names them."""
         return {key: weight.at(args.get(key, weight.source)) for key, weight in cls.info.weights.items()}
 
     @classmethod
     def config_errors(cls, args: Mapping[str, Any]) -> list[str]:
-        """Sentences on what is wrong with `args`, found without loading anything."""
+        """Sentences on what is wrong with ``args``, found without loading anything."""
         label = f"reward_args of {cls.info.name!r}"
         errors = argument_errors(cls, args, label, shared={"slice_size": int})
         if errors:
@@ -132,13 +132,14 @@ class Reward(nn.Module):
 
     @classmethod
     def prompt_errors(cls, args: Mapping[str, Any], prompts: Sequence[str]) -> list[str]:
-        """Sentences on prompts that `cls(**args)` cannot score, found without loading a network."""
+        """Sentences on prompts that ``cls(**args)`` cannot score, found without loading a network."""
         return []
 
     def forward(self, frames: Tensor, prompts: Sequence[str]) -> RewardOutput:
-        """Score videos.
+        """Score B videos, frames [B, F, 3, H, W] in [-1, 1], each by its prompt.
 
-        frames: [B, F, 3, H, W] in [-1, 1]. prompts: B texts. Raises ValueError if the two do not fit.
+        Raises:
+            ValueError: frames and prompts do not fit.
         """
         check_inputs(frames, prompts)
         freeze(self)
@@ -148,23 +149,20 @@ class Reward(nn.Module):
 
     @abstractmethod
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
-        """`forward` after its inputs have been checked and the frames brought to [0, 1]."""
+        """``forward`` after its inputs have been checked and the frames brought to [0, 1]."""
 
     def as_score(self, raw: Tensor) -> Tensor:
-        """The score, elementwise of what `score_images` or `score_clips` returned; by default the same."""
+        """The score, elementwise of what ``score_images`` or ``score_clips`` returned; by default the same."""
         return raw
 
     def loss(self, raw: Tensor) -> Tensor:
         """What training minimises, elementwise of the same; by default the score itself, signed."""
         return -raw if self.higher_is_better else raw
 
-    def in_slices(
-        self, score: Callable[[Tensor, list[str]], Tensor], inputs: Tensor, prompts: list[str]
-    ) -> Tensor:
-        """`score(inputs, prompts)` in slices of `slice_size`, each recomputed in the backward pass.
+    def in_slices(self, score: Score, inputs: Tensor, prompts: list[str]) -> Tensor:
+        """``score(inputs, prompts)`` [N], float32 or better, of inputs [N, …] and N prompts.
 
-        inputs: [N, …]. prompts: N texts. Returns [N], float32 or better. The graph of only one slice is alive
-        at a time. Raises ValueError if `score` does not return one number per input.
+        It runs in slices of ``slice_size``, recomputed in the backward pass: the graph of only one is alive at a time.
         """
         if len(inputs) <= self.slice_size:
             return self.one_each(score(inputs, prompts), len(inputs))
@@ -174,7 +172,11 @@ class Reward(nn.Module):
         return torch.cat([self.one_each(s, len(p)) for s, (_, p) in zip(scores, slices, strict=True)])
 
     def one_each(self, scores: Tensor, count: int) -> Tensor:
-        """`scores` in float32 or better; ValueError unless they are `count` numbers in one dimension."""
+        """``scores`` in float32 or better.
+
+        Raises:
+            ValueError: they are not ``count`` numbers in one dimension.
+        """
         given = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         if given != [count]:
             raise ValueError(
@@ -189,7 +191,7 @@ class ImageReward(Reward):
 
     @abstractmethod
     def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
-        """Score N images. images: [N, 3, H, W] in [0, 1]. prompts: N texts. Returns [N]."""
+        """Scores [N] of images [N, 3, H, W] in [0, 1], each by its prompt."""
 
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
         batch, count = frames.shape[:2]
@@ -207,7 +209,7 @@ class VideoReward(Reward):
 
     @abstractmethod
     def score_clips(self, clips: Tensor, prompts: list[str]) -> Tensor:
-        """Score B clips. clips: [B, F, 3, H, W] in [0, 1]. prompts: B texts. Returns [B]."""
+        """Scores [B] of clips [B, F, 3, H, W] in [0, 1], each by its prompt."""
 
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
         if frames.shape[1] < self.min_frames:

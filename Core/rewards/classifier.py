@@ -1,7 +1,5 @@
 """Scorers whose score is the probability of a class, trained in log-odds."""
 
-from __future__ import annotations
-
 import math
 
 import torch
@@ -12,10 +10,7 @@ from Core.rewards.base import Reward
 
 
 def log_odds(logits: Tensor, index: Tensor) -> Tensor:
-    """log(p / (1 − p)) of one class each, in float32 or better.
-
-    logits: [..., K] of K ≥ 2 classes. index: [...], the class of each. Returns [...].
-    """
+    """log(p / (1 − p)) [...] of one class each: ``logits`` [..., K ≥ 2], ``index`` [...]; in float32 or better."""
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
     index = index[..., None]
     others = logits.scatter(-1, index, -math.inf).logsumexp(dim=-1)
@@ -23,7 +18,7 @@ def log_odds(logits: Tensor, index: Tensor) -> Tensor:
 
 
 class ClassProbability(Reward):
-    """`score_images` or `score_clips` return log-odds; the score is the probability p, in [0, 1].
+    """``score_images`` or ``score_clips`` return log-odds; the score is the probability p, in [0, 1].
 
     loss −log p, or −log(1 − p) where lower is better. It never takes the logarithm of a rounded probability:
     one that has reached 0 or 1 would have no gradient.

@@ -3,8 +3,6 @@
 Axes: N images or texts, L tokens, D features.
 """
 
-from __future__ import annotations
-
 from abc import abstractmethod
 from collections.abc import Sequence
 from pathlib import Path
@@ -50,7 +48,7 @@ class ImageTower(nn.Module):
 
 
 class CachedText(nn.Module):
-    """Text features, computed once per text and kept; a subclass says how in `encode`."""
+    """Text features, computed once per text and kept; a subclass says how in ``encode``."""
 
     def __init__(self):
         super().__init__()
@@ -72,14 +70,15 @@ class CachedText(nn.Module):
 
     @abstractmethod
     def encode(self, texts: list[str]) -> Tensor:
-        """`forward` without the cache."""
+        """``forward`` without the cache."""
 
 
 class TextTower(CachedText):
     """Tokenizer, text transformer and projection.
 
-    padding: "longest" for causal text models, whose pooled token never sees the padding; "max_length" for
-    those trained on padded text.
+    Args:
+        padding: "longest" for causal text models, whose pooled token never sees the padding; "max_length" for
+            those trained on padded text.
     """
 
     def __init__(self, model: nn.Module, projection: nn.Module, tokenizer: Any, padding: str = "longest"):
@@ -100,7 +99,7 @@ class TextTower(CachedText):
 
 
 def clip_transform(folder: Path, image_size: int, resize: Fit | None) -> ImageTransform:
-    """Transform of a CLIP folder, with another `fit` if `resize` asks for one."""
+    """Transform of a CLIP folder, with another ``fit`` if ``resize`` asks for one."""
     default = ImageTransform(height=image_size, width=image_size)
     return transform_from_folder(folder, image_size, default).with_fit(resize)
 

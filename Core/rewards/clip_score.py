@@ -1,7 +1,5 @@
 """Agreement of image and prompt in any CLIP or SigLIP (Hessel et al. 2021, arXiv:2104.08718)."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,14 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from Core.rewards.base import ImageReward, RewardInfo
-from Core.rewards.clip import (
-    CLIP_L14,
-    CachedText,
-    ImageTower,
-    TextTower,
-    load_clip,
-    unit,
-)
+from Core.rewards.clip import CLIP_L14, CachedText, ImageTower, TextTower, load_clip, unit
 from Core.rewards.preprocess import Fit, ImageTransform, transform_from_folder
 from Core.utils.hub import Weight, locate
 from Core.utils.state_dict import load_strictly, load_tokenizer
@@ -98,8 +89,10 @@ def load_siglip(folder: Path, resize: Fit | None) -> tuple[ImageTower, TextTower
 class ClipScore(ImageReward):
     """100 · cos(image, own prompt); loss 1 − score / 100.
 
-    model: hub id or folder of a CLIP or SigLIP in the transformers layout, or, with the `open_clip` extra,
-    "open_clip:architecture/pretrained". resize: as in `pick_score`.
+    Args:
+        model: hub id or folder of a CLIP or SigLIP in the transformers layout, or, with the ``open_clip`` extra,
+            "open_clip:architecture/pretrained".
+        resize: as in ``pick_score``.
     """
 
     info = RewardInfo(

@@ -1,7 +1,5 @@
 """File size of a frame as JPEG, predicted from CLIP image features by a small MLP."""
 
-from __future__ import annotations
-
 import itertools
 
 from torch import Tensor, nn
@@ -23,11 +21,7 @@ PAPER = "Prabhudesai et al. 2024, arXiv:2407.08737"
 
 
 class JpegSize(ClipHead):
-    """Predicted kB as JPEG; loss ∓score, or |score − target| with a target in kB.
-
-    model: CLIP folder or hub id. head: the reference's `compression_reward.pt`, or a file of the same layout
-    (linear layers with ReLU between them, on the unit CLIP feature). resize: as in `aesthetic`.
-    """
+    """Predicted kB as JPEG; loss ∓score, or |score − target| with a target in kB."""
 
     def __init__(
         self,
@@ -51,7 +45,12 @@ class JpegSize(ClipHead):
 class Compression(JpegSize):
     """Frames that compress well: plain and smooth. Loss is the predicted kB, or |kB − target|.
 
-    model: CLIP folder or hub id. head: `compression_reward.pt`. target: kB. resize: as in `aesthetic`.
+    Args:
+        model: CLIP folder or hub id.
+        head: the reference's ``compression_reward.pt``, or a file of the same layout (linear layers with ReLU
+            between them, on the unit CLIP feature).
+        target: kB.
+        resize: as in ``aesthetic``.
     """
 
     info = RewardInfo(
@@ -67,7 +66,7 @@ class Compression(JpegSize):
 class Incompressibility(JpegSize):
     """Frames that compress badly: rich in detail. Loss is minus the predicted kB, or |kB − target|.
 
-    Arguments as for `compression`.
+    Arguments as for ``compression``.
     """
 
     info = RewardInfo(

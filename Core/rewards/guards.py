@@ -1,7 +1,5 @@
 """Scorers without a network: cheap guards in a mixture against collapse, and monitors."""
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor

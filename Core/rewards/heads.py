@@ -1,7 +1,5 @@
 """Small read-outs of CLIP image features, stored as a chain of linear layers."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,7 +11,7 @@ from Core.utils.state_dict import load_state
 
 
 class ClipHead(ImageReward):
-    """Scores an image by `head` (→ [N, 1]) on the unit CLIP feature that `image` gives; a subclass sets both."""
+    """Scores an image by ``head`` (→ [N, 1]) on the unit CLIP feature that ``image`` gives; a subclass sets both."""
 
     image: nn.Module
     head: nn.Module
@@ -24,10 +22,13 @@ class ClipHead(ImageReward):
 
 
 def linear_layers(state: Mapping[str, Tensor], origin: str) -> list[nn.Linear]:
-    """The linear layers of a head stored as `layers.<i>.weight` and `.bias`, in order, of whatever widths.
+    """The linear layers of a head stored as ``layers.<i>.weight`` and ``.bias``, in order, of whatever widths.
 
-    origin: how error messages call the file. Raises ValueError if the layers do not form a chain to one
-    output.
+    Args:
+        origin: how error messages call the file.
+
+    Raises:
+        ValueError: the layers do not form a chain to one output.
     """
     indices = sorted(int(m[1]) for key in state if (m := re.fullmatch(r"layers\.(\d+)\.weight", key)))
     expected = {f"layers.{i}.{part}" for i in indices for part in ("weight", "bias")}
@@ -47,7 +48,7 @@ def linear_layers(state: Mapping[str, Tensor], origin: str) -> list[nn.Linear]:
 
 
 def load_head_layers(path: Path, image: nn.Module) -> list[nn.Linear]:
-    """Layers of the head file at `path`, checked against the features that `image` gives."""
+    """Layers of the head file at ``path``, checked against the features that ``image`` gives."""
     layers = linear_layers(load_state(path), path.name)
     width = image.projection.weight.shape[0]
     if layers[0].in_features != width:

@@ -1,9 +1,7 @@
 """Human Preference Score v2 (Wu et al. 2023, arXiv:2306.09341): open_clip's ViT-H-14, fine-tuned.
 
-The published files hold open_clip's parameter names; they are converted to `transformers.CLIPModel`.
+The published files hold open_clip's parameter names; they are converted to ``transformers.CLIPModel``.
 """
-
-from __future__ import annotations
 
 import re
 from collections.abc import Mapping
@@ -54,9 +52,10 @@ BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|
 
 
 def convert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters of an open_clip ViT CLIP under the names of `transformers.CLIPModel`.
+    """Parameters of an open_clip ViT CLIP under the names of ``transformers.CLIPModel``.
 
-    Raises ValueError naming the keys that are not of that layout.
+    Raises:
+        ValueError: keys that are not of that layout; the message names them.
     """
     converted, unknown = {}, []
     for key, value in state.items():
@@ -81,7 +80,7 @@ def convert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def infer_config(state: Mapping[str, Tensor]) -> Any:
-    """`CLIPConfig` of a converted state dict: sizes are read off the shapes, heads have ViT-H-14's width."""
+    """``CLIPConfig`` of a converted state dict: sizes are read off the shapes, heads have ViT-H-14's width."""
     from transformers import CLIPConfig
 
     def tower(side: str) -> dict[str, Any]:
@@ -109,7 +108,7 @@ def infer_config(state: Mapping[str, Tensor]) -> Any:
 
 
 def load_open_clip_file(path: Path) -> Any:
-    """`transformers.CLIPModel` from a file with open_clip's parameter names, strict on keys and shapes."""
+    """``transformers.CLIPModel`` from a file with open_clip's parameter names, strict on keys and shapes."""
     from transformers import CLIPModel
 
     state = convert_state(load_state(path))
@@ -121,10 +120,12 @@ def load_open_clip_file(path: Path) -> Any:
 class HPS(ImageReward):
     """cos(image, own prompt); loss 1 − score.
 
-    version: v2.0 or v2.1. model: hub id, file or folder of the weights. tokenizer: CLIP's, as hub id or
-    folder. hps_resize: `pad` keeps the aspect ratio (longest side to the model's size, bicubic, centred on
-    black: the official transform); `squash` stretches with bilinear interpolation, as the VADER reference
-    did.
+    Args:
+        version: v2.0 or v2.1.
+        model: hub id, file or folder of the weights.
+        tokenizer: CLIP's, as hub id or folder.
+        hps_resize: ``pad`` keeps the aspect ratio (longest side to the model's size, bicubic, centred on black: the
+            official transform); ``squash`` stretches with bilinear interpolation, as the VADER reference did.
     """
 
     info = RewardInfo(

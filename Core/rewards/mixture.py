@@ -1,7 +1,5 @@
 """Weighted sums of scorers."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,9 +15,11 @@ from Core.utils.hub import Weight
 class Mixture(Reward):
     """Score and loss are weighted sums over the parts; each part is logged unweighted, under its own name.
 
-    A part whose score is better when lower (`higher_is_better` False) enters the summed score
+    A part whose score is better when lower (``higher_is_better`` False) enters the summed score
     negatively, so that a higher mixture score is always better.
-    score_weights: those of the score, where they differ from those of the loss.
+
+    Args:
+        score_weights: those of the score, where they differ from those of the loss.
     """
 
     info = RewardInfo(name="mixture", summary="weighted sum of rewards", range="depends on the parts")
@@ -35,7 +35,7 @@ class Mixture(Reward):
         self.weights = [float(weights[name]) for name in parts]
         self.score_weights = [float((score_weights or weights)[name]) for name in parts]
 
-    def cast(self, dtype: torch.dtype) -> Mixture:
+    def cast(self, dtype: torch.dtype) -> "Mixture":
         for reward in self.rewards:
             reward.cast(dtype)
         return self
@@ -54,7 +54,9 @@ class Mixture(Reward):
 class AestheticHPS(Mixture):
     """(r_a + 15·r_h) / 2 of the scores; (1.5·0.1·|r_a − 10| + |1 − r_h|) / 2 of the losses.
 
-    aesthetic, hps: arguments of the two scorers.
+    Args:
+        aesthetic: arguments of that scorer.
+        hps: arguments of that scorer.
     """
 
     info = RewardInfo(
@@ -107,7 +109,7 @@ def mixture_errors(weights: Mapping[Any, Any], args: Mapping[str, Any]) -> list[
 
 
 def _part_errors(name: Any, own: Any, seen: dict[str, Any]) -> list[str]:
-    """Errors of one part; `seen` maps the scorers met so far to the names they were given by."""
+    """Errors of one part; ``seen`` maps the scorers met so far to the names they were given by."""
     try:
         cls = resolve_reward(name)
     except ValueError as error:

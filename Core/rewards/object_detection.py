@@ -1,7 +1,5 @@
 """Presence or absence of an object, by the YOLOS detector (Fang et al. 2021, arXiv:2106.00666)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +25,7 @@ PATCH = 16  # pixels; a YOLOS image is a whole number of patches
 
 
 def detector_size(height: int, width: int, short: int, long: int | None) -> tuple[int, int]:
-    """Size a YOLOS image is brought to: short side to `short` unless the long one would exceed `long`.
+    """Size a YOLOS image is brought to: short side to ``short`` unless the long one would exceed ``long``.
 
     Both sides are rounded down, first to whole pixels, then to a multiple of 16 (the patch), of which there is
     at least one.
@@ -44,8 +42,10 @@ def detector_size(height: int, width: int, short: int, long: int | None) -> tupl
 class ObjectDetection(ClassProbability, ImageReward):
     """Highest probability p that a box gives to a class; loss −log p, or −log(1 − p) to lower it.
 
-    label: the class, by the detector's name (COCO: "dog", "car", …). goal: `raise` or `lower`. model: hub
-    id or folder of a YOLOS detector.
+    Args:
+        label: the class, by the detector's name (COCO: "dog", "car", …).
+        goal: ``raise`` or ``lower``.
+        model: hub id or folder of a YOLOS detector.
     """
 
     info = RewardInfo(

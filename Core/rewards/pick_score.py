@@ -1,7 +1,5 @@
 """PickScore: preference of people between images for a prompt (Kirstain et al. 2023, arXiv:2305.01569)."""
 
-from __future__ import annotations
-
 from torch import Tensor
 
 from Core.rewards.base import ImageReward, RewardInfo
@@ -13,8 +11,10 @@ from Core.utils.hub import Weight, locate
 class PickScore(ImageReward):
     """exp(logit_scale) · cos(image, own prompt); loss |1 − score / 100|.
 
-    model: CLIP of any size, as a folder or hub id, with its tokenizer beside it. resize: how an image that is
-    not square is fitted; by default as the folder says (PickScore: short side to size, centre crop).
+    Args:
+        model: CLIP of any size, as a folder or hub id, with its tokenizer beside it.
+        resize: how an image that is not square is fitted; by default as the folder says (PickScore: short side to
+            size, centre crop).
     """
 
     info = RewardInfo(

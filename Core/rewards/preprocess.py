@@ -5,8 +5,6 @@ gradient reaches the frames, and it reproduces the 8-bit pipelines the published
 antialiased bilinear / bicubic resampling as in Pillow, integer output sizes as in torchvision.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -50,11 +48,10 @@ class _ClampTowardsRange(torch.autograd.Function):
 
 
 def clamp_towards_range(x: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
-    """Clamp `x` to [low, high].
+    """Clamp ``x`` to [low, high].
 
-    `torch.clamp` stops every gradient of a saturated pixel, so such a pixel can never recover. Here the
-    gradient of a loss (to be minimised) passes if stepping against it moves the value back towards the
-    range.
+    ``torch.clamp`` stops every gradient of a saturated pixel, so such a pixel can never recover. Here the gradient of a
+    loss (to be minimised) passes if stepping against it moves the value back towards the range.
     """
     return _ClampTowardsRange.apply(x, low, high)
 
@@ -80,7 +77,7 @@ def resize(images: Tensor, height: int, width: int, interpolation: Interpolation
 
 
 def resize_short_side(images: Tensor, size: int, interpolation: Interpolation = "bicubic") -> Tensor:
-    """Resize [N, 3, H, W] so that the shorter side has `size` pixels, keeping the aspect ratio."""
+    """Resize [N, 3, H, W] so that the shorter side has ``size`` pixels, keeping the aspect ratio."""
     height, width = images.shape[-2:]
     if height <= width:
         return resize(images, size, int(size * width / height), interpolation)
@@ -90,7 +87,7 @@ def resize_short_side(images: Tensor, size: int, interpolation: Interpolation = 
 def center_crop(images: Tensor, height: int, width: int, round_half: RoundHalf = "down") -> Tensor:
     """Cut the central [height, width] window out of [N, 3, H, W], after padding with black if needed.
 
-    round_half: what becomes of the half pixel of an odd margin.
+    ``round_half`` is what becomes of the half pixel of an odd margin.
     """
     images = pad_centered(images, max(height, images.shape[-2]), max(width, images.shape[-1]))
     rounded = math.floor if round_half == "down" else round
@@ -105,7 +102,7 @@ def pad_centered(images: Tensor, height: int, width: int) -> Tensor:
 
 
 def resize_long_side(images: Tensor, size: int, interpolation: Interpolation = "bicubic") -> Tensor:
-    """Resize [N, 3, H, W] so that the longer side has `size` pixels, keeping the aspect ratio."""
+    """Resize [N, 3, H, W] so that the longer side has ``size`` pixels, keeping the aspect ratio."""
     ratio = max(images.shape[-2:]) / size  # divided by, as in open_clip 3: a half may round differently
     height, width = (max(1, round(side / ratio)) for side in images.shape[-2:])
     return resize(images, height, width, interpolation)
@@ -121,8 +118,8 @@ def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -
 class ImageTransform:
     """What a model does to an image before its first layer.
 
-    fit: how another aspect ratio is brought to height x width: `crop` (short side to size, centre crop),
-    `pad` (long side to size, centred on black), `squash` (stretched).
+    fit: how another aspect ratio is brought to height x width: ``crop`` (short side to size, centre crop),
+    ``pad`` (long side to size, centred on black), ``squash`` (stretched).
     """
 
     height: int
@@ -138,8 +135,8 @@ class ImageTransform:
         """[N, 3, H, W] in [0, 1] → normalised [N, 3, height, width]."""
         return normalize(self.fitted(images), self.mean, self.std)
 
-    def with_fit(self, fit: Fit | None) -> ImageTransform:
-        """The same transform with another `fit`; None keeps the model's own."""
+    def with_fit(self, fit: Fit | None) -> "ImageTransform":
+        """The same transform with another ``fit``; None keeps the model's own."""
         return self if fit in (None, self.fit) else replace(self, fit=fit, short_side=None)
 
     def fitted(self, images: Tensor) -> Tensor:
@@ -158,10 +155,14 @@ class ImageTransform:
 def read_processor_config(folder: Path, harmless: Sequence[str] = ()) -> dict[str, Any]:
     """Preprocessing settings of a model folder in the transformers layout; {} if it holds none.
 
-    Looks in `preprocessor_config.json`, `video_preprocessor_config.json` and the nested section of
-    `processor_config.json`, which newer versions of transformers write. harmless: steps that would change
-    nothing for this model. Raises ValueError if the file is damaged or switches on a step that is not done
-    here, or off one that is.
+    Looks in ``preprocessor_config.json``, ``video_preprocessor_config.json`` and the nested section of
+    ``processor_config.json``, which newer versions of transformers write.
+
+    Args:
+        harmless: steps that would change nothing for this model.
+
+    Raises:
+        ValueError: the file is damaged, or switches on a step that is not done here, or off one that is.
     """
     for name in PROCESSOR_FILES:
         path = folder / name
@@ -177,7 +178,7 @@ def read_processor_config(folder: Path, harmless: Sequence[str] = ()) -> dict[st
 
 
 def refuse_other_steps(config: Mapping[str, Any], path: Path, harmless: Sequence[str]) -> None:
-    """Raise ValueError on a `do_…` setting that asks for other preprocessing than this module's."""
+    """Raise ValueError on a ``do_…`` setting that asks for other preprocessing than this module's."""
     optional = ("do_center_crop", "do_convert_rgb", *harmless)
     wrong = [
         f"{key}={value}"
@@ -193,7 +194,7 @@ def refuse_other_steps(config: Mapping[str, Any], path: Path, harmless: Sequence
 
 
 def interpolation_of(config: Mapping[str, Any], default: Interpolation, folder: Path) -> Interpolation:
-    """The interpolation that preprocessing settings name by Pillow's code, or `default` if by none."""
+    """The interpolation that preprocessing settings name by Pillow's code, or ``default`` if by none."""
     code = config.get("resample")
     if code is None:
         return default
@@ -206,8 +207,12 @@ def interpolation_of(config: Mapping[str, Any], default: Interpolation, folder: 
 def transform_from_folder(folder: Path, image_size: int, defaults: ImageTransform) -> ImageTransform:
     """The official transform of a model folder.
 
-    image_size: side in pixels the network takes. `defaults` fills in what the folder does not state. Raises
-    ValueError if the folder states preprocessing that is not supported.
+    Args:
+        image_size: side in pixels the network takes.
+        defaults: fills in what the folder does not state.
+
+    Raises:
+        ValueError: the folder states preprocessing that is not supported.
     """
     config = read_processor_config(folder)
     size, crop = config.get("size"), config.get("crop_size")

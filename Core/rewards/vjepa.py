@@ -7,8 +7,6 @@ jumps, melting objects and flicker are not (Garrido et al. 2025, arXiv:2502.1183
 Axes: B clips, T tubelets (pairs of frames), S patches of one tubelet, N = T·S tokens, D features.
 """
 
-from __future__ import annotations
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -27,7 +25,7 @@ VJEPA2 = Weight(
 def hidden_tokens(tubelets: int, side: int) -> dict[str, Tensor]:
     """What each task hides, as a bool mask [N] over tokens in (tubelet, row, column) order.
 
-    `future`: the second half of the clip. `tube`: the central quarter of the picture, all the time.
+    ``future``: the second half of the clip. ``tube``: the central quarter of the picture, all the time.
     """
     frames = torch.arange(tubelets) >= (tubelets + 1) // 2
     inner = (torch.arange(side) >= side // 4) & (torch.arange(side) < side // 4 + (side + 1) // 2)
@@ -42,7 +40,10 @@ class VJepa(VideoReward):
     """Minus the mean absolute error of the predicted features, V-JEPA 2's training loss; loss −score.
 
     The error is averaged over two tasks: the future from the past, the centre of the picture from its
-    surround. A still clip is easy to predict, so mix in `motion`. model: hub id or folder.
+    surround. A still clip is easy to predict, so mix in ``motion``.
+
+    Args:
+        model: hub id or folder.
     """
 
     info = RewardInfo(
@@ -83,7 +84,7 @@ class VJepa(VideoReward):
         return self.network.encoder.embeddings(pixels.to(self.dtype))
 
     def encode(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        """Run the encoder on tokens [B, M, D] at `positions` [B, M]; it sees nothing else of the clip.
+        """Run the encoder on tokens [B, M, D] at ``positions`` [B, M]; it sees nothing else of the clip.
 
         Each layer is recomputed in the backward pass: a clip of 64 frames has 8192 tokens.
         """
@@ -102,7 +103,7 @@ class VJepa(VideoReward):
         return -torch.stack(errors).mean(dim=0)
 
     def error(self, tokens: Tensor, target: Tensor, positions: Tensor, hidden: Tensor) -> Tensor:
-        """Mean absolute error [B] of the features predicted where `hidden` [N] is True from the others."""
+        """Mean absolute error [B] of the features predicted where ``hidden`` [N] is True from the others."""
         context = positions[:, ~hidden]
         seen = self.encode(tokens[:, ~hidden], context)
         # The predictor picks its context out of a full set of tokens.

@@ -1,7 +1,5 @@
 """Rain or snow, told from CLIP image features by a small sigmoid read-out."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 from torch import Tensor, nn
@@ -17,10 +15,13 @@ TARGETS = {"rainy": 1.0, "snowy": 0.0}
 
 
 class Weather(ClipHead):
-    """Probability of rain rather than snow; loss (score − target)², target 1 for `rainy` and 0 for `snowy`.
+    """Probability of rain rather than snow; loss (score − target)², target 1 for ``rainy`` and 0 for ``snowy``.
 
-    kind: which weather to train towards. model: CLIP folder or hub id. head: file in the LAION layout, read
-    out of the unit CLIP feature through a sigmoid. resize: as in `aesthetic`.
+    Args:
+        kind: which weather to train towards.
+        model: CLIP folder or hub id.
+        head: file in the LAION layout, read out of the unit CLIP feature through a sigmoid.
+        resize: as in ``aesthetic``.
     """
 
     info = RewardInfo(

@@ -4,8 +4,6 @@ A weight is named by a local file or folder, a hub id ("owner/name") or a pinned
 looked for on this machine first; the network is used only for what is missing.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re
@@ -29,8 +27,8 @@ KINDS = {"model": "a model folder", "tokenizer": "a tokenizer folder", "file": "
 class Weight:
     """One published artefact.
 
-    source: hub id, https address, or local path. kind: `model` (folder in the transformers layout),
-    `tokenizer` (the same without weights) or `file` (a single one, `file` in its repository). parts: what a
+    source: hub id, https address, or local path. kind: ``model`` (folder in the transformers layout),
+    ``tokenizer`` (the same without weights) or ``file`` (a single one, ``file`` in its repository). parts: what a
     model folder must hold beside the network. size: approximate download in bytes. sha256: of a pinned file.
     licence: of the weights.
     """
@@ -43,17 +41,17 @@ class Weight:
     sha256: str = ""
     licence: str = ""
 
-    def at(self, source: str) -> Weight:
+    def at(self, source: str) -> "Weight":
         """The same artefact from another place; what was known of the published one no longer holds there."""
         return self if source == self.source else replace(self, source=source, size=0, sha256="", licence="")
 
-    def named(self, file: str) -> Weight:
+    def named(self, file: str) -> "Weight":
         """The same source, another of its files."""
         return replace(self, file=file)
 
     @property
     def is_local(self) -> bool:
-        """Whether `source` names a path, existing or not, rather than a hub id or an address."""
+        """Whether ``source`` names a path, existing or not, rather than a hub id or an address."""
         if self.source.startswith("https://"):
             return False
         path = Path(self.source).expanduser()
@@ -72,7 +70,7 @@ class Weight:
         return (TOKENIZER_FILES,) if self.kind == "tokenizer" else (MODEL_FILES, PICKLED_MODEL_FILES)
 
     def lacks(self, folder: Path) -> str:
-        """What `folder` still lacks to hold the artefact, in words; '' if it is complete."""
+        """What ``folder`` still lacks to hold the artefact, in words; '' if it is complete."""
         if self.kind == "file":
             return "" if (folder / self.file).is_file() else f"it has no file {self.file!r}"
         if self.kind == "tokenizer":
@@ -116,7 +114,7 @@ def _has_shards(folder: Path, index: Path) -> bool:
 
 
 def missing_local(weight: Weight) -> str:
-    """One sentence if `weight` names a local path that lacks what is needed there; else ''."""
+    """One sentence if ``weight`` names a local path that lacks what is needed there; else ''."""
     if not weight.is_local:
         return ""
     path, wanted = Path(weight.source).expanduser(), KINDS[weight.kind]
@@ -133,7 +131,7 @@ def missing_local(weight: Weight) -> str:
 
 
 def _other_file(weight: Weight, path: Path) -> str:
-    """One sentence if `path` carries the name of a pinned file but is another; else ''."""
+    """One sentence if ``path`` carries the name of a pinned file but is another; else ''."""
     if not weight.sha256 or (found := sha256(path)) == weight.sha256:
         return ""
     return (
@@ -145,8 +143,11 @@ def _other_file(weight: Weight, path: Path) -> str:
 def locate(weight: Weight, into: Path | None = None) -> Path:
     """Path of the artefact on this machine, downloaded if need be.
 
-    into: folder to download to, one subfolder per repository; by default the caches of the hub and of torch.
-    Raises FileNotFoundError (one sentence) if it is neither here nor reachable.
+    Args:
+        into: folder to download to, one subfolder per repository; by default the caches of the hub and of torch.
+
+    Raises:
+        FileNotFoundError: it is neither here nor reachable.
     """
     if problem := missing_local(weight):
         raise FileNotFoundError(problem)
@@ -157,9 +158,10 @@ def locate(weight: Weight, into: Path | None = None) -> Path:
 
 
 def prefetch(weights: Iterable[Weight], into: Path | None = None) -> dict[Weight, Path]:
-    """Bring all `weights` to this machine, as `locate` does each.
+    """Bring all ``weights`` to this machine, as ``locate`` does each.
 
-    Raises FileNotFoundError naming every one that cannot be had, at once.
+    Raises:
+        FileNotFoundError: some cannot be had; the message names all of them.
     """
     paths: dict[Weight, Path] = {}
     missing: dict[Weight, str] = {}
@@ -179,7 +181,7 @@ def prefetch(weights: Iterable[Weight], into: Path | None = None) -> dict[Weight
 
 
 def _from_hub(weight: Weight, into: Path | None) -> Path:
-    """Folder with the files of a hub repository that `weight` needs; no network call if they are here."""
+    """Folder with the files of a hub repository that ``weight`` needs; no network call if they are here."""
     present = into / weight.name if into else _cached_snapshot(weight.source)
     if present and not weight.lacks(present):
         return present

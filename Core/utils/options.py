@@ -203,7 +203,7 @@ class FlagParser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         unknown = message.removeprefix("unrecognized arguments: ").split()[0]
         if message.startswith("unrecognized arguments"):
-            hint = did_you_mean(unknown, self._option_string_actions).replace("'", "")
+            hint = did_you_mean(unknown, self._option_string_actions)
             message = f"unknown flag {unknown}" + (f": {hint}" if hint else "; see --help")
         raise ConfigError([message])
 

@@ -1,7 +1,5 @@
 """Reading weights: strict on what a model needs, and without ever running code from a file."""
 
-from __future__ import annotations
-
 import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -16,9 +14,10 @@ from torch import Tensor
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
-    """Tensors of a `.safetensors`, `.pt` or `.pth` file on the CPU, without a wrapping "state_dict".
+    """Tensors of a ``.safetensors``, ``.pt`` or ``.pth`` file on the CPU, without a wrapping "state_dict".
 
-    Raises ValueError if it is damaged or holds anything but tensors by name; a pickle is not executed.
+    Raises:
+        ValueError: it is damaged or holds anything but tensors by name; a pickle is not executed.
     """
     try:
         if path.suffix == ".safetensors":
@@ -64,11 +63,14 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def load_strictly(model_class: Any, folder: Path | None, unused: str = "", **kwargs: Any) -> Any:
-    """`model_class.from_pretrained(folder)` in float32, refusing weights that do not fit the model exactly.
+    """``model_class.from_pretrained(folder)`` in float32, refusing weights that do not fit the model exactly.
 
-    unused: pattern of keys that may be left over, beside the position indices old files hold. kwargs go to
-    `from_pretrained`; with folder None they are `config` and `state_dict`. Raises ValueError with the keys that
-    are missing, unexpected, or of another shape.
+    Args:
+        unused: pattern of keys that may be left over, beside the position indices old files hold.
+        **kwargs: of ``from_pretrained``; with folder None they are ``config`` and ``state_dict``.
+
+    Raises:
+        ValueError: keys are missing, unexpected, or of another shape; the message names them.
     """
     with quiet_transformers():
         model, report = model_class.from_pretrained(
@@ -99,7 +101,8 @@ def describe_mismatch(
 ) -> str:
     """What keeps weights from filling a model, in words; empty when they fit.
 
-    shapes: of the keys that differ in it, (shape found, the model's own).
+    Args:
+        shapes: of the keys that differ in it, (shape found, the model's own).
     """
     reshaped = [f"{key} {tuple(found)} instead of {tuple(own)}" for key, (found, own) in shapes.items()]
     faults = {"missing": missing, "unexpected": unexpected, "of another shape": reshaped}

@@ -1,4 +1,4 @@
-"""Registries through which mmengine config files name models, schedulers and datasets."""
+"""Registries through which mmengine config files name models and schedulers."""
 
 from copy import deepcopy
 
@@ -7,7 +7,6 @@ from torch import nn
 
 MODELS = Registry("model", locations=["opensora.models"])
 SCHEDULERS = Registry("scheduler", locations=["opensora.schedulers"])
-DATASETS = Registry("dataset", locations=["opensora.datasets"])
 
 
 def build_module(module: dict | nn.Module | None, builder: Registry, **kwargs):

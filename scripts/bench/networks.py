@@ -121,7 +121,7 @@ class RandomOpenSora(OpenSora):
 
 def registered() -> AbstractContextManager:
     """Within this context ``backbone="benchmark"`` is a model family; nobody else is offered it."""
-    return mock.patch.dict(BACKBONES.table, {"benchmark": RandomOpenSora})
+    return mock.patch.dict(BACKBONES, {"benchmark": RandomOpenSora})
 
 
 class RandomHPS(ImageReward):

@@ -39,13 +39,12 @@ SAVED = """## What is saved
 | convolutions of the frozen VAE keep no input | PyTorch keeps it for a weight's gradient | the same numbers |
 | modulation, gates, rotary position, on a GPU norms, in one to three operations | in two to nine | rounding |
 | tokens in memory as the blocks read them | as the patch embedding's convolution leaves them, transposed | rounding |
-| without a gradient on a CPU, GELU within the product before it | a pass of its own | rounding |
 
 `tests/test_exact_options.py` undoes one by one what of these is in the denoiser and the VAE, sees that other operations
 run then, and holds the final latent to a relative 1e-5 in float32 (2e-2 in bf16) and the adapter's gradient to 1e-4
 (2e-2, of a projection of the latent). Frozen linear layers keep nothing for a weight's gradient by themselves; the same
 tests count what autograd saves. Where the weights are in autocast's dtype the prefix runs without it, as inference
-does: on a GPU PyTorch would run its norms in float32. Of all this GELU alone is for CPUs only.
+does: on a GPU PyTorch would run its norms in float32.
 
 How much of the time the bf16 weights save, and how much the rest, is measured by comparisons in one dtype
 ([both in float32](#cpu-twin-fp32-compare), [both in bf16](#cpu-twin-bf16-compare)).
@@ -62,8 +61,8 @@ LEFT_OUT = """## What was left out
 - **Time and fps embeddings for all steps at once.** They are two rows through five linear layers, beside thousands
   through every block.
 - **Compiling by default.** On a CPU a step of compiled blocks takes [about as long](#cpu-twin-compiled-compare) as one
-  with the fused adapter and GELU, which it replaces by its own, and the first takes longer. Whether it pays on a GPU
-  has not been measured.
+  with the fused adapter, which it replaces by its own, and the first takes longer. Whether it pays on a GPU has not
+  been measured.
 - **CUDA graphs, 8-bit products, preparing the next batch while a GPU works.** There was no GPU to measure them on.
   Drawing a step's noise, all there is to prepare, takes milliseconds (`scripts/measure_overhead.py`).
 - **Saving in the background.** A checkpoint is the adapter and its two moments, 0.11 GB for XL/2 at rank 16; it is

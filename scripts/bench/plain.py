@@ -2,8 +2,8 @@
 
 Score matrices in attention, the text encoder resident and run at every step, text keys and values computed at every
 sampling step, modulation by frame though every frame is generated, checkpoints inside checkpoints, PEFT's own layer in
-the prefix (and autocast, where there is any), convolutions that keep their input, norms, modulation, rotary position
-and GELU as they are written down, tokens in the order in memory that the patch embedding's convolution leaves them in.
+the prefix (and autocast, where there is any), convolutions that keep their input, norms, modulation and rotary
+position as they are written down, tokens in the order in memory that the patch embedding's convolution leaves them in.
 Each is put in place of a piece for as long as the context lasts.
 
 Axes: B batch, N heads, Q queries, K keys, d head dimension, T latent frames.
@@ -18,7 +18,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from Core.backbones import Backbone, EncodedPrompt, Features, TextEncoder, opensora
 from Core.modules.frozen_conv import forget_conv_inputs
@@ -60,10 +60,6 @@ def separate_rotary(rope: RotaryEmbedding, x: Tensor) -> Tensor:
     wide = at_least_float32(x)
     even, odd = wide.unflatten(-1, (-1, 2)).unbind(-1)
     return (wide * cos + torch.stack([-odd, even], -1).flatten(-2) * sin).to(x.dtype)
-
-
-def separate_gelu(linear: nn.Module, x: Tensor) -> Tensor:
-    return F.gelu(linear(x), approximate="tanh")
 
 
 def transposed_tokens(
@@ -121,7 +117,6 @@ def undoing(trainer: Trainer) -> dict[str, list[tuple[Any, str, Any]]]:
         "modulation in one operation": [(stdit3, "modulate", separate_modulate)],
         "gates in one operation": [(stdit3, "gated_sum", separate_gated_sum)],
         "tokens in one order": [(PatchEmbed3D, "forward", transposed_tokens(PatchEmbed3D.forward))],
-        "GELU in its product": [(blocks, "gelu_linear", separate_gelu)],
     }
 
 

@@ -7,8 +7,6 @@ measured the seconds of a step, the final latents' relative distance from the ex
 velocity on the exact way from noise to video, and the cosine between its LoRA gradient and the exact one.
 """
 
-from __future__ import annotations
-
 import argparse
 import statistics
 import sys

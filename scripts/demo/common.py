@@ -1,7 +1,5 @@
 """What all pretraining stages share: the work folder, the resumable optimisation loop and batches of frames."""
 
-from __future__ import annotations
-
 import math
 import os
 import time

@@ -3,8 +3,6 @@
 Axes: P prompts, T frames, H, W pixels.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -7,8 +7,6 @@ right in their last one, how exactly the taken-over latents were kept, and how w
 frame comes out.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import tempfile

@@ -3,8 +3,6 @@
 ``python -m scripts.demo.measure [--prompts 128] [--steps 12] [--guidance 1.75] [--sheet FILE.png]``
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Sequence
 from pathlib import Path

@@ -5,8 +5,6 @@ The paths are taken one after the other. Each is compared with its own base mode
 ``python -m scripts.demo.nothing_lost [--prompts 256] [--json docs/benchmarks/demo-nothing-lost.json] [flags]``
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys

@@ -4,8 +4,6 @@ It knows the palette and the outlines of `scripts.demo.world` and nothing of how
 generated videos as it judges true ones. The background is grey, so colourfulness (chroma) is the shape.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from functools import cache
 

@@ -1,7 +1,5 @@
 """What a person looks at after the quickstart: a side-by-side video, a contact sheet and the reward curve."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -4,8 +4,6 @@
 lies in ``runs/demo_pretrain``: a killed run continues where it was, a finished stage is not repeated.
 """
 
-from __future__ import annotations
-
 import argparse
 
 import torch

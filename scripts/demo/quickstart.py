@@ -3,8 +3,6 @@
 ``python scripts/demo/quickstart.py [--prompts 256] [flags of train_t2v_lora.py]``
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import resource

@@ -7,8 +7,6 @@ Half of the images are neither right nor wrong: they lie between two shapes or c
 targets lie between too. A reward that only tells right from wrong is flat on the way, and its gradient there noise.
 """
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

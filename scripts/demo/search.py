@@ -5,8 +5,6 @@ replace those of vader_demo.py. Settings are compared on held-out captions that 
 not report on. A setting that is in the table already is not run again.
 """
 
-from __future__ import annotations
-
 import csv
 import os
 import shutil

@@ -7,8 +7,6 @@ what was interrupted. ``--write-docs`` trains nothing: it writes docs/learning-s
 runs and the pilots, which say how long a step takes. Times are only comparable when every run had a core to itself.
 """
 
-from __future__ import annotations
-
 import argparse
 import csv
 import statistics

@@ -1,7 +1,5 @@
 """Stage ``t5``: a small T5 v1.1 with its own tokenizer, pretrained by span corruption on the world's captions."""
 
-from __future__ import annotations
-
 import re
 import string
 from collections import Counter

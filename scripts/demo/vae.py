@@ -1,7 +1,5 @@
 """Stages ``vae2d``, ``vae3d``, ``latents`` and ``decoder``: the demo's video VAE, of Open-Sora 1.2's classes."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -6,8 +6,6 @@ a reward has something to mend that all of them have in common. In the last turn
 frames, on good clips: the first frames of their own, or frames from the middle of a longer one.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path

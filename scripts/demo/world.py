@@ -7,8 +7,6 @@ The test split holds out attribute combinations: one (shape, colour, background,
 chosen so that every pair of attributes still occurs in training, is never drawn by the train split.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 

@@ -4,7 +4,7 @@ from Core.utils.registry import Registry
 
 from .base import Objective, ObjectiveSettings
 
-OBJECTIVES = Registry(
+OBJECTIVES: Registry[Objective] = Registry(
     "objective", {"reward_gradient": "Core.training.objectives.reward_gradient:RewardGradient"}
 )
 

@@ -50,61 +50,16 @@ ASPECT_RATIOS.update(
     }
 )
 
-# Keys under which upstream files a ratio; also accepted as a ratio.
-ASPECT_RATIO_MAP = {
-    "3:8": "0.38",
-    "9:21": "0.43",
-    "12:25": "0.48",
-    "1:2": "0.50",
-    "9:17": "0.53",
-    "27:50": "0.54",
-    "9:16": "0.56",
-    "5:8": "0.62",
-    "2:3": "0.67",
-    "3:4": "0.75",
-    "1:1": "1.00",
-    "4:3": "1.33",
-    "3:2": "1.50",
-    "16:9": "1.78",
-    "17:9": "1.89",
-    "2:1": "2.00",
-    "50:27": "2.08",
-}
-_NAME_OF_KEY = {key: name for name, key in ASPECT_RATIO_MAP.items()}
-
-NUM_PIXELS = {
-    "144p": 36864,
-    "256": 65536,
-    "240p": 102240,
-    "360p": 230400,
-    "512": 262144,
-    "480p": 409920,
-    "720p": 921600,
-    "1024": 1048576,
-    "1080p": 2073600,
-    "2k": 3686400,
-    "2048": 4194304,
-    "2880": 8294400,
-    "4k": 8294400,
-}
-
 # "2s" is two seconds at about 25 frames per second, "1x" the same: 51 frames, three VAE chunks of 17.
 NUM_FRAMES_MAP = {f"{n}x": 51 * n for n in (1, 2, 4, 8, 16)} | {f"{2 * n}s": 51 * n for n in (1, 2, 4, 8, 16)}
 
 
-def get_num_pixels(resolution):
-    """Return the pixel count a resolution name stands for."""
-    if str(resolution) not in NUM_PIXELS:
-        raise ValueError(f"resolution={resolution!r} is unknown; choose one of {', '.join(NUM_PIXELS)}")
-    return NUM_PIXELS[str(resolution)]
-
-
 def get_image_size(resolution, ar_ratio):
-    """Return (height, width) in pixels.
+    """(height, width) in pixels.
 
     Args:
         resolution: name such as "240p" or "720p".
-        ar_ratio: H:W such as "9:16", or upstream's key for it ("0.56").
+        ar_ratio: H:W such as "9:16".
 
     Raises:
         ValueError: unknown resolution, or a ratio it does not come in.
@@ -112,17 +67,16 @@ def get_image_size(resolution, ar_ratio):
     sizes = ASPECT_RATIOS.get(str(resolution))
     if sizes is None:
         raise ValueError(f"resolution={resolution!r} is unknown; choose one of {', '.join(ASPECT_RATIOS)}")
-    name = _NAME_OF_KEY.get(ar_ratio, ar_ratio)
-    if name not in sizes:
+    if ar_ratio not in sizes:
         raise ValueError(
             f"aspect_ratio={ar_ratio!r} does not exist at resolution {resolution!r}; choose one of "
             f"{', '.join(sizes)} (height:width)"
         )
-    return sizes[name]
+    return sizes[ar_ratio]
 
 
 def get_num_frames(num_frames):
-    """Return the pixel frames of a duration ("4s"), a multiple of 51 frames ("2x") or a number (16, "16").
+    """The pixel frames of a duration ("4s"), a multiple of 51 frames ("2x") or a number (16, "16").
 
     Raises:
         ValueError: neither a known name nor a positive whole number.

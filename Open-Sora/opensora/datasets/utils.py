@@ -19,12 +19,12 @@ VID_EXTENSIONS = (".mp4", ".avi", ".mov", ".mkv", ".webm", ".gif")
 
 
 def is_img(path):
-    """Whether `path` has the extension of a picture that `read_from_path` reads."""
+    """Whether ``path`` has the extension of a picture that ``read_from_path`` reads."""
     return Path(path).suffix.lower() in IMG_EXTENSIONS
 
 
 def is_vid(path):
-    """Whether `path` has the extension of a video that `read_from_path` reads."""
+    """Whether ``path`` has the extension of a video that ``read_from_path`` reads."""
     return Path(path).suffix.lower() in VID_EXTENSIONS
 
 
@@ -40,7 +40,7 @@ def save_sample(
         x: [C, T, H, W] with C = 3; not modified.
         save_path: where to write, without extension (".png" or ".mp4" is added).
         fps: frames per second of a video.
-        normalize: map `value_range` to [0, 1]; if False, x is in [0, 1] already.
+        normalize: map ``value_range`` to [0, 1]; if False, x is in [0, 1] already.
         value_range: (low, high) of x; values outside are clamped.
         force_video: write one frame as a video too.
         verbose: print the path.
@@ -76,14 +76,14 @@ def save_sample(
 
 
 def _to_uint8(frame, value_range):
-    """Return a frame [C, H, W] as an array [H, W, C] of bytes, `value_range` mapped to 0..255 and rounded."""
+    """A frame [C, H, W] as an array [H, W, C] of bytes, ``value_range`` mapped to 0..255 and rounded."""
     low, high = value_range
     unit = (frame.float().clamp(low, high) - low) / (high - low)
     return unit.mul(255).round().to("cpu", torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
 def _write_video(path, frames, fps):
-    """Encode frames [H, W, 3] (uint8) to `path`; HD colour (BT.709), tagged so that players agree on it."""
+    """Encode frames [H, W, 3] (uint8) to ``path``; HD colour (BT.709), tagged so that players agree on it."""
     with av.open(str(path), "w", options={"movflags": "+faststart"}) as container:
         stream: Any = None
         for frame in frames:
@@ -111,12 +111,12 @@ def _add_h264_stream(container, shape, fps):
 
 
 def read_from_path(path, image_size, transform_name="resize_crop"):
-    """Read a picture (T = 1) or all frames of a video, fitted to `image_size`.
+    """Read a picture (T = 1) or all frames of a video, fitted to ``image_size``.
 
     Args:
         path: local file.
         image_size: (height, width) in pixels.
-        transform_name: only "resize_crop": bicubic resize until `image_size` is covered, then centre crop.
+        transform_name: only "resize_crop": bicubic resize until ``image_size`` is covered, then centre crop.
 
     Returns:
         [3, T, H, W] float32 in [-1, 1].

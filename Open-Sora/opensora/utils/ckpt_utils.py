@@ -2,8 +2,6 @@
 
 import json
 import os
-import re
-from collections.abc import Mapping
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -11,13 +9,19 @@ import httpx
 import torch
 from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
 
 WEIGHT_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 CONFIG_NAME = "config.json"
-SHARD = re.compile(r"-\d+-of-\d+\.")
+LISTED_KEYS = 5
+
+
+def is_hub_id(source: str) -> bool:
+    """Whether ``source`` has the form of a hub id, ``organisation/name``."""
+    parts = source.split("/")
+    return len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~")
 
 
 def find_checkpoint(source: str | Path, local_files_only: bool = False) -> Path:
@@ -38,18 +42,14 @@ def find_checkpoint(source: str | Path, local_files_only: bool = False) -> Path:
             "(organisation/name)"
         )
     patterns = [CONFIG_NAME, "*.safetensors", "*.safetensors.index.json"]
-    for local_only in (True,) if local_files_only else (True, False):
+    for offline in (True,) if local_files_only else (True, False):
         try:
-            folder = Path(
-                snapshot_download(str(source), allow_patterns=patterns, local_files_only=local_only)
-            )
+            folder = Path(snapshot_download(str(source), allow_patterns=patterns, local_files_only=offline))
+            if offline:  # the cache gives out what an interrupted download has left there, too
+                weight_files(folder)
+            return folder
         except (OSError, ValueError, httpx.HTTPError) as error:  # hub errors derive from these
             cause = error
-            continue
-        # The cache gives out what an interrupted download has left there, too.
-        if not local_only or _is_whole(folder):
-            return folder
-        cause = FileNotFoundError(folder)
     raise FileNotFoundError(
         f"weights not found: {source!s} is neither a folder here nor reachable on the Hugging Face hub "
         f"({type(cause).__name__}); fetch it with `hf download {source!s}` on a connected machine, or give "
@@ -57,26 +57,36 @@ def find_checkpoint(source: str | Path, local_files_only: bool = False) -> Path:
     ) from None
 
 
-def _is_whole(folder: Path) -> bool:
-    """Whether a downloaded folder has its weights: a single file, or an index and every shard it names."""
-    for index in folder.glob("*.safetensors.index.json"):
-        return all((folder / shard).is_file() for shard in _read_json(index)["weight_map"].values())
-    return any(not SHARD.search(file.name) for file in folder.glob("*.safetensors"))
+def weight_files(path: Path) -> list[Path]:
+    """What holds the weights of a file or folder: the shards that an index names, else the one file there is.
 
-
-def is_hub_id(source: str) -> bool:
-    """Whether ``source`` has the form of a hub id, ``organisation/name``."""
-    parts = source.split("/")
-    return len(parts) == 2 and all(parts) and parts[0] not in (".", "..", "~")
+    Raises:
+        FileNotFoundError: none, a shard missing, or several to choose from.
+    """
+    if path.is_file():
+        return [path]
+    for index in path.glob("*.safetensors.index.json"):
+        shards = [path / name for name in sorted(set(_read_json(index)["weight_map"].values()))]
+        if missing := [shard for shard in shards if not shard.is_file()]:
+            raise FileNotFoundError(
+                f"weights not found: {missing[0]} is named by its index but missing; fetch it again"
+            )
+        return shards
+    named = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
+    found = named[:1] or [file for file in path.glob("*.safetensors") if "-of-" not in file.name]
+    found = found or [file for file in path.iterdir() if file.suffix in TORCH_SUFFIXES]
+    if len(found) != 1:
+        raise FileNotFoundError(
+            f"no weights in {path}: expected {WEIGHT_NAMES[0]} or a single file, found "
+            f"{f'{len(found)} candidates' if found else 'none'}"
+        )
+    return found
 
 
 def read_config(source: str | Path) -> dict:
     """The ``config.json`` of a checkpoint folder or hub id; empty where there is none."""
-    path = find_checkpoint(source)
-    config = path / CONFIG_NAME
-    if not config.is_file():
-        return {}
-    return _read_json(config)
+    config = find_checkpoint(source) / CONFIG_NAME
+    return _read_json(config) if config.is_file() else {}
 
 
 def _read_json(path: Path) -> dict:
@@ -86,47 +96,28 @@ def _read_json(path: Path) -> dict:
         raise ValueError(f"{path} is no JSON or is damaged; fetch it again") from error
 
 
-def read_state(source: str | Path) -> dict[str, Tensor]:
-    """All tensors of a checkpoint: one file, or a folder with safetensors files or a single ``.pt``."""
-    path = find_checkpoint(source)
-    if path.is_file():
-        return _read_file(path)
-    for index in sorted(path.glob("*.safetensors.index.json")):
-        shards = sorted(set(_read_json(index)["weight_map"].values()))
-        return {key: tensor for shard in shards for key, tensor in _read_file(path / shard).items()}
-    named = [path / name for name in WEIGHT_NAMES if (path / name).is_file()]
-    others = sorted(path.glob("*.safetensors")) or sorted(
-        file for file in path.iterdir() if file.suffix in TORCH_SUFFIXES
-    )
-    if named or len(others) == 1:
-        return _read_file((named or others)[0])
-    found = f"{len(others)} candidates" if others else "none"
-    raise FileNotFoundError(
-        f"no weights in {path}: expected {WEIGHT_NAMES[0]} or a single file, found {found}"
-    )
+def read_file(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file by name, out of a wrapping "state_dict" or "model"; a pickle's code is not run.
 
-
-def _read_file(path: Path) -> dict[str, Tensor]:
-    if not path.is_file():
-        raise FileNotFoundError(
-            f"weights not found: {path} is named by its index but missing; fetch it again"
-        )
+    Raises:
+        ValueError: it is damaged, or holds anything else.
+    """
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except UnpicklingError as error:
+    except (SafetensorError, UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(
-            f"{path} holds more than tensors, which is not read since it could run code; give a .safetensors "
-            "file or a plain state dict"
+            f"{path} is damaged, or holds more than tensors and could run code ({type(error).__name__}); "
+            "fetch it again, or give a .safetensors file"
         ) from error
-    except (SafetensorError, RuntimeError, EOFError) as error:
-        raise ValueError(f"{path} is no weight file or is damaged; fetch it again") from error
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            return state[wrapper]
-    if not isinstance(state, dict):
-        raise ValueError(f"{path} holds a {type(state).__name__}; give a file with a state dict")
+            state = state[wrapper]
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(
+            f"{path} holds a {type(state).__name__} without tensors by name; give a file with a state dict"
+        )
     return state
 
 
@@ -134,47 +125,39 @@ def load_pretrained(model: nn.Module, source: str | Path) -> nn.Module:
     """Load ``source`` into ``model``, which may lie on the meta device, and return it in eval mode.
 
     Raises:
-        ValueError: a key is missing, unexpected or of another shape; the message lists them.
+        FileNotFoundError: there are no weights.
+        ValueError: a file is damaged, or a key is missing, unexpected or of another shape; the message lists them.
     """
-    load_strict(model, read_state(source), str(source))
-    return model.eval()
-
-
-def load_strict(model: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    """``load_state_dict`` that names every key that does not fit; tensors become the model's own."""
-    mismatch = describe_mismatch(model.state_dict(), state)
-    if mismatch:
-        raise ValueError(f"the weights of {source} do not fit {type(model).__name__}: {mismatch}")
-    model.load_state_dict(state, assign=True)
-
-
-def describe_mismatch(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """What keeps ``state`` from filling ``own``, in words; empty when it fits."""
+    own, state = model.state_dict(), {}
+    for file in weight_files(find_checkpoint(source)):
+        state.update(read_file(file))
     faults = {
         "missing": sorted(own.keys() - state.keys()),
         "unexpected": sorted(state.keys() - own.keys()),
         "of another shape": [
-            f"{key} {tuple(state[key].shape)} instead of {tuple(own[key].shape)}"
-            for key in sorted(own.keys() & state.keys())
-            if state[key].shape != own[key].shape
+            f"{key} {tuple(state[key].shape)} instead of {tuple(tensor.shape)}"
+            for key, tensor in own.items()
+            if key in state and state[key].shape != tensor.shape
         ],
     }
-    return "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
+    if any(faults.values()):
+        listed = "; ".join(f"{len(keys)} {kind}: {_some(keys)}" for kind, keys in faults.items() if keys)
+        raise ValueError(f"the weights of {source!s} do not fit {type(model).__name__}: {listed}")
+    model.load_state_dict(state, assign=True)
+    return model.eval()
 
 
-def _some(keys: list[str], limit: int = 5) -> str:
-    more = f", … ({len(keys) - limit} more)" if len(keys) > limit else ""
-    return ", ".join(keys[:limit]) + more
+def _some(keys: list[str]) -> str:
+    more = f", … ({len(keys) - LISTED_KEYS} more)" if len(keys) > LISTED_KEYS else ""
+    return ", ".join(keys[:LISTED_KEYS]) + more
 
 
 def save_pretrained(model: nn.Module, config: dict, folder: str | Path) -> None:
     """Write ``config.json`` and ``model.safetensors`` as on the hub, each under its name only when whole."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    state = {key: tensor.detach().cpu().contiguous() for key, tensor in model.state_dict().items()}
-    partial = folder / f".{WEIGHT_NAMES[0]}.partial"
-    save_file(state, partial, metadata={"format": "pt"})
-    os.replace(partial, folder / WEIGHT_NAMES[0])
-    partial = folder / f".{CONFIG_NAME}.partial"
-    partial.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-    os.replace(partial, folder / CONFIG_NAME)
+    weights, settings = (folder / f".{name}.partial" for name in (WEIGHT_NAMES[0], CONFIG_NAME))
+    save_model(model, str(weights), {"format": "pt"})
+    os.replace(weights, folder / WEIGHT_NAMES[0])
+    settings.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    os.replace(settings, folder / CONFIG_NAME)

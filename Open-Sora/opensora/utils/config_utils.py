@@ -48,7 +48,7 @@ _NESTED_INFERENCE_FLAGS = (
 
 
 def parse_configs(training=False, argv=None):
-    """Read `CONFIG [flags]` from the command line into one mmengine Config, flags over file.
+    """Read ``CONFIG [flags]`` from the command line into one mmengine Config, flags over file.
 
     Args:
         training: offer the flags of training instead of those of sampling.

@@ -1,12 +1,12 @@
 """Prompts, conditions and references for sampling, with the text formats of Open-Sora v1.2.0.
 
-Axis legend: B batch, C channels, T frames (latent frames where the tensor is a latent), H height, W width.
+Axes: B batch, C channels, T frames (latent frames where the tensor is a latent), H height, W width.
 
-A prompt may end in a JSON object with references, `A cat.{"reference_path": "a.png", "mask_strategy": "0"}`,
-and may change from loop to loop of a long video, `|0|a dog runs|2|the dog sleeps`.
+A prompt may end in a JSON object with references, ``A cat.{"reference_path": "a.png", "mask_strategy": "0"}``,
+and may change from loop to loop of a long video, ``|0|a dog runs|2|the dog sleeps``.
 
 A mask strategy tells which latent frames are given and not generated: groups joined by ";", each up to six
-numbers `loop,reference,reference_start,target_start,length,edit_ratio` (defaults 0,0,0,0,1,0; a negative
+numbers ``loop,reference,reference_start,target_start,length,edit_ratio`` (defaults 0,0,0,0,1,0; a negative
 start counts from the end). An edit ratio of 0 keeps the frames as they are; a higher one lets the sampler
 change them more.
 """
@@ -32,36 +32,31 @@ class MaskGroup(NamedTuple):
 
 
 def prepare_multi_resolution_info(info_type, batch_size, image_size, num_frames, fps, device, dtype):
-    """Return what a multi-resolution model is told about the sample, each value repeated over the batch.
+    """What a multi-resolution model is told about the sample, each value repeated over the batch.
 
     Args:
-        info_type: "STDiT2" (or "OpenSora"), "PixArtMS", or None for a model that takes nothing.
+        info_type: ``"STDiT2"`` (or ``"OpenSora"``), or None for a model that takes nothing.
         image_size: (height, width) in pixels.
-        num_frames: pixel frames; a still picture (1) is announced at `IMG_FPS`.
+        num_frames: pixel frames; a still picture (1) is announced at ``IMG_FPS``.
         fps: frames per second.
 
     Returns:
-        "STDiT2": height, width, num_frames, fps, ar, each [B]; "PixArtMS": hw [B, 2], ar [B, 1]; None: {}.
-        ar is height / width.
+        height, width, num_frames, fps and ar, which is height / width, each [B]; ``{}`` for None.
     """
-    height, width = image_size
-
-    def batch(*values):
-        return torch.tensor([values], device=device, dtype=dtype).repeat(batch_size, 1)
-
     if info_type is None:
         return {}
-    if info_type == "PixArtMS":
-        return dict(ar=batch(height / width), hw=batch(height, width))
-    if info_type in ("STDiT2", "OpenSora"):
-        values = dict(height=height, width=width, num_frames=num_frames, ar=height / width)
-        values["fps"] = fps if num_frames > 1 else IMG_FPS
-        return {name: batch(value)[:, 0] for name, value in values.items()}
-    raise ValueError(f"multi_resolution={info_type!r} is unknown; use 'STDiT2', 'PixArtMS' or None")
+    if info_type not in ("STDiT2", "OpenSora"):
+        raise ValueError(f"multi_resolution={info_type!r} is unknown; use 'STDiT2', 'OpenSora' or None")
+    height, width = image_size
+    values = dict(height=height, width=width, num_frames=num_frames, ar=height / width)
+    values["fps"] = fps if num_frames > 1 else IMG_FPS
+    return {
+        name: torch.full((batch_size,), value, device=device, dtype=dtype) for name, value in values.items()
+    }
 
 
 def load_prompts(prompt_path, start_idx=None, end_idx=None):
-    """Return the prompts of a UTF-8 file, one a line, blank lines left out.
+    """The prompts of a UTF-8 file, one a line, blank lines left out.
 
     Args:
         start_idx, end_idx: slice of the prompts (end exclusive); None is open.
@@ -91,7 +86,7 @@ def load_prompts(prompt_path, start_idx=None, end_idx=None):
 
 
 def append_score_to_prompts(prompts, aes=None, flow=None, camera_motion=None):
-    """Return the prompts with the score suffixes the model was trained with, where they are not there yet.
+    """The prompts with the score suffixes the model was trained with, where they are not there yet.
 
     Args:
         aes: aesthetic score, about 4 to 7.
@@ -135,7 +130,7 @@ def extract_json_from_prompts(prompts, reference, mask_strategy):
 
 
 def _read_suffix(prompt, suffix):
-    """Parse the JSON suffix of a prompt into {key: str}."""
+    """The JSON suffix of a prompt as {key: str}."""
     try:
         info = json.loads(suffix)
     except json.JSONDecodeError as error:
@@ -176,14 +171,14 @@ def split_prompt(prompt_text):
 
 
 def merge_prompt(text_list, loop_idx_list=None):
-    """Undo `split_prompt`."""
+    """Undo ``split_prompt``."""
     if loop_idx_list is None:
         return text_list[0]
     return "".join(f"|{loop}|{text}" for loop, text in zip(loop_idx_list, text_list, strict=True))
 
 
 def extract_prompts_loop(prompts, num_loop):
-    """Return for each prompt the text that holds in loop `num_loop` (0 is the first)."""
+    """For each prompt the text that holds in loop ``num_loop`` (0 is the first)."""
     selected = []
     for prompt in prompts:
         texts, loops = split_prompt(prompt)
@@ -193,7 +188,7 @@ def extract_prompts_loop(prompts, num_loop):
 
 
 def parse_mask_strategy(mask_strategy):
-    """Return the `MaskGroup`s of a mask strategy string (see the top of this file); none for "" or None.
+    """The ``MaskGroup``s of a mask strategy string (see the top of this file); none for "" or None.
 
     Raises:
         ValueError: a group has more than six fields or one that is no number.
@@ -230,7 +225,7 @@ def collect_references_batch(reference_paths, vae, image_size):
 
     Args:
         reference_paths: B strings, each paths joined by ";" or "" for none.
-        vae: has `encode([1, 3, T, H, W] in [-1, 1]) -> latent`, `device` and `dtype`.
+        vae: has ``encode([1, 3, T, H, W] in [-1, 1]) -> latent``, ``device`` and ``dtype``.
         image_size: (height, width) in pixels to which pictures and videos are fitted.
 
     Returns:
@@ -289,7 +284,7 @@ def apply_mask_strategy(z, refs_x, mask_strategys, loop_i, align=None):
 
 
 def _start_frame(start, num_frames, align, field, strategy):
-    """Return `start` as an index in [0, num_frames), moved to the nearest multiple of `align` that fits."""
+    """``start`` as an index in [0, num_frames), moved to the nearest multiple of ``align`` that fits."""
     index = start + num_frames if start < 0 else start
     if not 0 <= index < num_frames:
         raise ValueError(
@@ -311,7 +306,7 @@ def append_generated(
     """Make the end of the last clip the start of the next: encode it and add it to the references.
 
     Args:
-        vae: has `encode([B, 3, T, H, W]) -> [B, C, T, H, W]`.
+        vae: has ``encode([B, 3, T, H, W]) -> [B, C, T, H, W]``.
         generated_video: [B, 3, T, H, W] pixels in [-1, 1].
         refs_x: B lists of reference latents (or None for an empty one).
         mask_strategy: B mask strategy strings (or None for an empty one).
@@ -330,10 +325,3 @@ def append_generated(
         group = f"{loop_i},{len(refs) - 1},-{length},0,{length},{condition_frame_edit}"
         strategies.append(f"{strategy};{group}" if strategy else group)
     return references, strategies
-
-
-def dframe_to_frame(num):
-    """Return how many pixel frames `num` latent frames are: a VAE chunk is 5 latent or 17 pixel frames."""
-    if num % 5:
-        raise ValueError(f"{num} latent frames do not fill whole VAE chunks; use a multiple of 5")
-    return num // 5 * 17

@@ -20,7 +20,7 @@ _DTYPES = {
 
 
 def to_torch_dtype(dtype):
-    """Return the torch.dtype a config names ("bf16", "float32", …); a torch.dtype is returned as it is.
+    """The torch.dtype a config names ("bf16", "float32", …); a torch.dtype is returned as it is.
 
     Raises:
         ValueError: unknown name.
@@ -33,7 +33,7 @@ def to_torch_dtype(dtype):
 
 
 def create_logger(logging_dir=None):
-    """Return the package's logger: the first process prints (and writes), the others are silent.
+    """The package's logger: the first process prints (and writes), the others are silent.
 
     A second call replaces the handlers of the first, so that no line is written twice. The rank is read
     from the environment variable RANK, which every launcher sets; without it there is one process.

@@ -11,12 +11,6 @@ from torch import Tensor, nn
 from .embeddings import RotaryEmbedding
 
 NORM_EPS = 1e-6
-# What oneDNN's product with GELU serves: an operator of PyTorch's own compiler, without a public name.
-ONEDNN_DTYPES: set[torch.dtype] = set()
-if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-    ONEDNN_DTYPES.add(torch.float32)
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        ONEDNN_DTYPES.add(torch.bfloat16)
 
 
 class RMSNorm(nn.Module):
@@ -91,20 +85,4 @@ class Mlp(nn.Module):
         self.fc2 = nn.Linear(hidden, dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(gelu_linear(self.fc1, x))
-
-
-def gelu_linear(linear: nn.Module, x: Tensor) -> Tensor:
-    """gelu(W x + b) in its tanh form; as one operation where oneDNN serves, past what hooks ``linear`` has."""
-    if _onednn_serves(linear, x):
-        return torch.ops.mkldnn._linear_pointwise(x, linear.weight, linear.bias, "gelu", [], "tanh")
-    return F.gelu(linear(x), approximate="tanh")
-
-
-def _onednn_serves(linear: nn.Module, x: Tensor) -> bool:
-    """A layer as PyTorch made it, on a CPU, uncompiled, without gradient or autocast, in the dtype of its input."""
-    if torch.is_grad_enabled() or torch.is_autocast_enabled("cpu") or torch.compiler.is_compiling():
-        return False
-    if type(linear) is not nn.Linear or "forward" in vars(linear) or x.device.type != "cpu":
-        return False
-    return x.dtype == linear.weight.dtype and x.dtype in ONEDNN_DTYPES
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))

@@ -113,7 +113,7 @@ class _TextCollector(HTMLParser):
 
 
 def _strip_markup(text):
-    """Return the text content of `text` read as HTML."""
+    """The text content of ``text`` read as HTML."""
     collector = _TextCollector()
     try:
         collector.feed(text)
@@ -130,7 +130,7 @@ def _apply(rules, text):
 
 
 def clean_caption(caption):
-    """Return `caption` after one pass of the cleaning routine: lower case, no markup, no web residue."""
+    """``caption`` after one pass of the cleaning routine: lower case, no markup, no web residue."""
     text = unquote_plus(str(caption)).strip().lower()
     text = _strip_markup(_apply(_ADDRESSES, text))
     text = _apply(_SYMBOLS, text)

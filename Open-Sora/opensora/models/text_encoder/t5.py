@@ -1,6 +1,6 @@
 """T5 v1.1 text encoder of Open-Sora 1.2 (hub id DeepFloyd/t5-v1_1-xxl), frozen.
 
-Axis legend: B batch, L tokens (`model_max_length`), D width of the encoder (4096 for XXL).
+Axes: B batch, L tokens (``model_max_length``), D width of the encoder (4096 for XXL).
 """
 
 from pathlib import Path
@@ -20,10 +20,10 @@ class T5Embedder:
 
     Args:
         device: where the encoder lives and runs.
-        from_pretrained: hub id, or folder with config.json, the weights (one file or shards, `.safetensors`
-            or `.bin`) and the tokenizer (tokenizer.json or spiece.model).
+        from_pretrained: hub id, or folder with config.json, the weights (one file or shards, ``.safetensors``
+            or ``.bin``) and the tokenizer (tokenizer.json or spiece.model).
         cache_dir: cache folder for downloads; None is the hub's default.
-        torch_dtype: floating-point type of the weights. In float16 the feed-forward output projections `wo`
+        torch_dtype: floating-point type of the weights. In float16 the feed-forward output projections ``wo``
             stay in float32, because their products overflow float16.
         model_max_length: L; captions are padded or truncated to it.
         local_files_only: never go to the network.
@@ -76,7 +76,7 @@ class T5Embedder:
 
     @torch.no_grad()
     def get_text_embeddings(self, texts):
-        """Return embeddings [B, L, D] and attention mask [B, L] (1 = token, 0 = padding) of `texts`."""
+        """Embeddings [B, L, D] and attention mask [B, L] (1 = token, 0 = padding) of ``texts``."""
         tokens = self.tokenizer(
             [texts] if isinstance(texts, str) else list(texts),
             max_length=self.model_max_length,
@@ -94,16 +94,16 @@ class T5Embedder:
 class T5Encoder:
     """Prompts to the text conditioning of STDiT; signature of Open-Sora v1.2.0.
 
-    `y_embedder` (the denoiser's, set from outside) supplies the learned embedding of the empty caption.
+    ``y_embedder`` (the denoiser's, set from outside) supplies the learned embedding of the empty caption.
 
     Args:
-        from_pretrained: hub id or local folder, see `T5Embedder`.
+        from_pretrained: hub id or local folder, see ``T5Embedder``.
         model_max_length: tokens per prompt; 300 in Open-Sora 1.2.
         device, dtype: of the encoder and its outputs.
         cache_dir: cache folder for downloads.
         shardformer: only False; the colossalai layers it stands for upstream are not used here.
         local_files_only: never go to the network.
-        load_in_8bit: see `T5Embedder`.
+        load_in_8bit: see ``T5Embedder``.
     """
 
     def __init__(
@@ -140,12 +140,12 @@ class T5Encoder:
         self.dtype = dtype
 
     def encode(self, text):
-        """Return {"y": [B, 1, L, D], "mask": [B, L]} for a list of B prompts (already cleaned)."""
+        """{"y": [B, 1, L, D], "mask": [B, L]} for a list of B prompts (already cleaned)."""
         embeddings, mask = self.t5.get_text_embeddings(text)
         return dict(y=embeddings[:, None], mask=mask)
 
     def null(self, n):
-        """Return the learned embedding of the empty caption for n samples, [n, 1, L, D]."""
+        """The learned embedding of the empty caption for n samples, [n, 1, L, D]."""
         if self.y_embedder is None:
             raise ValueError(
                 "T5Encoder.y_embedder is not set; use the denoiser's: encoder.y_embedder = model.y_embedder"
@@ -154,7 +154,7 @@ class T5Encoder:
 
 
 def text_preprocessing(text, use_text_preprocessing=True):
-    """Return `text` as the captions of the training set were written.
+    """``text`` as the captions of the training set were written.
 
     Args:
         text: one caption.
@@ -166,10 +166,11 @@ def text_preprocessing(text, use_text_preprocessing=True):
 
 
 def _check_folder(from_pretrained):
-    """Return whether `from_pretrained` is a folder (else a hub id); FileNotFoundError if files are missing.
+    """Whether ``from_pretrained`` is a folder (else a hub id).
 
-    transformers would fill the gaps in silence: without config.json with the sizes of T5-small, without a
-    tokenizer file with a tokenizer that knows no word.
+    Raises:
+        FileNotFoundError: files are missing. transformers would fill the gaps in silence: without config.json with
+            the sizes of T5-small, without a tokenizer file with a tokenizer that knows no word.
     """
     folder = Path(from_pretrained)
     if not folder.is_dir():

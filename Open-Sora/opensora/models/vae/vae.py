@@ -104,7 +104,7 @@ class VideoAutoencoderPipelineConfig:
     vae_2d, vae_temporal: registry entries of the two halves.
     micro_frame_size: frames per chunk; each chunk is coded on its own. None for the whole video at once.
     shift, scale: per channel; a latent is (raw − shift) / scale.
-    cal_loss: return what VAE training needs, with latents left as they are.
+    cal_loss: only False; upstream trains the VAE with it.
     freeze_vae_2d: no gradients for the image VAE's weights.
     """
 
@@ -126,10 +126,11 @@ class VideoAutoencoderPipeline(nn.Module):
 
     def __init__(self, config: VideoAutoencoderPipelineConfig):
         super().__init__()
+        if config.cal_loss:
+            raise ValueError("cal_loss=True is for training the VAE, which is not done here; set False")
         self.config = config
         self.spatial_vae = build_module(config.vae_2d, MODELS)
         self.temporal_vae = build_module(config.vae_temporal, MODELS)
-        self.cal_loss = config.cal_loss
         self.out_channels = self.temporal_vae.out_channels
         self.micro_frame_size = config.micro_frame_size
         self.micro_z_frame_size = self.temporal_vae.get_latent_size([config.micro_frame_size, None, None])[0]
@@ -140,43 +141,23 @@ class VideoAutoencoderPipeline(nn.Module):
         if config.from_pretrained:
             load_pretrained(self, config.from_pretrained)
 
-    def encode(self, x: Tensor):
-        """Pixels [B, 3, T, H, W] in [-1, 1] → latents [B, C, T', H/8, W/8], the mode of the posterior.
-
-        With ``cal_loss``: (raw latents, last posterior, spatial latents).
-        """
+    def encode(self, x: Tensor) -> Tensor:
+        """Pixels [B, 3, T, H, W] in [-1, 1] → latents [B, C, T', H/8, W/8], the mode of the posterior."""
         x_z = self.spatial_vae.encode(x)
         chunks = x_z.split(self.micro_frame_size or x_z.shape[2], dim=2)
-        posteriors = [self.temporal_vae.encode(chunk) for chunk in chunks]
-        z = torch.cat([posterior.mode() for posterior in posteriors], dim=2)
-        if self.cal_loss:
-            return z, posteriors[-1], x_z
+        z = torch.cat([self.temporal_vae.encode(chunk).mode() for chunk in chunks], dim=2)
         return (z - self.shift) / self.scale
 
-    def decode(self, z: Tensor, num_frames: int):
-        """Latents [B, C, T', h, w] → pixels [B, 3, num_frames, 8h, 8w], about [-1, 1].
-
-        With ``cal_loss``: (pixels, spatial latents).
-        """
-        if not self.cal_loss:
-            z = z * self.scale.to(z.dtype) + self.shift.to(z.dtype)
+    def decode(self, z: Tensor, num_frames: int) -> Tensor:
+        """Latents [B, C, T', h, w] → pixels [B, 3, num_frames, 8h, 8w], about [-1, 1]."""
+        z = z * self.scale.to(z.dtype) + self.shift.to(z.dtype)
         chunks = z.split(self.micro_z_frame_size or z.shape[2], dim=2)
         done, parts = 0, []
         for chunk in chunks:
             frames = min(self.micro_frame_size or num_frames, num_frames - done)
             parts.append(self.temporal_vae.decode(chunk, num_frames=frames))
             done += frames
-        x_z = torch.cat(parts, dim=2)
-        x = self.spatial_vae.decode(x_z)
-        return (x, x_z) if self.cal_loss else x
-
-    def forward(self, x: Tensor):
-        """Reconstruction, posterior, latents and spatial latents, for training with ``cal_loss``."""
-        if not self.cal_loss:
-            raise ValueError("VideoAutoencoderPipeline.forward is for VAE training; set cal_loss=True")
-        z, posterior, x_z = self.encode(x)
-        x_rec, x_z_rec = self.decode(z, num_frames=x_z.shape[2])
-        return x_rec, x_z_rec, z, posterior, x_z
+        return self.spatial_vae.decode(torch.cat(parts, dim=2))
 
     def get_latent_size(self, input_size: list[int | None]) -> list[int | None]:
         """[T, H, W] of a video → of its latent; None stays None."""
@@ -186,9 +167,6 @@ class VideoAutoencoderPipeline(nn.Module):
         whole, rest = divmod(frames, self.micro_frame_size)
         rest_size = self.temporal_vae.get_latent_size([rest, None, None])[0]
         return [whole * self.micro_z_frame_size + rest_size, *space]
-
-    def get_temporal_last_layer(self) -> Tensor:
-        return self.temporal_vae.decoder.conv_out.conv.weight
 
     @property
     def device(self) -> torch.device:

@@ -1,0 +1,74 @@
+"""A scorer or a mixture from a configuration: checked, its weights listed and fetched, built.
+
+``reward_fn`` is a registered name, "path/to/file.py:Class", or {name: weight} for a mixture; ``reward_args`` are the
+arguments of the scorer, for a mixture {name: {argument: value}}.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from Core.rewards.base import Reward
+from Core.rewards.mixture import Mixture, mixture_errors
+from Core.rewards.registry import construct, resolve_reward
+from Core.utils.hub import Weight, prefetch
+
+RewardFn = str | Mapping[str, float]
+RewardArgs = Mapping[str, Any] | None
+
+
+def check_reward_config(reward_fn: RewardFn, reward_args: RewardArgs = None) -> list[str]:
+    """All that is wrong with a reward configuration, one sentence each, without loading any weights."""
+    args = dict(reward_args or {})
+    if isinstance(reward_fn, Mapping):
+        return mixture_errors(reward_fn, args)
+    try:
+        return resolve_reward(reward_fn).config_errors(args)
+    except ValueError as error:
+        return [str(error)]
+
+
+def required_weights(reward_fn: RewardFn, reward_args: RewardArgs = None) -> list[Weight]:
+    """All weights that ``build_reward(reward_fn, reward_args)`` loads."""
+    parts = _parts(reward_fn, reward_args)
+    return [w for name, own in parts.items() for w in resolve_reward(name).required_weights(own).values()]
+
+
+def prompt_errors(reward_fn: RewardFn, reward_args: RewardArgs, prompts: Sequence[str]) -> list[str]:
+    """Sentences on prompts the reward cannot score, before a network is loaded.
+
+    Raises:
+        FileNotFoundError: a file that tells (a list of classes) cannot be had.
+    """
+    parts = _parts(reward_fn, reward_args)
+    return [e for name, own in parts.items() for e in resolve_reward(name).prompt_errors(own, prompts)]
+
+
+def _parts(reward_fn: RewardFn, reward_args: RewardArgs) -> dict[str, Mapping[str, Any]]:
+    """The scorers of a valid configuration by name, each with its own arguments."""
+    args = dict(reward_args or {})
+    if isinstance(reward_fn, Mapping):
+        return {name: args.get(name, {}) for name in reward_fn}
+    return {reward_fn: args}
+
+
+def build_reward(
+    reward_fn: RewardFn,
+    reward_args: RewardArgs = None,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Reward:
+    """Build a scorer or a weighted mixture.
+
+    Raises:
+        ValueError: every mistake of the configuration at once.
+        FileNotFoundError: every missing weight at once.
+    """
+    if errors := check_reward_config(reward_fn, reward_args):
+        raise ValueError("; ".join(errors))
+    prefetch(required_weights(reward_fn, reward_args))
+    parts = {name: construct(name, args) for name, args in _parts(reward_fn, reward_args).items()}
+    reward = Mixture(parts, reward_fn) if isinstance(reward_fn, Mapping) else parts[reward_fn]
+    return reward.to(device).cast(dtype)

@@ -28,7 +28,7 @@ def table(header: str, rows: list[list[str]]) -> str:
 
 
 def weight_cell(weight: Weight) -> str:
-    """Where the weights are, how large, under which licence."""
+    """Location, size and licence of the weights."""
     if weight.source.startswith("https://"):
         place = f"[{weight.name}]({weight.source})"
     elif weight.is_local:
@@ -75,7 +75,7 @@ def example() -> str:
 
 
 def render(page: str) -> str:
-    """`page` with its generated parts renewed."""
+    """`page` with its generated parts updated."""
     for name, content in (("overview", overview()), ("details", details()), ("example", example())):
         pattern = rf"(<!-- {name}: generated[^\n]*-->\n).*?(<!-- end -->)"
         page = re.sub(pattern, lambda m, text=content: f"{m[1]}\n{text}\n\n{m[2]}", page, flags=re.DOTALL)

@@ -67,9 +67,9 @@ def spread_frames(clips: Tensor, count: int) -> Tensor:
 
 
 class ActionPrediction(ClassProbability, VideoReward):
-    """Probability of the prompt's action class; loss is its cross entropy.
+    """Probability of the prompt's action class; the loss is its cross-entropy.
 
-    action: the class for every prompt; by default it is found in each prompt (`find_action`).
+    action: one class for all prompts; by default it is read from each prompt (`find_action`).
     model: hub id or folder of a VideoMAE classifier.
     """
 

@@ -25,13 +25,12 @@ class Aesthetic(ClipHead):
     """LAION head on the unit CLIP feature; loss 0.1 · |score − 10|.
 
     model: CLIP folder or hub id. head: file in the LAION layout (`layers.0.weight`, …) for that CLIP's width.
-    resize: how an image that is not square is fitted; by default as the CLIP folder says. target: score
-    aimed at.
+    resize: how to fit a non-square image; defaults to the CLIP folder's setting. target: target score.
     """
 
     info = RewardInfo(
         name="aesthetic",
-        summary="how people rate the look of a picture",
+        summary="predicted human rating of an image's look",
         range="1 to 10",
         paper="Schuhmann 2022, LAION-Aesthetics V2",
         weights={"model": CLIP_L14, "head": LAION_HEAD},

@@ -42,15 +42,15 @@ def detector_size(height: int, width: int, short: int, long: int | None) -> tupl
 
 
 class ObjectDetection(ClassProbability, ImageReward):
-    """Highest probability p that a box gives to a class; loss −log p, or −log(1 − p) to lower it.
+    """Highest probability p of a class over all boxes; loss −log p, or −log(1 − p) to lower it.
 
-    label: the class, by the detector's name (COCO: "dog", "car", …). goal: `raise` or `lower`. model: hub
+    label: the detector's class name (COCO: "dog", "car", …). goal: `raise` or `lower`. model: hub
     id or folder of a YOLOS detector.
     """
 
     info = RewardInfo(
         name="object_detection",
-        summary="YOLOS's confidence that an object is in the frame, raised or lowered",
+        summary="YOLOS's confidence that an object is in the frame, maximised or minimised",
         range="0 to 1",
         paper="Fang et al. 2021, arXiv:2106.00666",
         weights={"model": YOLOS},

@@ -13,13 +13,13 @@ from Core.utils.hub import Weight, locate
 class PickScore(ImageReward):
     """exp(logit_scale) · cos(image, own prompt); loss |1 − score / 100|.
 
-    model: CLIP of any size, as a folder or hub id, with its tokenizer beside it. resize: how an image that is
-    not square is fitted; by default as the folder says (PickScore: short side to size, centre crop).
+    model: folder or hub id of a CLIP of any size, with its tokenizer. resize: how to fit a non-square image;
+    defaults to the folder's setting (PickScore: short side to size, centre crop).
     """
 
     info = RewardInfo(
         name="pick_score",
-        summary="CLIP ViT-H fine-tuned on people's choices between images",
+        summary="CLIP ViT-H fine-tuned on human image preferences",
         range="0 to 100, good images 20 to 25",
         paper="Kirstain et al. 2023, arXiv:2305.01569",
         weights={

@@ -41,13 +41,13 @@ def hidden_tokens(tubelets: int, side: int) -> dict[str, Tensor]:
 class VJepa(VideoReward):
     """Minus the mean absolute error of the predicted features, V-JEPA 2's training loss; loss −score.
 
-    The error is averaged over two tasks: the future from the past, the centre of the picture from its
-    surround. A still clip is easy to predict, so mix in `motion`. model: hub id or folder.
+    The error is averaged over two tasks: the future from the past, and the centre of the image from its
+    surroundings. A still clip is easy to predict, so mix in `motion`. model: hub id or folder.
     """
 
     info = RewardInfo(
         name="vjepa",
-        summary="how well masked space-time is predicted from the rest; for natural motion",
+        summary="how well masked space-time regions are predicted from the rest; favours natural motion",
         range="below 0",
         paper="Assran et al. 2025, arXiv:2506.09985",
         weights={"model": VJEPA2},

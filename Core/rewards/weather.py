@@ -19,8 +19,8 @@ TARGETS = {"rainy": 1.0, "snowy": 0.0}
 class Weather(ClipHead):
     """Probability of rain rather than snow; loss (score − target)², target 1 for `rainy` and 0 for `snowy`.
 
-    kind: which weather to train towards. model: CLIP folder or hub id. head: file in the LAION layout, read
-    out of the unit CLIP feature through a sigmoid. resize: as in `aesthetic`.
+    kind: which weather to train towards. model: CLIP folder or hub id. head: file in the LAION layout, applied
+    to the unit CLIP feature, with a sigmoid. resize: as in `aesthetic`.
     """
 
     info = RewardInfo(

@@ -1,4 +1,4 @@
-"""Write the generated parts of docs/rewards.md from the registry: `python scripts/write_reward_table.py`.
+"""Generate parts of docs/rewards.md from the registry: `python scripts/write_reward_table.py`.
 
 Everything between a line `<!-- NAME: generated … -->` and the next `<!-- end -->` is replaced.
 """

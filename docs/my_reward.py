@@ -1,6 +1,6 @@
-"""A scorer of your own: how well the brightness of a frame fits its prompt.
+"""A custom scorer: how well the brightness of a frame fits its prompt.
 
-Train with it by `reward_fn = "docs/my_reward.py:Daylight"` and, if you like, `reward_args = dict(bright=0.7)`.
+Use it with `reward_fn = "docs/my_reward.py:Daylight"` and, if you like, `reward_args = dict(bright=0.7)`.
 """
 
 from torch import Tensor
@@ -9,9 +9,9 @@ from Core.rewards import ImageReward, RewardInfo
 
 
 class Daylight(ImageReward):
-    """Minus the distance between mean brightness and what the prompt asks for; loss −score.
+    """Negative distance between the mean brightness and the prompt's target; loss −score.
 
-    bright, dark: brightness aimed at by day and, if the prompt says "night", by night.
+    bright, dark: target brightness by day and, if the prompt says "night", by night.
     """
 
     info = RewardInfo(name="daylight", summary="bright days and dark nights", range="-1 to 0")

@@ -1,12 +1,12 @@
-"""Measure a training step of random weights: benchmark.py PRESET [--setting S] [--json FILE].
+"""Benchmark a training step with random weights: benchmark.py PRESET [--setting S] [--json FILE].
 
-PRESET is cpu-twin, or xl2-240p, xl2-360p, xl2-720p on a GPU. A setting is `default` or `plain` (the step without this
-project's savings), and then `;key=value` for each key of the configuration to change: `default;decode_context=causal`.
+PRESET is cpu-twin, or xl2-240p, xl2-360p or xl2-720p on a GPU. A setting is `default` or `plain` (the step without this
+project's savings), followed by `;key=value` for each config key to change: `default;decode_context=causal`.
 
     benchmark.py cpu-twin                                phases of the default step, as a table and as JSON
-    benchmark.py cpu-twin --compare default plain        two settings in turns, and the ratio of their times
+    benchmark.py cpu-twin --compare default plain        alternate two settings and report the ratio of their times
     benchmark.py cpu-twin --sweep steps                  cost against steps, window, frames, resolution, rank or batch
-    benchmark.py --write-docs                            docs/performance.md from docs/benchmarks/*.json
+    benchmark.py --write-docs                            write docs/performance.md from docs/benchmarks/*.json
 """
 
 import argparse
@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 from scripts.bench import page  # noqa: E402
 from scripts.bench.presets import PRESETS, Setting  # noqa: E402
 
-# What is varied, in steps that a quarter of an hour of two CPU cores allows: name → (unit, [(value, changes)]).
+# Sweeps that take up to a quarter of an hour on two CPU cores: name → (unit, [(value, changes)]).
 SWEEPS: dict[str, tuple[str, list[tuple[float, str]]]] = {
     "steps": ("sampling step", [(n, f"scheduler.num_sampling_steps={n}") for n in (5, 10, 20, 30)]),
     "window": ("gradient step", [(n, f"backprop_steps={n}") for n in (1, 2, 3, 4)]),
@@ -38,16 +38,16 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("preset", nargs="?", choices=list(PRESETS), help="what to measure")
-    parser.add_argument("--setting", help="how (default: default)")
+    parser.add_argument("--setting", help="setting to measure it with (default: default)")
     which = parser.add_mutually_exclusive_group()
-    which.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two settings, step by step in turns")
-    which.add_argument("--sweep", choices=list(SWEEPS), help="cost against one quantity")
-    parser.add_argument("--steps", type=int, default=3, help="steps measured, each way (default 3)")
-    parser.add_argument("--threads", type=int, help="CPU threads; PyTorch's own choice by default")
-    parser.add_argument("--json", type=Path, help="also write the result there")
-    parser.add_argument(
-        "--write-docs", action="store_true", help="write docs/performance.md and its pictures"
+    which.add_argument(
+        "--compare", nargs=2, metavar=("A", "B"), help="two settings, alternating step by step"
     )
+    which.add_argument("--sweep", choices=list(SWEEPS), help="cost as one quantity varies")
+    parser.add_argument("--steps", type=int, default=3, help="steps to measure per setting (default 3)")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: PyTorch's choice)")
+    parser.add_argument("--json", type=Path, help="also write the result there")
+    parser.add_argument("--write-docs", action="store_true", help="write docs/performance.md and its plots")
     args = parser.parse_args(argv)
     if bool(args.preset) == args.write_docs:
         parser.error("give a preset to measure, or --write-docs alone")
@@ -61,7 +61,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(preset: str, setting: str, steps: int) -> dict[str, Any]:
-    """Phases of one setting."""
+    """Measure one setting by phase."""
     from scripts.bench.bench import Worker
 
     worker = Worker(preset, setting)
@@ -71,7 +71,7 @@ def run(preset: str, setting: str, steps: int) -> dict[str, Any]:
 
 
 def compare(preset: str, settings: list[str], rounds: int) -> dict[str, Any]:
-    """Two settings in turns, whose order changes each round, so that what else the machine does meets both alike."""
+    """Alternate two settings, swapping their order each round, so that other load affects both equally."""
     from scripts.bench.bench import Worker
 
     workers = [Worker(preset, setting) for setting in settings]
@@ -94,7 +94,7 @@ def compare(preset: str, settings: list[str], rounds: int) -> dict[str, Any]:
 
 
 def sweep(preset: str, setting: str, name: str, steps: int) -> dict[str, Any]:
-    """Seconds and peak bytes of a step at each value, and the line through them."""
+    """Seconds and peak bytes per step at each value, with a linear fit."""
     from scripts.bench.bench import Worker
 
     unit, points = SWEEPS[name]
@@ -126,7 +126,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def origin(argv: list[str], script: str = "scripts/benchmark.py") -> dict[str, Any]:
-    """Machine, versions and command, to stand in the result; nothing that names a folder of this machine."""
+    """Machine, versions and command to record in the result, without local paths."""
     from Core.utils.environment import describe
 
     found = describe()

@@ -1,8 +1,8 @@
-"""Check the published heads of the scorers: `python scripts/check_reward_heads.py [FOLDER]`.
+"""Check the published reward heads: `python scripts/check_reward_heads.py [FOLDER]`.
 
-Loads the LAION aesthetic head and the compression head, from FOLDER or, without one, from the download cache and
-the current folder; compares their SHA-256, and the aesthetic head's scores and gradients, with the numbers in
-tests/golden/. The tests themselves run without these files. Exit code 1 if a number differs, 2 if a file is missing.
+Loads the LAION aesthetic head and the compression head from FOLDER (default: the download cache and the current
+folder), checks their SHA-256, and compares the aesthetic head's scores and gradients with tests/golden/. The tests do
+not need these files. Exits with 1 if a number differs, 2 if a file is missing.
 """
 
 import argparse
@@ -23,17 +23,17 @@ from Core.utils.hub import Weight, locate, sha256  # noqa: E402
 from Core.utils.state_dict import load_state  # noqa: E402
 
 GOLDEN = ROOT / "tests" / "golden" / "aesthetic_head.safetensors"
-BARS = {"score": 1e-5, "grad_embedding": 1e-4}  # relative errors allowed
+BARS = {"score": 1e-5, "grad_embedding": 1e-4}  # allowed relative errors
 
 
 def find(weight: Weight, folder: Path | None) -> Path:
-    """Path of a published file; FileNotFoundError if it is not there."""
+    """Path of a published file; raises FileNotFoundError if missing."""
     name = weight.file or weight.source
     return locate(Weight(source=str(folder / name), kind="file") if folder else weight)
 
 
 def relative_errors(layers: list[nn.Linear]) -> dict[str, float]:
-    """Error of the aesthetic head's scores and gradients, relative to the golden ones."""
+    """Relative errors of the aesthetic head's scores and gradients against the golden values."""
     golden = load_file(GOLDEN)
     features = golden["embedding"].clone().requires_grad_()
     score = nn.Sequential(*layers)(features).squeeze(-1)
@@ -46,7 +46,7 @@ def relative(measured: Tensor, expected: Tensor) -> float:
 
 
 def check(folder: Path | None) -> bool:
-    """Print a line per check; whether all hold."""
+    """Print one line per check; return whether all pass."""
     good = True
     for title, weight in (("aesthetic", LAION_HEAD), ("compression", JPEG_HEAD)):
         path = find(weight, folder)
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="where the two files are")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="folder with the two files")
     try:
         return 0 if check(parser.parse_args(argv).folder) else 1
     except (ValueError, FileNotFoundError) as error:

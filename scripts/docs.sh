@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds the documentation into build/site, and fails on any warning. Arguments are those of `mkdocs build`;
-# `scripts/docs.sh serve` shows the pages while they are edited.
+# Builds the documentation in build/site; any warning is an error. Arguments are passed to `mkdocs build`;
+# `scripts/docs.sh serve` serves the pages with live reload.
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)

@@ -1,4 +1,4 @@
-"""What mkdocs must be told about links that leave docs/: pictures come along, source files become plain text."""
+"""mkdocs hooks for links that leave docs/: include pictures, turn links to source files into plain text."""
 
 import re
 from pathlib import Path
@@ -12,7 +12,7 @@ PICTURES = (".png", ".svg", ".jpg")
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
-    """Add the pictures that pages take from elsewhere in the repository."""
+    """Add pictures that pages use from elsewhere in the repository."""
     for page in sorted((ROOT / "docs").glob("*.md")):
         for _, _, target in OUTSIDE.findall(page.read_text(encoding="utf-8")):
             if target.endswith(PICTURES) and files.get_file_from_path(target) is None:
@@ -21,7 +21,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
 
 
 def on_page_markdown(markdown: str, **kwargs) -> str:
-    """Point at those pictures, and drop links to files that are not part of the site."""
+    """Point links at these pictures, and drop links to files outside the site."""
     return OUTSIDE.sub(
         lambda m: f"{m[1]}[{m[2]}]({m[3]})" if m[3].endswith(PICTURES) else m[2],
         markdown,

@@ -1,11 +1,11 @@
-"""Fetch the published weights that a model, a reward or a config file needs, and print the config lines to use.
+"""Download the published weights that a model, reward or config needs, and print the config lines to use.
 
     python scripts/download_weights.py --reward hps aesthetic --to weights
     python scripts/download_weights.py --model opensora --list
     python scripts/download_weights.py --config Open-Sora/configs/opensora-v1-2/vader/vader_train.py
 
-Without --to the files go to the caches of huggingface_hub and torch, where training finds them by itself. A
-stopped download is taken up where it ended; what is complete is not fetched again.
+Without --to, files go to the huggingface_hub and torch caches, where training finds them. Interrupted downloads
+resume; complete files are not downloaded again.
 """
 
 import argparse
@@ -26,7 +26,7 @@ from Core.utils.hub import human_size, prefetch  # noqa: E402
 
 @dataclass(frozen=True)
 class Need:
-    """Weights and the config key that names them: ("model", "from_pretrained"), ("reward_args", …) and such."""
+    """Weights and the config key that names them, such as ("model", "from_pretrained") or ("reward_args", …)."""
 
     owner: str
     key: tuple[str, ...]
@@ -39,12 +39,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--model", nargs="+", default=[], choices=sorted(BACKBONES), help="model families")
     parser.add_argument("--reward", nargs="+", default=[], metavar="NAME", help=", ".join(sorted(REGISTRY)))
-    parser.add_argument("--config", metavar="FILE", help="all that this config file needs")
+    parser.add_argument("--config", metavar="FILE", help="everything this config file needs")
     parser.add_argument("--to", type=Path, metavar="DIR", help="folder to download to")
     parser.add_argument("--list", action="store_true", help="only list the weights and their sizes")
     arguments = parser.parse_args(argv)
     if not (arguments.model or arguments.reward or arguments.config):
-        parser.error("name what to fetch: --model, --reward or --config")
+        parser.error("nothing to download: give --model, --reward or --config")
     return arguments
 
 
@@ -58,14 +58,14 @@ def model_needs(family: str, settings: FamilySettings | None = None) -> list[Nee
 def reward_needs(
     name: str, args: dict[str, Any], owner: str = "", place: tuple[str, ...] = ("reward_args",)
 ) -> list[Need]:
-    """Weights of one scorer, whose arguments are at `place`: one level down in a mixture and for a monitor."""
+    """Weights of one scorer, whose arguments are at `place`: one level deeper in a mixture or for a monitor."""
     required = resolve_reward(name).required_weights(args)
     owner = owner or name
     return [Need(owner, (*place, *key.split(".")), weight) for key, weight in required.items()]
 
 
 def config_needs(path: str) -> list[Need]:
-    """Weights of everything a config file names. Raises ValueError with what is wrong with the file."""
+    """Weights of everything a config file names. Raises ValueError listing the file's errors."""
     config = load_config([path])
     needs = model_needs(config.models.backbone, config.family)
     if not config.run.is_vader_training:
@@ -81,7 +81,7 @@ def config_needs(path: str) -> list[Need]:
 
 
 def listing(needs: list[Need]) -> str:
-    """Table of the weights: size, source, licence, and what needs them."""
+    """Table of the weights: size, source, licence and users."""
     lines, total = [], 0
     for weight in dict.fromkeys(need.weight for need in needs):
         users = ", ".join(dict.fromkeys(need.owner for need in needs if need.weight == weight))
@@ -96,7 +96,7 @@ def listing(needs: list[Need]) -> str:
 
 
 def config_lines(needs: list[Need], paths: dict[Weight, Path]) -> str:
-    """Lines for a config file with a `_base_`, whose entries they are merged into, that point at the copies."""
+    """Lines that point at the copies, for a config with a `_base_` whose entries they update."""
     lines = []
     for owner in dict.fromkeys(need.owner for need in needs):
         lines.append(f"# {owner}")

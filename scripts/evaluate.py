@@ -1,9 +1,9 @@
-"""Compare adapters with the base model, pair by pair: the same prompts and seeds with and without each adapter.
+"""Paired comparison of adapters with the base model: the same prompts and seeds with and without each adapter.
 
     scripts/evaluate.py CONFIG --adapter A [--adapter B] [--prompts FILE] [--rewards hps,aesthetic] [flags]
 
 Writes videos, videos.csv, prompts.csv, summary.csv and evaluation.json to --out. Other flags are those of
-train_t2v_lora.py, such as --num-sample 4 or --seed 7. Run it again to continue where it was interrupted.
+train_t2v_lora.py, such as --num-sample 4 or --seed 7. Run it again to resume an interrupted evaluation.
 """
 
 import argparse
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# The packages of this checkout, wherever the script is started and whether or not they are installed.
+# Import this checkout's packages from any working directory, installed or not.
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 from Core.cli import exit_code, start_log, stop_log  # noqa: E402
@@ -26,29 +26,27 @@ from Core.utils.environment import record_environment  # noqa: E402
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
-    """Own flags, and the configuration of inference that the others make.
+    """This script's flags, and the inference config built from the others.
 
     Raises:
-        ConfigError: with every error found; nothing has been loaded by then.
+        ConfigError: listing every error, before anything loads.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("config", help="mmengine config file, such as the config.py of a run")
+    parser.add_argument("config", help="config file, such as a run's config.py")
     parser.add_argument(
         "--adapter", action="append", required=True, help="adapter to compare; repeat for more"
     )
-    parser.add_argument("--prompts", help="file with one prompt a line (default: the config's prompts)")
-    parser.add_argument("--rewards", help="names, separated by commas (default: the config's reward)")
+    parser.add_argument("--prompts", help="file with one prompt per line (default: the config's prompts)")
+    parser.add_argument("--rewards", help="comma-separated names (default: the config's reward)")
     parser.add_argument("--reward-arguments", default="{}", help="JSON: {reward: {argument: value}}")
     parser.add_argument(
-        "--training-prompts", help="prompts trained on (default: looked up in the adapters' runs)"
+        "--training-prompts", help="training prompts (default: looked up in the adapters' runs)"
     )
-    parser.add_argument(
-        "--out", help="folder of the results (default: evaluation in the config's project_dir)"
-    )
+    parser.add_argument("--out", help="results folder (default: evaluation in the config's project_dir)")
     own, rest = parser.parse_known_args(argv)
-    # A training config is evaluated as it was trained, one clip per video.
+    # A training config is evaluated the way it was trained: one clip per video.
     flags = [own.config, *rest, "--is-vader-training", "False", "--lora-ckpt-path", repr(own.adapter)]
     if own.prompts:
         flags += ["--prompt-path", own.prompts, "--prompt", "None"]
@@ -69,7 +67,7 @@ def chosen_rewards(own: argparse.Namespace, config: Config) -> dict[str, Mapping
 
 
 def show(result: Mapping[str, Any]) -> None:
-    """The table, on the terminal."""
+    """Print the table."""
     widths = "{:<16} {:<16} {:<9} {:>10} {:>10} {:>10}   {:<24} {:>6}"
     print(widths.format("adapter", "measure", "prompts", "before", "after", "gain", "95% interval", "wins"))
     for row in result["summary"]:
@@ -77,7 +75,7 @@ def show(result: Mapping[str, Any]) -> None:
         cells = [f"{row[key]:.4g}" for key in ("before", "after")] + [f"{row['gain']:+.4g}", interval]
         kind = f"{row['prompts']} {row['prompts_are']}"
         print(widths.format(row["adapter"], row["measure"], kind, *cells, f"{row['win_rate']:.0%}"))
-    print("* the interval leaves out zero")
+    print("* the interval excludes zero")
 
 
 def evaluate(argv: Sequence[str] | None) -> None:

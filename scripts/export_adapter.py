@@ -1,6 +1,6 @@
 """Export a trained adapter: export_adapter.py ADAPTER OUT [--format peft|safetensors|merged --config CONFIG].
 
-ADAPTER: a run's `adapter/`, a checkpoint's `adapter/`, one .safetensors, or the reference's peft_model_<step>.pt.
+ADAPTER: a run's or checkpoint's `adapter/`, a .safetensors file, or the reference's peft_model_<step>.pt.
 """
 
 import argparse
@@ -17,15 +17,15 @@ from Core.generation.export import FORMATS, export  # noqa: E402
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("adapter", help="adapter folder or file")
-    parser.add_argument("out", type=Path, help="what to write; must not exist")
+    parser.add_argument("out", type=Path, help="output path; must not exist")
     parser.add_argument(
         "--format",
         choices=FORMATS,
         default="peft",
-        help="peft: a folder PEFT loads; safetensors: one file; merged: full weights of the adapted model, in "
-        "the hub's layout, for `model.from_pretrained`",
+        help="peft: a folder that PEFT loads; safetensors: one file; merged: full weights of the adapted model, in "
+        "the Hub's layout, for `model.from_pretrained`",
     )
-    parser.add_argument("--config", help="config file that names the base model, for --format merged")
+    parser.add_argument("--config", help="config file naming the base model, for --format merged")
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:

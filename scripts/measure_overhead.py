@@ -1,8 +1,8 @@
-"""Measure what a training step costs beside model compute: measure_overhead.py RUN [--processes 2] [--json FILE].
+"""Measure a training step's overhead outside the model: measure_overhead.py RUN [--processes 2] [--json FILE].
 
-RUN is a finished run folder, whose metrics.csv says how long a step takes. The work beside it is timed on the
-rank-16 adapter of STDiT3-XL/2: draws, guards, the all-reduce between processes of this machine, a row of metrics,
-and the hashing and saving of a checkpoint, spread over the steps between two.
+RUN is a finished run folder; its metrics.csv gives the time of a step. The overhead is timed on the rank-16 adapter of
+STDiT3-XL/2: random draws, NaN checks, the all-reduce between local processes, a row of metrics, and hashing a
+checkpoint, spread over the steps between checkpoints.
 """
 
 import argparse
@@ -67,7 +67,7 @@ def measure(samples: int, latent: tuple[int, ...], checkpointing_steps: int) -> 
     gradients = [torch.randn_like(parameter) for parameter in parameters]
 
     def arrive() -> None:
-        """Gradients as a backward pass leaves them."""
+        """Set gradients as a backward pass would."""
         for parameter, gradient in zip(parameters, gradients, strict=True):
             parameter.grad = gradient.clone()
         distributed.barrier()
@@ -95,7 +95,7 @@ def measure(samples: int, latent: tuple[int, ...], checkpointing_steps: int) -> 
 
 
 def launch(processes: int, arguments: list[str]) -> dict[str, float]:
-    """``measure`` in that many processes of this machine."""
+    """Run ``measure`` in this many local processes."""
     with tempfile.NamedTemporaryFile("r", suffix=".json") as answer:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
         command += ["--nproc_per_node", str(processes), __file__, *arguments, "--worker", answer.name]
@@ -105,10 +105,8 @@ def launch(processes: int, arguments: list[str]) -> dict[str, float]:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("run", type=Path, help="run folder whose step is compared with")
-    parser.add_argument(
-        "--processes", type=int, default=2, help="between which the all-reduce runs (default 2)"
-    )
+    parser.add_argument("run", type=Path, help="run folder to compare the overhead with")
+    parser.add_argument("--processes", type=int, default=2, help="processes in the all-reduce (default 2)")
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,7 +1,7 @@
-"""Measure what a second process gains: measure_scaling.py CONFIG [--steps 8] [--rounds 3] [--json FILE] [flags].
+"""Measure scaling to two processes: measure_scaling.py CONFIG [--steps 8] [--rounds 3] [--json FILE] [flags].
 
-The same global batch is trained by one process with two backward passes and by two processes with one each, in turns,
-on one thread per process. Efficiency is half the ratio of their seconds per optimiser step: 100% where two processes
+Trains the same global batch alternately with one process doing two backward passes and with two processes doing one
+each, at one thread per process. Efficiency is half the ratio of their seconds per optimiser step: 100% if two processes
 take half the time.
 """
 
@@ -25,7 +25,7 @@ WARM_UP = 2
 
 
 def train(config: str, processes: int, steps: int, flags: list[str]) -> dict[str, float]:
-    """Median seconds of a step, and its share that averages gradients, over ``steps`` steps after the first two."""
+    """Median seconds per step and share spent averaging gradients, over ``steps`` steps after the first two."""
     with tempfile.TemporaryDirectory() as folder:
         values = {"gradient_accumulation_steps": 2 // processes, "max_train_steps": WARM_UP + steps}
         values |= {"num_val_runs": 1, "val_batch_size": 1, "checkpointing_steps": 10**6, "verbose": 0}
@@ -42,7 +42,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("config")
-    parser.add_argument("--steps", type=int, default=8, help="optimiser steps of each run (default 8)")
+    parser.add_argument("--steps", type=int, default=8, help="optimiser steps per run (default 8)")
     parser.add_argument("--rounds", type=int, default=3, help="runs of each kind (default 3)")
     parser.add_argument("--json", type=Path, help="also write the result there")
     own, flags = parser.parse_known_args()

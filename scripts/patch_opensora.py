@@ -1,11 +1,11 @@
-"""Put this project onto an upstream Open-Sora v1.2 checkout, or take it off: patch_opensora.py CHECKOUT [flags].
+"""Patch this project into an upstream Open-Sora v1.2 checkout, or revert it: patch_opensora.py CHECKOUT [flags].
 
-``Core`` and ``assets/prompts`` go beside the checkout; the training script, the configs and the shell scripts
-go inside; the checkout's sampler module is replaced by one that exports ``Core``'s sampler, and its original is
-kept beside it. A manifest in the checkout records every file, so that applying again updates and reverting gives
-back the tree byte for byte. Files that were edited since are never overwritten or removed.
+``Core`` and ``assets/prompts`` go beside the checkout; the training script, configs and shell scripts go inside; the
+checkout's sampler module is replaced by one that exports ``Core``'s sampler, and the original is kept beside it. A
+manifest in the checkout records every file, so that applying again updates the patch and reverting restores the tree
+byte for byte. Files edited since are never overwritten or removed.
 
-Nothing outside the standard library is imported: the checkout's own environment may run this.
+Uses only the standard library, so it runs in the checkout's own environment.
 """
 
 import argparse
@@ -77,7 +77,7 @@ def wanted_files() -> dict[str, Path]:
 
 
 def check_checkout(checkout: Path) -> None:
-    """Refuse what is not an upstream Open-Sora v1.2 checkout.
+    """Refuse anything but an upstream Open-Sora v1.2 checkout.
 
     Raises:
         PatchError: with the reason.
@@ -101,7 +101,7 @@ def check_checkout(checkout: Path) -> None:
     missing = [path for path in LAYOUT if not (checkout / path).exists()]
     if missing:
         raise PatchError(
-            f"{str(checkout)!r} is no Open-Sora v1.2 checkout: it lacks {', '.join(missing)}; give the folder that "
+            f"{str(checkout)!r} is not an Open-Sora v1.2 checkout: it lacks {', '.join(missing)}; give the folder that "
             "holds opensora/ and configs/opensora-v1-2/"
         )
     sampler = (checkout / SAMPLER).read_text(encoding="utf-8")
@@ -114,10 +114,10 @@ def check_checkout(checkout: Path) -> None:
 
 @dataclass
 class Patch:
-    """What a checkout holds of this project, as its manifest tells.
+    """What the manifest records of this project in a checkout.
 
-    files: path relative to the checkout → hash of what was written there. folders: those made for it. original:
-    hash of upstream's sampler.
+    files: path relative to the checkout → hash of what was written. folders: folders created. original: hash of
+    upstream's sampler.
     """
 
     checkout: Path
@@ -143,18 +143,18 @@ class Patch:
         replace_file(self.checkout / MANIFEST, text.encode())
 
     def hash_of(self, path: str) -> str | None:
-        """Hash of a file as it is now, None where there is none."""
+        """Current hash of a file; None if it does not exist."""
         file = self.checkout / path
         return sha256(file.read_bytes()) if file.is_file() else None
 
     def is_ours(self, path: str) -> bool:
-        """Whether a file still is as this project wrote it."""
+        """Whether a file is unchanged since this project wrote it."""
         return path in self.files and self.hash_of(path) == self.files[path]
 
 
 @dataclass(frozen=True)
 class Action:
-    """One change of one file; ``verb`` is what the user reads."""
+    """One change to one file; ``verb`` is shown to the user."""
 
     verb: str
     path: str
@@ -166,10 +166,10 @@ class Action:
 
 
 def plan_apply(patch: Patch) -> list[Action]:
-    """What brings the checkout up to date; empty when it is.
+    """Actions that bring the checkout up to date; empty if it already is.
 
     Raises:
-        PatchError: a file that is not of this project stands in the way.
+        PatchError: a file that is not from this project is in the way.
     """
     wanted = wanted_files()
     actions = [
@@ -207,7 +207,7 @@ def plan_sampler(patch: Patch) -> list[Action]:
 
 
 def apply(patch: Patch, actions: list[Action]) -> None:
-    """Carry out a plan. The manifest comes first, so that an interrupted run can be finished or reverted."""
+    """Carry out a plan. The manifest is written first, so that an interrupted run can be finished or reverted."""
     for action in actions:
         if action.data is not None:
             patch.files[action.path] = sha256(action.data)
@@ -229,14 +229,14 @@ def apply(patch: Patch, actions: list[Action]) -> None:
 
 
 def missing_folders(checkout: Path, path: str) -> Iterator[str]:
-    """Folders, relative to the checkout, that a file there needs and that do not exist."""
+    """Missing parent folders of a file, relative to the checkout."""
     for parent in Path(path).parents:
         if not (checkout / parent).exists():
             yield str(parent)
 
 
 def replace_file(file: Path, data: bytes, mode: int | None = None) -> None:
-    """Write a file under its name only when it is whole."""
+    """Write a file atomically."""
     partial = file.with_name(f".{file.name}.partial")
     partial.write_bytes(data)
     if mode is not None:
@@ -245,10 +245,10 @@ def replace_file(file: Path, data: bytes, mode: int | None = None) -> None:
 
 
 def plan_revert(patch: Patch) -> list[Action]:
-    """What takes this project off the checkout; edited files stay.
+    """Actions that remove this project from the checkout; edited files stay.
 
     Raises:
-        PatchError: the replaced sampler was edited, so that putting the original back would lose work.
+        PatchError: the replaced sampler was edited, so restoring the original would lose work.
     """
     if not patch.is_ours(SAMPLER) and patch.hash_of(SAMPLER) != patch.original:
         raise PatchError(
@@ -263,7 +263,7 @@ def plan_revert(patch: Patch) -> list[Action]:
 
 
 def revert(patch: Patch, actions: list[Action]) -> None:
-    """Carry out a plan of ``plan_revert``, and remove the folders and the manifest of the patch."""
+    """Carry out a plan from ``plan_revert``, and remove the patch's folders and manifest."""
     for action in actions:
         if action.verb == "restore":
             os.replace(patch.checkout / ORIGINAL, patch.checkout / SAMPLER)
@@ -278,7 +278,7 @@ def revert(patch: Patch, actions: list[Action]) -> None:
 
 
 def run(checkout: Path, *, dry_run: bool, reverting: bool) -> None:
-    """Show a plan, and carry it out unless ``dry_run``."""
+    """Show a plan and, unless ``dry_run``, carry it out."""
     check_checkout(checkout)
     patch = Patch.read(checkout)
     if reverting and not patch.is_applied:
@@ -288,7 +288,7 @@ def run(checkout: Path, *, dry_run: bool, reverting: bool) -> None:
         print(action.show(patch))
     kept = sum(action.verb == "keep" for action in actions)
     if kept:
-        print(f"{kept} files were edited since they were put there and stay as they are")
+        print(f"{kept} files were edited since patching and stay as they are")
     if dry_run:
         print("dry run: nothing was changed")
     elif reverting:
@@ -304,8 +304,8 @@ def run(checkout: Path, *, dry_run: bool, reverting: bool) -> None:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("checkout", type=Path, help="folder of an upstream Open-Sora v1.2 checkout")
-    parser.add_argument("--dry-run", action="store_true", help="only show what would be done")
-    parser.add_argument("--revert", action="store_true", help="take the patch off")
+    parser.add_argument("--dry-run", action="store_true", help="only show what would change")
+    parser.add_argument("--revert", action="store_true", help="revert the patch")
     args = parser.parse_args()
     try:
         run(args.checkout.expanduser().resolve(), dry_run=args.dry_run, reverting=args.revert)

@@ -1,6 +1,6 @@
 #!/bin/sh
-# One command from a bare machine to a trained demo: sets up .venv, then trains, compares and reports.
-# Arguments are those of scripts/demo/quickstart.py.
+# Sets up .venv on a bare machine, then trains the demo, compares it with the base model and reports.
+# Arguments are passed to scripts/demo/quickstart.py.
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)

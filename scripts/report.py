@@ -1,11 +1,11 @@
-"""Write report.html into the folder of a run or of an evaluation: scripts/report.py RUN."""
+"""Write report.html into a run or evaluation folder: scripts/report.py RUN."""
 
 import argparse
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-# The packages of this checkout, wherever the script is started and whether or not they are installed.
+# Import this checkout's packages from any working directory, installed or not.
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 from Core.cli import exit_code  # noqa: E402

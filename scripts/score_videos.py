@@ -1,9 +1,9 @@
-"""Score a folder of finished videos, from this or any other tool.
+"""Score a folder of existing videos, from this or any other tool.
 
     scripts/score_videos.py FOLDER --rewards hps,aesthetic [--prompts FILE] [--out FOLDER]
 
-Writes scores.csv (one row per video) and scores.json (means). Prompts come from --prompts (.txt with one line
-per file in the order of names; .jsonl or .csv with file and prompt), the folder's prompts.jsonl, or the names.
+Writes scores.csv (one row per video) and scores.json (means). Prompts come from --prompts (.txt with one line per
+file, sorted by name; .jsonl or .csv with file and prompt), the folder's prompts.jsonl, or the file names.
 """
 
 import argparse
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-# The packages of this checkout, wherever the script is started and whether or not they are installed.
+# Import this checkout's packages from any working directory, installed or not.
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 import torch  # noqa: E402
@@ -78,11 +78,11 @@ def main() -> None:
     )
     parser.add_argument("folder", type=Path)
     parser.add_argument(
-        "--rewards", default="", help="names, separated by commas; none measures motion and so on"
+        "--rewards", default="", help="comma-separated names (default: only motion, sharpness and diversity)"
     )
     parser.add_argument("--reward-arguments", default="{}", help="JSON: {reward: {argument: value}}")
     parser.add_argument("--prompts", type=Path)
-    parser.add_argument("--out", type=Path, help="folder of the tables (default: the folder itself)")
+    parser.add_argument("--out", type=Path, help="folder for the tables (default: FOLDER)")
     flags = parser.parse_args()
     logger.addHandler(logging.StreamHandler())
     try:

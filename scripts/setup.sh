@@ -1,6 +1,6 @@
 #!/bin/sh
-# Makes .venv in the repository root and installs the exact set of requirements.txt and this project into it.
-# A stamp in .venv makes later runs instant. PYTHON=/path/to/python3 chooses the interpreter of a new .venv.
+# Creates .venv in the repository root and installs the pinned requirements.txt and this project into it.
+# A stamp in .venv makes later runs instant. PYTHON=/path/to/python3 sets the interpreter of a new .venv.
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -16,7 +16,7 @@ recent_enough() {
     "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
 }
 
-# Prints the interpreter for a new .venv: $PYTHON if set, else the first on the path that is recent enough.
+# Prints the interpreter for a new .venv: $PYTHON if set, else the first one on PATH that is recent enough.
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
         recent_enough "$PYTHON" || fail "PYTHON='$PYTHON' is no working Python 3.10 or newer; set it to one."
@@ -32,7 +32,7 @@ find_python() {
     fail "no Python 3.10 or newer on the path; install one or set PYTHON to it."
 }
 
-# The root is part of it: after a copy or a move, an editable install still points to the old place.
+# Includes the root: after a copy or move, an editable install still points to the old location.
 wanted() {
     { printf '%s\n' "$root" && cat "$root/requirements.txt" "$root/pyproject.toml"; } | cksum
 }
@@ -42,7 +42,7 @@ is_current() {
 }
 
 install() {
-    # A .venv without pip is what a first attempt leaves behind where the venv module is incomplete.
+    # If the venv module is incomplete, a first attempt leaves a .venv without pip.
     if ! "$venv/bin/python" -m pip --version >/dev/null 2>&1; then
         interpreter=$(find_python)
         "$interpreter" -m venv --clear "$venv"
@@ -51,13 +51,13 @@ install() {
     set -- "$venv/bin/python" -m pip --disable-pip-version-check --no-input install --quiet
     "$@" --requirement "$root/requirements.txt"
     "$@" --no-deps --no-build-isolation --editable "$root"
-    # The first import of mmengine.config writes a cache that a second process must not catch half written.
+    # The first import of mmengine.config writes a cache; do it now, so no other process reads it half-written.
     "$venv/bin/python" -c 'import mmengine.config, opensora, Core'
     wanted >"$stamp"
 }
 
 is_current && exit 0
-# Two first runs at once take turns; the second then finds the work done.
+# Simultaneous first runs take turns; the second finds the work already done.
 if command -v flock >/dev/null; then
     exec 9>"$root/.venv.lock"
     flock 9

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Train on a Slurm cluster: sbatch scripts/slurm_train.sh [CONFIG] [flags of train_t2v_lora.py]
 # One task per GPU. Five minutes before the time limit, and when preempted, training finishes its step and saves;
-# the job goes back to the queue and continues from there. Nodes must share the folder of the run.
+# the job is requeued and resumes from there. All nodes must share the run folder.
 #SBATCH --job-name=vader
 #SBATCH --nodes=1
 #SBATCH --ntasks-per-node=8
@@ -18,7 +18,7 @@ set -eu
     exit 2
 }
 
-# Slurm runs a copy of this file, so the repository is where the job was submitted.
+# Slurm runs a copy of this file, so find the repository through the submit directory.
 root=${VADER_ROOT:-$SLURM_SUBMIT_DIR}
 train=$root/Open-Sora/scripts/train_t2v_lora.py
 [ -f "$train" ] || {
@@ -31,13 +31,13 @@ esac
 PYTHON=${PYTHON:-$root/.venv/bin/python}
 
 stopping=
-# Passed on to the tasks; by itself the signal reaches this shell alone.
+# Forward the signal to the tasks; Slurm sends it only to this shell.
 trap 'stopping=yes; scancel --signal=USR1 "$SLURM_JOB_ID" || :' USR1
 
-# Once, before every task would say the same.
+# Check once here, so that not every task reports the same error.
 "$PYTHON" "$train" "$@" --check-only "$SLURM_NTASKS"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
-# Two jobs on one node must not meet on one port.
+# Jobs on the same node need different ports.
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
 WORLD_SIZE=$SLURM_NTASKS
 VADER_NUM_PROCESSES=$SLURM_NTASKS
@@ -48,15 +48,15 @@ if [ -n "$stopping" ]; then
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi
-# exec: a signal to a task is a signal to its trainer. torchrun in between would kill it 30 seconds later,
-# whether or not its step is done.
-# shellcheck disable=SC2016 # the variables are each task's own
+# exec, so that signals to a task reach its trainer. torchrun would kill the trainer after 30 seconds, even in the
+# middle of a step.
+# shellcheck disable=SC2016 # each task expands its own variables
 srun --kill-on-bad-exit=1 sh -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$PYTHON" "$@"' task "$train" "$@" &
 step=$!
 
 status=0
 wait "$step" || status=$?
-# A trapped signal ends `wait` early.
+# A trapped signal makes `wait` return early.
 while kill -0 "$step" 2> /dev/null; do
     status=0
     wait "$step" || status=$?

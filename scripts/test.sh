@@ -1,10 +1,10 @@
 #!/bin/sh
-# Sets up .venv and runs the test suite. Arguments are those of pytest, paths relative to the repository root.
+# Sets up .venv and runs the test suite. Arguments are passed to pytest; paths are relative to the repository root.
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
 sh "$root/scripts/setup.sh"
 cd -- "$root"
-# Two workers with one thread each: the tests' models are too small for more threads to pay.
+# Two workers with one thread each: the test models are too small to benefit from more threads.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 exec .venv/bin/python -m pytest -n 2 "$@"

@@ -1,4 +1,4 @@
-"""Write the table of config keys into README.md and docs/options.md, from the dataclass: write_options.py [--check]."""
+"""Write the table of config keys to README.md and docs/options.md: write_options.py [--check]."""
 
 import sys
 from dataclasses import fields
@@ -32,7 +32,7 @@ def table() -> str:
 
 
 def with_table(text: str) -> str:
-    """``text`` with the table between its two markers."""
+    """``text`` with the table between its markers updated."""
     head, _, rest = text.partition(BEGIN)
     _, _, tail = rest.partition(END)
     return f"{head}{BEGIN}\n{table()}\n{END}{tail}"

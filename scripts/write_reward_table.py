@@ -1,4 +1,4 @@
-"""Write the generated parts of docs/rewards.md from the registry: `python scripts/write_reward_table.py`.
+"""Generate parts of docs/rewards.md from the registry: `python scripts/write_reward_table.py`.
 
 Everything between a line `<!-- NAME: generated … -->` and the next `<!-- end -->` is replaced.
 """
@@ -27,7 +27,7 @@ def table(header: str, rows: list[list[str]]) -> str:
 
 
 def weight_cell(weight: Weight) -> str:
-    """Where the weights are, how large, under which licence."""
+    """Location, size and licence of the weights."""
     if weight.source.startswith("https://"):
         place = f"[{weight.name}]({weight.source})"
     elif weight.is_local:

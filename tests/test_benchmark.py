@@ -199,7 +199,7 @@ def test_a_line_is_fitted_to_a_sweep():
     shown = page.table(
         {"kind": "sweep", "quantity": "steps", "unit": "sampling step", "points": points, "lines": lines}
     )
-    assert "2.000 s + 3 s for each sampling step" in shown
+    assert "2.000 s + 3 s per sampling step" in shown
 
 
 def test_a_comparison_gives_the_ratio_with_its_spread():
@@ -210,7 +210,7 @@ def test_a_comparison_gives_the_ratio_with_its_spread():
     shown = page.table(
         {"kind": "compare", "sides": sides, "ratios": {"seconds": [2.0, 2.5, 3.0], "cpu_seconds": [2.0]}}
     )
-    assert "`plain` takes 2.50 times as long (2.00 to 3.00, 3 rounds) by seconds" in shown
+    assert "`plain` takes 2.50 times as long (2.00 to 3.00, 3 rounds) in wall time" in shown
 
 
 def test_options_are_shown_with_the_range_of_their_ratios():
@@ -227,7 +227,7 @@ def test_paths_are_compared_by_reward_and_video_by_video():
     row = {"path": "default", "seconds": 99.6, "reward": 61.0, "gain": gain, "over_plain": over}
     shown = page.table({"kind": "paths", "rows": [row], "prompts": 128})
     assert "| `default` | 100 | 61.0 | +10.00 (+5.00 to +15.00) | +0.25 (-1.00 to +1.50) |" in shown
-    assert "of 128 held-out prompts" in shown
+    assert "on 128 held-out prompts" in shown
 
 
 def test_efficiency_is_half_the_ratio():

@@ -30,7 +30,7 @@ def test_settings_are_compared_at_the_time_that_all_of_them_had():
     assert "cannot be told apart" in study_windows.conclusion(
         [{**first, "setting": "full", "lowest": 9.0}, second | {"setting": "window 3"}]
     )
-    assert study_windows.kept([first, second]).endswith("are kept: `window 1` 57%.")
+    assert study_windows.kept([first, second]).endswith("kept in equal time: `window 1` 57%.")
 
 
 @pytest.mark.parametrize("steps, finished", [(2, True), (4, False)])

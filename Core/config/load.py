@@ -66,11 +66,8 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def _schemas(choice: Mapping[str, Any]) -> dict[str, type]:
     """The sections that a choice of family and objective gives; a wrong one is reported later, with all else."""
-    known = {"backbone": BACKBONES, "objective": OBJECTIVES}
-    valid = {
-        key: value for key, value in choice.items() if isinstance(value, str) and value in known.get(key, ())
-    }
-    return sections_of(valid)
+    known: dict[str, Any] = {"backbone": BACKBONES, "objective": OBJECTIVES}
+    return sections_of({key: choice[key] for key in known if choice.get(key) in list(known[key])})
 
 
 def _parser(schemas: Mapping[str, type]) -> FlagParser:

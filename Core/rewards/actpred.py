@@ -66,7 +66,7 @@ def spread_frames(clips: Tensor, count: int) -> Tensor:
 
 
 class ActionPrediction(ClassProbability, VideoReward):
-    """Probability of the prompt's action class; loss is its cross entropy.
+    """Probability of the prompt's action class; the loss is its cross-entropy.
 
     Args:
         model: hub id or folder of a VideoMAE classifier.

@@ -31,7 +31,7 @@ class Aesthetic(ClipHead):
 
     info = RewardInfo(
         name="aesthetic",
-        summary="how people rate the look of a picture",
+        summary="predicted human rating of an image's look",
         range="1 to 10",
         paper="Schuhmann 2022, LAION-Aesthetics V2",
         weights={"model": CLIP_L14, "head": LAION_HEAD},

@@ -97,7 +97,7 @@ class ClipScore(ImageReward):
 
     info = RewardInfo(
         name="clip_score",
-        summary="agreement of frame and prompt in any CLIP or SigLIP",
+        summary="frame-prompt similarity in any CLIP or SigLIP",
         range="-100 to 100; CLIP usually 20 to 35",
         paper="Hessel et al. 2021, arXiv:2104.08718",
         weights={"model": CLIP_L14},

@@ -43,7 +43,7 @@ class JpegSize(ClipHead):
 
 
 class Compression(JpegSize):
-    """Frames that compress well: plain and smooth. Loss is the predicted kB, or |kB − target|.
+    """Favours frames that compress well: plain and smooth. Loss is the predicted kB, or |kB − target|.
 
     Args:
         model: CLIP folder or hub id.
@@ -55,7 +55,7 @@ class Compression(JpegSize):
 
     info = RewardInfo(
         name="compression",
-        summary="predicted JPEG size, pushed down or to a target",
+        summary="predicted JPEG size, minimised or moved to a target",
         range="kB, above 0",
         higher_is_better=False,
         paper=PAPER,
@@ -64,14 +64,14 @@ class Compression(JpegSize):
 
 
 class Incompressibility(JpegSize):
-    """Frames that compress badly: rich in detail. Loss is minus the predicted kB, or |kB − target|.
+    """Favours frames that compress badly: rich in detail. Loss is minus the predicted kB, or |kB − target|.
 
     Arguments as for ``compression``.
     """
 
     info = RewardInfo(
         name="incompressibility",
-        summary="predicted JPEG size, pushed up or to a target",
+        summary="predicted JPEG size, maximised or moved to a target",
         range="kB, above 0",
         paper=PAPER,
         weights={"model": CLIP_L14, "head": JPEG_HEAD},

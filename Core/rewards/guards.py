@@ -22,11 +22,11 @@ class Guard(Reward):
 
 
 class Motion(Guard, VideoReward):
-    """Mean absolute change of a pixel from one frame to the next; loss −score, or |score − target|."""
+    """Mean absolute pixel change between consecutive frames; loss −score, or |score − target|."""
 
     info = RewardInfo(
         name="motion",
-        summary="how much moves; guards against freezing",
+        summary="amount of motion; guards against frozen videos",
         range="0 to 1",
     )
     min_frames = 2
@@ -40,7 +40,7 @@ class Sharpness(Guard, ImageReward):
 
     info = RewardInfo(
         name="sharpness",
-        summary="strength of fine detail; guards against blur",
+        summary="amount of fine detail; guards against blur",
         range="0 to about 3",
         paper="Pech-Pacheco et al. 2000 (variance of Laplacian)",
     )
@@ -57,7 +57,7 @@ class Saturation(Guard, ImageReward):
 
     info = RewardInfo(
         name="saturation",
-        summary="how colourful; guards against washed-out or garish frames",
+        summary="colourfulness; guards against washed-out or garish frames",
         range="0 to 1",
         paper="Smith 1978 (HSV)",
     )

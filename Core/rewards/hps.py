@@ -130,7 +130,7 @@ class HPS(ImageReward):
 
     info = RewardInfo(
         name="hps",
-        summary="CLIP ViT-H fine-tuned on rankings of images by people",
+        summary="CLIP ViT-H fine-tuned on human image rankings",
         range="-1 to 1, good images 0.25 to 0.35",
         paper="Wu et al. 2023, arXiv:2306.09341",
         weights={

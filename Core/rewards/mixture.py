@@ -61,7 +61,7 @@ class AestheticHPS(Mixture):
 
     info = RewardInfo(
         name="aesthetic_hps",
-        summary="look and preference together, with the weights of the VADER reference",
+        summary="`aesthetic` and `hps` combined with the VADER reference's weights",
         range="0 to 8",
         paper="Prabhudesai et al. 2024, arXiv:2407.08737",
     )

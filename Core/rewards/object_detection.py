@@ -40,7 +40,7 @@ def detector_size(height: int, width: int, short: int, long: int | None) -> tupl
 
 
 class ObjectDetection(ClassProbability, ImageReward):
-    """Highest probability p that a box gives to a class; loss −log p, or −log(1 − p) to lower it.
+    """Highest probability p of a class over all boxes; loss −log p, or −log(1 − p) to lower it.
 
     Args:
         label: the class, by the detector's name (COCO: "dog", "car", …).
@@ -50,7 +50,7 @@ class ObjectDetection(ClassProbability, ImageReward):
 
     info = RewardInfo(
         name="object_detection",
-        summary="YOLOS's confidence that an object is in the frame, raised or lowered",
+        summary="YOLOS's confidence that an object is in the frame, maximised or minimised",
         range="0 to 1",
         paper="Fang et al. 2021, arXiv:2106.00666",
         weights={"model": YOLOS},

@@ -48,7 +48,7 @@ class VJepa(VideoReward):
 
     info = RewardInfo(
         name="vjepa",
-        summary="how well masked space-time is predicted from the rest; for natural motion",
+        summary="how well masked space-time regions are predicted from the rest; favours natural motion",
         range="below 0",
         paper="Assran et al. 2025, arXiv:2506.09985",
         weights={"model": VJEPA2},

@@ -1,4 +1,4 @@
-"""A preset under a setting, built once and then stepped: in this process, or in one of its own."""
+"""Build a preset under a setting once, then step it, in this process or in a subprocess."""
 
 import gc
 import multiprocessing
@@ -35,17 +35,17 @@ from scripts.bench.presets import PRESETS, Setting
 
 
 def config_of(preset: str, setting: Setting, folder: Path | str) -> Config:
-    """The configuration of ``preset`` under ``setting``.
+    """The config of ``preset`` under ``setting``.
 
     Raises:
-        ValueError: a key or value that is not allowed; the message lists all of them.
+        ValueError: invalid keys or values; the message lists them all.
     """
     with registered():
         return build_config({**setting.values(PRESETS[preset]), "project_dir": str(folder)})
 
 
 class Bench:
-    """A trainer with random weights, whose steps are measured by phase."""
+    """A trainer with random weights whose steps are measured by phase."""
 
     def __init__(self, preset: str, setting: Setting, folder: Path):
         self.config = config = config_of(preset, setting, folder)
@@ -79,7 +79,7 @@ class Bench:
             yield
 
     def step(self, *listeners) -> dict[str, float]:
-        """Take an optimiser step; seconds by phase."""
+        """Take an optimiser step; return seconds by phase."""
 
         def start(device: torch.device) -> MeteredStopwatch:
             self.timer = MeteredStopwatch(device, list(listeners))
@@ -91,7 +91,7 @@ class Bench:
         return metrics.timings
 
     def measure(self, steps: int) -> dict[str, Any]:
-        """Phases with median seconds over ``steps`` steps after a first one, peak bytes, operations and bytes."""
+        """Median seconds (over ``steps`` steps after a warm-up), peak bytes, operations and bytes by phase."""
         self.step()
         memory = PeakMemory(self.device)
         peaks: dict[str, int] = {}
@@ -129,7 +129,7 @@ class Bench:
 
 
 def _serve(pipe, preset: str, text: str, threads: int) -> None:
-    """Body of a worker: build, then a measurement for each number of steps that is asked for, until None."""
+    """Worker body: build a bench, then answer requests (``"step"`` or ``"measure"``) until None."""
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as folder:
         bench = Bench(preset, Setting.parse(text), Path(folder))
@@ -147,10 +147,10 @@ def _serve(pipe, preset: str, text: str, threads: int) -> None:
 
 
 class Worker:
-    """A bench in a process of its own, whose memory is its own as well.
+    """A bench in its own process, so that its memory is measured separately.
 
     Raises:
-        RuntimeError: it stopped; why stands in what it printed.
+        RuntimeError: the process stopped; its output says why.
     """
 
     def __init__(self, preset: str, text: str):
@@ -170,7 +170,7 @@ class Worker:
             raise RuntimeError(f"the worker of {self.name} stopped; see its message above") from None
 
     def step(self) -> tuple[float, float, int]:
-        """(seconds, seconds of processor time, peak bytes) of one step."""
+        """(wall seconds, CPU seconds, peak bytes) of one step."""
         self.pipe.send("step")
         return self._receive()
 

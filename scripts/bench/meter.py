@@ -1,4 +1,4 @@
-"""What a step costs by phase: seconds, peak memory, operations and bytes; and what the machine can do at most."""
+"""Measure a step by phase (seconds, peak memory, operations, bytes) and the machine's peak rates."""
 
 import math
 import re
@@ -20,14 +20,14 @@ BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**31}
 REPEATS = 5
 FUSED_ATTENTION = re.compile(r"_scaled_dot_product_\w*attention\w*")
 UNMOVED = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty"}
-BACKWARD_ATTENTION = 2.5  # five products of the forward pass's two sizes
+BACKWARD_ATTENTION = 2.5  # five matrix products, against two in the forward pass
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
 class PeakMemory:
-    """Most bytes held since the last ``take``: on a GPU of tensors, on a CPU of the process's resident memory.
+    """Peak bytes since the last ``take``: tensors on a GPU, the process's resident memory on a CPU.
 
-    Where the high-water mark cannot start anew (it is Linux's, and takes a right), since the process began.
+    If the high-water mark cannot be reset (this needs Linux and permission), the peak since the process started.
     """
 
     def __init__(self, device: torch.device):
@@ -41,7 +41,7 @@ class PeakMemory:
             return peak
         try:
             found = re.search(r"VmHWM:\s+(\d+)", STATUS.read_text())
-            CLEAR.write_text("5")  # Linux's way to let the high-water mark start anew
+            CLEAR.write_text("5")  # resets the high-water mark on Linux
         except OSError:
             found = None
         if found:
@@ -51,12 +51,11 @@ class PeakMemory:
 
 
 class OperationCounter(TorchDispatchMode):
-    """Operations and bytes of everything PyTorch runs, split into phases by ``lap``.
+    """Count operations and bytes of everything PyTorch runs, split into phases by ``lap``.
 
-    Operations are those of products and convolutions. Bytes are those of every operation's inputs and outputs, as if
-    nothing were cached between two of them; views and bare allocations move none. ``roofline_seconds`` adds up, over
-    the operations, the larger of operations / ``ceiling`` and bytes / ``bandwidth``: where caches help, a step may
-    take less.
+    Operations are counted for matrix products and convolutions. Bytes are the inputs and outputs of every operator, as
+    if nothing were cached in between; views and bare allocations move none. ``roofline_seconds`` sums, over operators,
+    the larger of operations / ``ceiling`` and bytes / ``bandwidth``; with caching, a step may take less.
     """
 
     def __init__(self, ceiling: float, bandwidth: float):
@@ -69,7 +68,7 @@ class OperationCounter(TorchDispatchMode):
         self.now = {"operations": 0.0, "bytes": 0.0, "roofline_seconds": 0.0}
 
     def lap(self, name: str) -> None:
-        """Book what was counted since the last lap under ``name``."""
+        """Add the counts since the last lap to phase ``name``."""
         total = self.phases.setdefault(name, dict.fromkeys(self.now, 0.0))
         for key, value in self.now.items():
             total[key] += value
@@ -80,7 +79,7 @@ class OperationCounter(TorchDispatchMode):
         name = func._overloadpacket.__name__
         if not (func.is_view or name in UNMOVED):
             operations = count_operations(func, args, kwargs or {}, out)
-            # A copy's target, among its arguments, is not read.
+            # The target of a copy is among its arguments but is not read.
             read = args[1:] if name == "copy_" else (*args, *(kwargs or {}).values())
             moved = _bytes(read) + _bytes(out)
             self.now["operations"] += operations
@@ -90,11 +89,11 @@ class OperationCounter(TorchDispatchMode):
 
 
 def count_operations(func, args: tuple, kwargs: dict, out) -> float:
-    """Multiplications and additions of one operator call."""
+    """Multiplications and additions in one operator call."""
     packet = func._overloadpacket
     name = packet.__name__
     if FUSED_ATTENTION.fullmatch(name):
-        # (q, k, v, …), in the backward pass (gradient, q, k, v, …)
+        # (q, k, v, …); in the backward pass (gradient, q, k, v, …)
         backward = name.endswith("backward")
         q, k = args[1:3] if backward else args[:2]
         return (BACKWARD_ATTENTION if backward else 1) * 4 * q.numel() * k.shape[-2]
@@ -115,7 +114,7 @@ def _bytes(values) -> int:
 
 
 class MeteredStopwatch(Stopwatch):
-    """A stopwatch that tells ``listeners`` of each lap."""
+    """A stopwatch that notifies ``listeners`` of each lap."""
 
     def __init__(self, device: torch.device, listeners: list[Callable[[str], None]]):
         super().__init__(device)
@@ -143,14 +142,14 @@ def _best_seconds(action: Callable[[], object], device: torch.device) -> float:
 
 
 def matmul_ceiling(device: torch.device, dtype: torch.dtype) -> float:
-    """Operations per second of a large square product, the best of a few."""
+    """Operations per second in a large square matrix product, best of a few runs."""
     size = CEILING_SIZE[device.type]
     a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))
     return 2 * size**3 / _best_seconds(lambda: a @ b, device)
 
 
 def copy_bandwidth(device: torch.device) -> float:
-    """Bytes per second read and written by a large copy, the best of a few."""
+    """Bytes per second read and written by a large copy, best of a few runs."""
     source = torch.ones(BANDWIDTH_BYTES[device.type], device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     return 2 * source.numel() / _best_seconds(lambda: target.copy_(source), device)

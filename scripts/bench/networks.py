@@ -1,4 +1,4 @@
-"""Open-Sora 1.2, T5 and HPS's ViT of any size with random weights: a benchmark needs sizes, not skill.
+"""Open-Sora 1.2, T5 and HPS's ViT at any size, with random weights: a benchmark needs only the sizes.
 
 Axes: B batch, N images, L text tokens, D text width.
 """
@@ -28,7 +28,7 @@ from opensora.models.vae.vae import (
 )
 from opensora.registry import MODELS
 
-TEXT_TOKENS = 300  # what a caption is padded to
+TEXT_TOKENS = 300  # padded length of a caption
 CAPTION_TOKENS = 40  # a sentence with its score suffix
 
 
@@ -42,7 +42,7 @@ def random_stdit3(
     in_channels,
     model_max_length,
 ) -> STDiT3:
-    """An STDiT3 whose zero-initialised outputs are not zero, so that every gradient is computed from something."""
+    """An STDiT3 whose zero-initialised output layers are made nonzero, so that gradients are not trivial."""
     sizes = dict(depth=depth, hidden_size=hidden_size, num_heads=num_heads, caption_channels=caption_channels)
     model = STDiT3(STDiT3Config(**sizes, in_channels=in_channels, model_max_length=model_max_length))
     outputs = [model.final_layer.linear]
@@ -69,7 +69,7 @@ def random_vae(
 
 
 class RandomT5(TextEncoder):
-    """T5's encoder on made-up tokens, padded as the real tokenizer pads."""
+    """T5's encoder on random tokens, padded like the real tokenizer's."""
 
     def __init__(self, sizes: dict, device: torch.device, dtype: torch.dtype):
         config = T5Config(feed_forward_proj="gated-gelu", **sizes)
@@ -120,12 +120,12 @@ class RandomOpenSora(OpenSora):
 
 
 def registered() -> AbstractContextManager:
-    """Within this context ``backbone="benchmark"`` is a model family; nobody else is offered it."""
+    """Context that registers the model family ``backbone="benchmark"``."""
     return mock.patch.dict(BACKBONES, {"benchmark": RandomOpenSora})
 
 
 class RandomHPS(ImageReward):
-    """HPS v2's image tower; the text's direction is drawn, since its tower runs once per text and is then cached."""
+    """HPS v2's image tower. Text features are random, since the text tower runs once per text and is then cached."""
 
     info = RewardInfo(name="benchmark", summary="ViT with random weights", range="-1 to 1")
 

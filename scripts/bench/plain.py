@@ -1,10 +1,10 @@
-"""The step as it is without this project's savings: what the defaults are compared with.
+"""The training step without this project's savings, as the baseline for the defaults.
 
-Score matrices in attention, the text encoder resident and run at every step, text keys and values computed at every
-sampling step, modulation by frame though every frame is generated, checkpoints inside checkpoints, PEFT's own layer in
-the prefix (and autocast, where there is any), convolutions that keep their input, norms, modulation and rotary
-position as they are written down, tokens in the order in memory that the patch embedding's convolution leaves them in.
-Each is put in place of a piece for as long as the context lasts.
+Attention score matrices, the text encoder resident and run at every step, text keys and values computed at every
+sampling step, per-frame modulation although every frame is generated, nested checkpointing, PEFT's own layer in the
+prefix (and autocast, if any), convolutions that store their input, unfused norms, modulation and rotary embedding,
+and tokens in the memory layout that the patch embedding's convolution leaves. Each replaces its counterpart while
+the context lasts.
 
 Axes: B batch, N heads, Q queries, K keys, d head dimension, T latent frames.
 """
@@ -30,7 +30,7 @@ from opensora.models.stdit import stdit3
 
 
 def score_matrix_attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None) -> Tensor:
-    """softmax(q kᵀ / √d) v with the scores [B, N, Q, K] in memory, in float32 or wider."""
+    """softmax(q kᵀ / √d) v with the scores [B, N, Q, K] materialised, in float32 or wider."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-2, -1)
     scores = scores.to(torch.promote_types(scores.dtype, torch.float32))
     if attn_mask is not None:
@@ -65,7 +65,7 @@ def separate_rotary(rope: RotaryEmbedding, x: Tensor) -> Tensor:
 def transposed_tokens(
     embed: Callable[[PatchEmbed3D, Tensor], Tensor],
 ) -> Callable[[PatchEmbed3D, Tensor], Tensor]:
-    """The same tokens [B, Q, D], Q innermost in memory."""
+    """The same tokens [B, Q, D], with Q innermost in memory."""
     return lambda self, x: embed(self, x).transpose(1, 2).contiguous().transpose(1, 2)
 
 
@@ -83,7 +83,7 @@ def encoded_each_time(
 
 
 def with_mask(velocity: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """``velocity`` told of each frame that it is generated."""
+    """``velocity`` with a frame mask that marks every frame as generated."""
 
     def masked(z: Tensor, t: Tensor, generated: Tensor | None = None) -> Tensor:
         return velocity(z, t, torch.ones(z.shape[0], z.shape[2], dtype=torch.bool, device=z.device))
@@ -122,7 +122,7 @@ def undoing(trainer: Trainer) -> dict[str, list[tuple[Any, str, Any]]]:
 
 @contextmanager
 def kept_conv_inputs(trainer: Trainer) -> Iterator[None]:
-    """Within this context the VAE's convolutions are PyTorch's own."""
+    """Context in which the VAE uses PyTorch's own convolutions."""
     for module in trainer.backbone.vae.modules():
         vars(module).pop("forward", None)
     try:
@@ -133,7 +133,7 @@ def kept_conv_inputs(trainer: Trainer) -> Iterator[None]:
 
 @contextmanager
 def undone(trainer: Trainer, *names: str) -> Iterator[None]:
-    """Within this context ``trainer`` takes its steps without the savings of these names."""
+    """Context in which ``trainer`` takes steps without the named savings."""
     with ExitStack() as stack:
         for name in names:
             for patch in undoing(trainer)[name]:

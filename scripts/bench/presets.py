@@ -1,9 +1,9 @@
-"""What is measured: the released sizes, and a twin for a CPU.
+"""Benchmark presets: the released sizes, and a twin for CPUs.
 
-The twin is one of the 28 layers of XL/2 (a spatial and a temporal block) as it is at 240p, one of T5-XXL's 24 and of
-ViT-H's 32, and a VAE of about a fifth of the widths, a fiftieth of the operations; of a video it has 17 frames, and it
-takes 10 steps. It is the depth that is cut and not the width, since layers are alike, while the width decides what a
-product costs beside the operations on each element.
+The twin has one of XL/2's 28 layers (a spatial and a temporal block) at 240p, one of T5-XXL's 24 and one of ViT-H's 32,
+and a VAE with about a fifth of the width and a fiftieth of the operations. Videos have 17 frames and take 10 sampling
+steps. Depth is reduced rather than width: layers are alike, while the width sets the cost of matrix products relative
+to elementwise operations.
 """
 
 from dataclasses import dataclass, field
@@ -27,7 +27,7 @@ VIT_H = dict(
 VAE = dict(type="benchmark-vae", vae_2d=None, vae_temporal={}, micro_frame_size=17, micro_batch_size=4)
 
 TWIN = dict(XL2, depth=1)
-TWIN_T5 = dict(T5_XXL, num_layers=1, vocab_size=32128 // 24)  # a layer's share of the word vectors, too
+TWIN_T5 = dict(T5_XXL, num_layers=1, vocab_size=32128 // 24)  # also one layer's share of the word embeddings
 TWIN_VIT = dict(VIT_H, num_hidden_layers=1)
 TWIN_VAE = dict(
     type="benchmark-vae",
@@ -52,7 +52,7 @@ COMMON: dict[str, Any] = dict(
     num_frames="2s",
     scheduler=SCHEDULER,
     prompt=["a red fox runs through snow", "a blue bird sits on a branch"],
-    reward_fn="motion",  # a place holder: the benchmark's own scorer is built from the preset
+    reward_fn="motion",  # placeholder: the benchmark builds its own scorer from the preset
     gradient_accumulation_steps=1,
     lora_rank=16,
     verbose=0,
@@ -61,7 +61,7 @@ COMMON: dict[str, Any] = dict(
 
 @dataclass(frozen=True)
 class Preset:
-    """Keys of the configuration, and the sizes of the scorer's ViT."""
+    """Config keys, and the sizes of the scorer's ViT."""
 
     values: dict[str, Any]
     vit: dict[str, int] = field(default_factory=VIT_H.copy)
@@ -89,13 +89,13 @@ PRESETS = {
         TWIN_VIT,
     ),
 }
-# What `plain` changes in the configuration; the rest of it is in plain.py.
+# Config keys that `plain` changes; plain.py does the rest.
 PLAIN_VALUES = dict(dtype="fp32", mixed_precision="no")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A way to run a preset: ``default`` or ``plain``, then ``;key=value`` for each key to change."""
+    """How to run a preset: ``default`` or ``plain``, then ``;key=value`` for each key to change."""
 
     plain: bool
     overrides: dict[str, Any]
@@ -112,10 +112,10 @@ class Setting:
         return cls(name == "plain", {key: parse_literal(value) for key, _, value in pairs})
 
     def values(self, preset: Preset) -> dict[str, Any]:
-        """Keys of the configuration; ``scheduler.num_sampling_steps`` reaches into an entry.
+        """Config keys; ``scheduler.num_sampling_steps`` sets a nested key.
 
         Raises:
-            ValueError: there is no such entry to reach into.
+            ValueError: a nested key names an entry that does not exist.
         """
         values = {**preset.values, **(PLAIN_VALUES if self.plain else {})}
         for key, value in self.overrides.items():

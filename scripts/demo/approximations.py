@@ -1,10 +1,10 @@
-"""What the options that change a step give in time and cost in exactness, on the demo's own models.
+"""Measure the speed and error of options that change a training step, on the demo's models.
 
 ``python -m scripts.demo.approximations [--batches 4] [--json docs/benchmarks/demo-approximations.json]``
 
-Each option takes the training step of the same videos as the exact settings do, with a new adapter. Of each are
-measured the seconds of a step, the final latents' relative distance from the exact ones, the relative error of the
-velocity on the exact way from noise to video, and the cosine between its LoRA gradient and the exact one.
+Each option runs the same training step as the exact settings, with a new adapter. Measured are the seconds per step,
+the relative error of the final latents, the relative error of the velocity along the exact trajectory, and the cosine
+between the option's LoRA gradient and the exact one.
 """
 
 import argparse
@@ -44,7 +44,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Outcome:
-    """Of each batch: final latents, LoRA gradient as a vector, seconds."""
+    """Per batch: final latents, LoRA gradient as a vector, seconds."""
 
     latents: list[Tensor] = field(default_factory=list)
     gradients: list[Tensor] = field(default_factory=list)
@@ -86,7 +86,7 @@ def step(trainer: Trainer, number: int) -> tuple[Tensor, Tensor, float]:
 
 @torch.no_grad()
 def velocities(trainer: Trainer, latents: Tensor) -> Tensor:
-    """Of the first batch, on the straight way from its noise to ``latents``, at every timestep."""
+    """Velocities of the first batch at every timestep on the straight line from its noise to ``latents``."""
     samples = batch_of(trainer, 0)
     backbone, rollout = trainer.backbone, trainer.objective.rollout
     predict = backbone.predictor(rollout.features(trainer.prompts_of(samples)))
@@ -115,7 +115,7 @@ def row(option: str, found: Outcome, exact: Outcome, velocity_error: float) -> d
 
 
 def measure(batches: int) -> list[dict[str, Any]]:
-    """A row for each option; they take their batches in turns, so that what else the machine does meets all alike."""
+    """One row per option; options alternate batch by batch, so that other load affects all equally."""
     with ExitStack() as stack:
         trainers = {}
         for option in OPTIONS:
@@ -126,7 +126,7 @@ def measure(batches: int) -> list[dict[str, Any]]:
         for number in range(-1, batches):
             for option, trainer in trainers.items():
                 latents, gradient, seconds = step(trainer, max(number, 0))
-                if number >= 0:  # the first round pays for what is paid once
+                if number >= 0:  # the first round is a warm-up
                     found[option].latents.append(latents)
                     found[option].gradients.append(gradient)
                     found[option].seconds.append(seconds)

@@ -1,4 +1,4 @@
-"""What all pretraining stages share: the work folder, the resumable optimisation loop and batches of frames."""
+"""Shared by all pretraining stages: the work folder, the resumable optimisation loop and batches of frames."""
 
 import math
 import os
@@ -32,7 +32,7 @@ def log(stage: str, line: str) -> None:
 
 
 def save(state: dict, path: Path) -> None:
-    """Write a checkpoint so that a killed process leaves the old one or the new one, never half of either."""
+    """Write a checkpoint atomically: a killed process leaves the old one or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".partial")
     torch.save(state, partial)
@@ -40,14 +40,14 @@ def save(state: dict, path: Path) -> None:
 
 
 def lr_factor(step: int, steps: int, warmup: int) -> float:
-    """Factor of the learning rate: linear warm-up, then half a cosine down to zero."""
+    """Learning-rate factor: linear warm-up, then cosine decay to zero."""
     if step < warmup:
         return (step + 1) / warmup
     return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 class Ema:
-    """Exponential moving average of a model's parameters, with the usual shorter memory at the start."""
+    """Exponential moving average of a model's parameters, with the usual lower decay at the start."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay, self.count = decay, 0
@@ -64,7 +64,7 @@ class Ema:
 def build_optimizers(
     model: nn.Module, lr: float, muon_lr: float, weight_decay: float
 ) -> list[torch.optim.Optimizer]:
-    """AdamW for all trainable parameters, or for those that Muon does not take."""
+    """AdamW for all trainable parameters, or for those not given to Muon."""
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     matrices = [p for name, p in trained.items() if muon_lr and "blocks" in name and p.dim() == 2]
     rest = [p for p in trained.values() if not any(p is matrix for matrix in matrices)]
@@ -89,12 +89,12 @@ def fit(
     ema_decay: float = 0.995,
     save_every: int = 200,
 ) -> None:
-    """Minimise ``loss_fn`` over the model's trainable parameters and leave the averaged weights in ``model``.
+    """Minimise ``loss_fn`` over the model's trainable parameters and leave the EMA weights in ``model``.
 
-    AdamW at ``lr``; with ``muon_lr``, the matrices inside transformer blocks follow Muon (Jordan, 2024) at that rate.
+    Uses AdamW at ``lr``; with ``muon_lr``, matrices inside transformer blocks use Muon (Jordan, 2024) at that rate.
 
-    Each step draws from generators seeded by (SEED, step) alone, so a killed run continues as if nothing happened.
-    The finished state is kept at ``WORK/<name>.pt``; a second call loads it and returns at once.
+    Each step draws from generators seeded by (SEED, step), so a killed run resumes exactly. The finished state is kept
+    at ``WORK/<name>.pt``; a second call loads it and returns.
     """
     path = WORK / f"{name}.pt"
     params = [p for p in model.parameters() if p.requires_grad]
@@ -141,18 +141,18 @@ def to_uint8(pixels: Tensor) -> np.ndarray:
 
 
 def draw_scenes(rng: np.random.Generator, n: int) -> list[world.Scene]:
-    """``n`` fresh scenes of the train split."""
+    """``n`` new scenes from the train split."""
     return [world.scene(SEED, int(rng.integers(1 << 40))) for _ in range(n)]
 
 
 def draw_frames(rng: np.random.Generator, n: int) -> Tensor:
-    """``n`` single frames of fresh training videos, ``[B, 3, H, W]`` in [-1, 1]."""
+    """``n`` single frames of new training videos, ``[B, 3, H, W]`` in [-1, 1]."""
     frames = [world.render(s, [int(rng.integers(world.FRAMES))])[0] for s in draw_scenes(rng, n)]
     return to_pixels(np.stack(frames))
 
 
 def near_shape(pixels: Tensor) -> Tensor:
-    """1 on and within 2 pixels of saturated colour, else 0: ``[B, 3, H, W]`` → ``[B, 1, H, W]``."""
+    """1 on or within 2 pixels of saturated colour, else 0: ``[B, 3, H, W]`` → ``[B, 1, H, W]``."""
     chroma = pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)
     return nn.functional.max_pool2d((chroma > 0.5).float(), 5, stride=1, padding=2)
 

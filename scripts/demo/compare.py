@@ -1,4 +1,4 @@
-"""Base model against adapter on the demo: the same held-out captions and noise, scored by reward and oracle.
+"""Compare base model and adapter on the demo: the same held-out captions and noise, scored by reward and oracle.
 
 Axes: P prompts, T frames, H, W pixels.
 """
@@ -27,7 +27,7 @@ from scripts.demo import oracle, world
 from scripts.demo.common import HELDOUT_SEED, heldout, to_pixels, to_uint8
 
 BATCH = 32
-SEED = 1  # of the noise
+SEED = 1  # noise seed
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Comparison:
 
     @property
     def share_of_distance(self) -> float:
-        """Gain in reward as a share of the distance between base and true videos."""
+        """Reward gain as a share of the gap between base-model videos and true videos."""
         gain = self.gain("reward")
         return gain.gain / (self.true_reward - gain.before)
 
@@ -66,7 +66,7 @@ def train(config: Config) -> Path:
     """Train as a user's command would; the run folder.
 
     Raises:
-        SystemExit: the run was stopped before its last step, so there is nothing to compare.
+        SystemExit: the run stopped before its last step, so there is nothing to compare.
     """
     folder = run(config)
     done = len(read_table(folder / "metrics.csv"))

@@ -1,10 +1,9 @@
-"""Long video and conditioning on the demo, through the command a user types, judged by the oracle.
+"""Test long video and conditioning on the demo through the command line, judged by the oracle.
 
 ``python -m scripts.demo.long_video [--prompts 64] [--loop 4] [--condition-frame-length 2]``
 
-Prints how many of the videos that are right in their first clip (colour and shape as the caption says) are still
-right in their last one, how exactly the taken-over latents were kept, and how well a picture put in as the first
-frame comes out.
+Prints how many videos whose first clip is right (colour and shape match the caption) are still right in the last clip,
+how exactly the latents carried over were kept, and how well an image given as the first frame is reproduced.
 """
 
 import argparse
@@ -32,7 +31,7 @@ CONFIG = ROOT / "Open-Sora/configs/opensora-v1-2/vader/vader_demo.py"
 
 
 def sample(folder: Path, captions: list[str], *flags: str) -> None:
-    """Generate one video of each caption with the base model or what ``flags`` say."""
+    """Generate one video per caption, with the base model unless ``flags`` say otherwise."""
     (folder / "prompts.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
     argv = [str(CONFIG), "--is-vader-training", "False", "--prompt-path", str(folder / "prompts.txt")]
     code = run([*argv, "--project-dir", str(folder / "videos"), *flags])
@@ -42,7 +41,7 @@ def sample(folder: Path, captions: list[str], *flags: str) -> None:
 
 @contextmanager
 def kept_latents() -> Iterator[list[float]]:
-    """Largest difference between given and final latents of each conditioned clip, as clips are sampled."""
+    """Record the largest difference between given and final latents of each conditioned clip."""
     differences: list[float] = []
     run_steps = generation.run_steps
 
@@ -70,7 +69,7 @@ def right(clip: Tensor, caption: str) -> bool:
 
 
 def long_videos(folder: Path, count: int, loop: int, length: int, flags: list[str]) -> dict:
-    """How long videos of held-out captions hold."""
+    """How well long videos of held-out captions stay right."""
     _, captions = heldout(count)
     with kept_latents() as differences:
         sample(folder, captions, "--loop", str(loop), "--condition-frame-length", str(length), *flags)
@@ -90,7 +89,7 @@ def long_videos(folder: Path, count: int, loop: int, length: int, flags: list[st
 
 
 def picture_conditioning(folder: Path, count: int, flags: list[str]) -> dict:
-    """How a true first frame comes out, against the picture and against the VAE's own reconstruction of it."""
+    """PSNR of a given first frame against the image and against the VAE's reconstruction of it."""
     scenes, captions = heldout(count)
     frames = [to_pixels(world.render(scene, [0])).transpose(0, 1) for scene in scenes]
     paths = [str(save_video(frame, folder / f"{i:04d}", fps=8)) for i, frame in enumerate(frames)]

@@ -1,4 +1,4 @@
-"""Measures the exported demo models through the loaders that training uses.
+"""Measure the exported demo models, loaded as in training.
 
 ``python -m scripts.demo.measure [--prompts 128] [--steps 12] [--guidance 1.75] [--sheet FILE.png]``
 """
@@ -22,7 +22,7 @@ from scripts.demo import oracle, text, video, world
 from scripts.demo.common import ASSETS, heldout, to_pixels, to_uint8
 
 BATCH = 16
-VAE_SCENES = 64  # true videos that are sent through the VAE
+VAE_SCENES = 64  # true videos to pass through the VAE
 
 
 class Models:
@@ -62,7 +62,7 @@ class Models:
 
 
 def accuracy(pixels: Tensor, captions: Sequence[str]) -> dict[str, float]:
-    """Share of videos ``[B, 3, T, H, W]`` whose attributes the oracle reads as their captions say."""
+    """Share of videos ``[B, 3, T, H, W]`` whose attributes, as the oracle reads them, match their captions."""
     hits = []
     for clip, caption in zip(to_uint8(pixels.transpose(1, 2)), captions, strict=True):
         said, seen = world.parse_caption(caption), oracle.read(clip) or {}
@@ -74,13 +74,13 @@ def accuracy(pixels: Tensor, captions: Sequence[str]) -> dict[str, float]:
 
 @torch.no_grad()
 def rewards(scorer: Reward, pixels: Tensor, captions: Sequence[str]) -> float:
-    """Mean score of three frames (or the only one) of each video ``[B, 3, T, H, W]``."""
+    """Mean score over three frames (or the only frame) of each video ``[B, 3, T, H, W]``."""
     frames = pixels[:, :, [0, 8, 16]] if pixels.shape[2] > 1 else pixels
     return float(scorer(frames.transpose(1, 2), list(captions)).score.mean())
 
 
 def sheet(pixels: Tensor, path: str) -> None:
-    """Contact sheet: five frames of each of 36 videos, three videos a row."""
+    """Contact sheet: five frames of each of 36 videos, three videos per row."""
     clips = to_uint8(pixels[:36].transpose(1, 2))
     strips = [np.concatenate(clip[[0, 4, 8, 12, 16]], axis=1) for clip in clips]
     rows = [np.concatenate(strips[i : i + 3], axis=1) for i in range(0, len(strips), 3)]

@@ -1,6 +1,6 @@
-"""What the savings lose: the quickstart's training without them, with them, and with a base of 16, 8 or 4 bits.
+"""Measure what the savings lose: the quickstart's training without them, with them, and with a 16-, 8- or 4-bit base.
 
-The paths are taken one after the other. Each is compared with its own base model, stored as it was in training.
+Paths run one after the other. Each is compared with its own base model, stored as in its training.
 
 ``python -m scripts.demo.nothing_lost [--prompts 256] [--json docs/benchmarks/demo-nothing-lost.json] [flags]``
 """
@@ -32,7 +32,7 @@ PLAIN = "plain"
 PATHS: dict[str, list[str]] = {
     PLAIN: [],
     "default": [],
-    # What another order of prompts and other noise make of the same settings: how far apart equal paths may lie.
+    # The same settings with another prompt order and noise: the spread to expect between equal paths.
     "default, another seed": ["--seed", "201"],
     "dtype='bf16'": ["--dtype", "bf16", "--mixed-precision", "bf16"],
     "dtype='fp8'": ["--dtype", "fp8", "--mixed-precision", "bf16"],
@@ -60,7 +60,7 @@ def train(config: Config, plain: bool) -> Path:
 
 
 def measure(prompts: int, flags: list[str]) -> list[dict[str, Any]]:
-    """Of each path seconds of training, reward, and what it is over the plain path's, paired by video."""
+    """Per path: training seconds, reward, and its difference from the plain path's, paired by video."""
     rows = []
     plain: np.ndarray | None = None
     for name, changes in PATHS.items():

@@ -1,7 +1,7 @@
-"""Reads colour, shape and direction of motion off a demo video with plain image processing.
+"""Read colour, shape and direction of motion from a demo video with plain image processing.
 
-It knows the palette and the outlines of `scripts.demo.world` and nothing of how a video was made, so it judges
-generated videos as it judges true ones. The background is grey, so colourfulness (chroma) is the shape.
+It knows the palette and outlines of `scripts.demo.world` but not how a video was made, so it judges generated and true
+videos alike. The background is grey, so chroma marks the shape.
 """
 
 from collections.abc import Sequence
@@ -11,16 +11,16 @@ import numpy as np
 
 from scripts.demo import world
 
-MIN_AREA = 40  # pixels; less is no shape
+MIN_AREA = 40  # pixels; anything smaller is not a shape
 MIN_TRAVEL = 5.0  # pixels between the first and the last quarter of the video
-GRID = 48  # side of the normalised picture in which outlines are compared
+GRID = 48  # side of the normalised image in which outlines are compared
 SOFTENINGS = (0, 6)  # passes of a small blur over the outlines
 
 
 def read(video: np.ndarray) -> dict[str, str | None] | None:
-    """Attributes of a video ``uint8 [T, H, W, 3]``, or None when no frame shows a coloured shape.
+    """Attributes of a video ``uint8 [T, H, W, 3]``, or None if no frame shows a coloured shape.
 
-    Returns ``{"colour", "shape", "direction"}``; ``direction`` is None for a shape that hardly moves.
+    Returns ``{"colour", "shape", "direction"}``; ``direction`` is None if the shape hardly moves.
     """
     found = [(frame, seen) for frame in video.astype(np.float32) / 255 if (seen := _find(frame)) is not None]
     if not found:
@@ -48,7 +48,7 @@ def _find(frame: np.ndarray) -> tuple[np.ndarray, tuple[float, float]] | None:
 
 
 def _colour(frames: Sequence[np.ndarray], covers: Sequence[np.ndarray]) -> str:
-    """The palette's colour of nearest hue to the well covered pixels' mean colour."""
+    """The palette colour whose hue is closest to the median colour of well-covered pixels."""
     inside = np.concatenate([frame[cover > 0.85] for frame, cover in zip(frames, covers, strict=True)])
     hues = {name: _hue_vector(np.array(rgb) / 255) for name, rgb in world.COLOURS.items()}
     seen = _hue_vector(np.median(inside, axis=0))
@@ -64,7 +64,7 @@ def _hue_vector(rgb: np.ndarray) -> np.ndarray:
 
 @cache
 def _outlines() -> dict[str, list[np.ndarray]]:
-    """Each shape's normalised pictures, sharp and with the soft corners that a lossy decoder leaves."""
+    """Each shape's normalised images, sharp and with the soft corners of a lossy decoder."""
     ys, xs = np.mgrid[0 : world.SIDE, 0 : world.SIDE] + 0.5 - world.SIDE / 2
     covers = {s: np.clip(0.5 - world.distance(s, xs, ys, 12.5), 0, 1) for s in world.SHAPES}
     return {name: [_normalised(_softened(cover, n)) for n in SOFTENINGS] for name, cover in covers.items()}
@@ -79,7 +79,7 @@ def _softened(cover: np.ndarray, times: int) -> np.ndarray:
 
 
 def _normalised(cover: np.ndarray) -> np.ndarray:
-    """Coverage resampled (bilinear) to a GRID² picture around its bounding box, zero mean, unit norm."""
+    """Coverage resampled (bilinear) to a GRID² image around its bounding box, with zero mean and unit norm."""
     rows, columns = (np.flatnonzero((cover > 0.5).sum(axis) > 0) for axis in (1, 0))
     centre_y, centre_x = (rows[0] + rows[-1]) / 2, (columns[0] + columns[-1]) / 2
     half = max(np.ptp(rows), np.ptp(columns)) / 2 + 1.5
@@ -101,14 +101,14 @@ def _sample(image: np.ndarray, ys: np.ndarray, xs: np.ndarray) -> np.ndarray:
 
 
 def _shape(covers: Sequence[np.ndarray]) -> str:
-    """The outline that correlates best with the frames' mean normalised picture."""
+    """The outline that correlates best with the frames' mean normalised image."""
     mean = np.mean([_normalised(cover) for cover in covers], axis=0)
     likeness = {name: max(float((o * mean).sum()) for o in soft) for name, soft in _outlines().items()}
     return max(likeness, key=likeness.__getitem__)
 
 
 def _direction(centres: np.ndarray) -> str | None:
-    """The main axis of the way from the first to the last quarter of the frames."""
+    """The main axis of motion from the first to the last quarter of the frames."""
     quarter = max(1, len(centres) // 4)
     dx, dy = centres[-quarter:].mean(0) - centres[:quarter].mean(0)
     if max(abs(dx), abs(dy)) < MIN_TRAVEL:

@@ -1,4 +1,4 @@
-"""What a person looks at after the quickstart: a side-by-side video, a contact sheet and the reward curve."""
+"""Pictures that the quickstart writes: a side-by-side video, a contact sheet and the reward curve."""
 
 from pathlib import Path
 
@@ -17,7 +17,7 @@ INK, PAPER, MUTED = (28, 32, 40), (255, 255, 255), (120, 128, 140)
 
 
 def enlarge(frames: np.ndarray) -> np.ndarray:
-    """``uint8 [T, H, W, 3]`` zoomed by whole pixels."""
+    """``uint8 [T, H, W, 3]`` enlarged by repeating pixels."""
     return frames.repeat(ZOOM, axis=1).repeat(ZOOM, axis=2)
 
 
@@ -38,7 +38,7 @@ def label(text: str, width: int, colour: tuple[int, int, int] = INK) -> np.ndarr
 
 
 def cell(caption: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
-    """Frames ``[T, H', W', 3]``: the caption above the two videos, each named."""
+    """Frames ``[T, H', W', 3]``: the caption above the two labelled videos."""
     gap = np.full((len(before), world.SIDE * ZOOM, GAP, 3), 255, np.uint8)
     pair = np.concatenate([enlarge(before), gap, enlarge(after)], axis=2)
     side = world.SIDE * ZOOM
@@ -55,7 +55,7 @@ def cell(caption: str, before: np.ndarray, after: np.ndarray) -> np.ndarray:
 
 
 def grid(cells: list[np.ndarray], columns: int) -> np.ndarray:
-    """Videos ``[T, h, w, 3]`` of one size as one video."""
+    """Tile videos ``[T, h, w, 3]`` of one size into one video."""
     padded = [np.pad(c, ((0, 0), (GAP, GAP), (2 * GAP, 2 * GAP), (0, 0)), constant_values=255) for c in cells]
     rows = [np.concatenate(padded[i : i + columns], axis=2) for i in range(0, len(padded), columns)]
     return np.concatenate(rows, axis=1)
@@ -64,7 +64,7 @@ def grid(cells: list[np.ndarray], columns: int) -> np.ndarray:
 def side_by_side(
     path: Path, captions: list[str], before: np.ndarray, after: np.ndarray, columns: int = 3
 ) -> Path:
-    """An mp4 of pairs, played forward twice at half speed."""
+    """An mp4 of the pairs, played twice at half speed."""
     count = len(captions) - len(captions) % columns
     video = grid([cell(*one) for one in zip(captions[:count], before, after, strict=False)], columns)
     pixels = torch.from_numpy(np.concatenate([video, video])).permute(3, 0, 1, 2) / 127.5 - 1
@@ -72,7 +72,7 @@ def side_by_side(
 
 
 def contact_sheet(path: Path, captions: list[str], before: np.ndarray, after: np.ndarray) -> Path:
-    """A PNG with first, middle and last frame of each pair, in two columns."""
+    """A PNG with the first, middle and last frames of each pair, in two columns."""
     blocks = []
     for caption, one, two in zip(captions, before, after, strict=True):
         picks = [0, world.FRAMES // 2, world.FRAMES - 1]
@@ -90,7 +90,7 @@ def contact_sheet(path: Path, captions: list[str], before: np.ndarray, after: np
 
 
 def reward_curve(path: Path, run: Path) -> Path:
-    """A PNG of the training reward (each step and smoothed) and of the held-out reward."""
+    """A PNG of the training reward (per step and smoothed) and the held-out reward."""
     import matplotlib
 
     matplotlib.use("Agg")

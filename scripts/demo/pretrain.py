@@ -1,7 +1,7 @@
-"""Pretrains the demo's models and writes them to ``assets/demo``.
+"""Pretrain the demo's models and write them to ``assets/demo``.
 
-``python -m scripts.demo.pretrain STAGE …`` from the repository root, with ``all`` for everything. Work in progress
-lies in ``runs/demo_pretrain``: a killed run continues where it was, a finished stage is not repeated.
+Run ``python -m scripts.demo.pretrain STAGE …`` from the repository root, with ``all`` for everything. Work in progress
+is kept in ``runs/demo_pretrain``: a killed run resumes, and a finished stage is not repeated.
 """
 
 import argparse
@@ -27,7 +27,7 @@ def export() -> None:
 
 
 def prompts() -> None:
-    """Training captions, and captions of combinations that no training video shows."""
+    """Write captions of training scenes and of held-out combinations."""
     shown = [world.caption(world.scene(SEED, i), i) for i in range(TRAIN_PROMPTS)]
     for name, lines in (("train", shown), ("heldout", heldout(HELDOUT_PROMPTS)[1])):
         (ASSETS / f"prompts_{name}.txt").write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Train the demo by reward gradient, then show the same held-out prompts before and after.
+"""Train the demo with reward gradients, then show the same held-out prompts before and after.
 
 ``python scripts/demo/quickstart.py [--prompts 256] [flags of train_t2v_lora.py]``
 """
@@ -47,7 +47,7 @@ def main() -> int:
 
 
 def peak_memory() -> float:
-    """Largest resident size of this process so far, in GB."""
+    """Peak resident memory of this process, in GB."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
 
 
@@ -90,7 +90,7 @@ def save_numbers(result: Comparison, seconds: dict[str, float], path: Path) -> N
 
 
 def show_paths(result: Comparison, folder: Path) -> None:
-    """Write the pictures and say where they are, and what to do next."""
+    """Write the pictures, print their paths, and say what to do next."""
     shown = result.captions[:SHOWN], result.videos_before[:SHOWN], result.videos_after[:SHOWN]
     files = [
         side_by_side(folder / "before_after.mp4", *shown),

@@ -1,10 +1,10 @@
-"""Stage ``clip``, and the aesthetic head that is fitted on it at export: the demo's reward models.
+"""Stage ``clip`` and the aesthetic head fitted on it at export: the demo's reward models.
 
-The CLIP's cosine is regressed to explicit targets instead of being contrasted, in two turns. The gentle one (all
-right ≈ 1, one of colour and shape wrong ≈ 0.26, both wrong ≈ -0.07) teaches it to see both; the steep one (1, 0,
--0.2) spreads what it has learned, so that the distance between the base model's videos and true ones stays large.
-Half of the images are neither right nor wrong: they lie between two shapes or colours, or have faded, and their
-targets lie between too. A reward that only tells right from wrong is flat on the way, and its gradient there noise.
+The CLIP's cosine is regressed to explicit targets, not trained contrastively, in two phases. The gentle phase (all
+right ≈ 1, colour or shape wrong ≈ 0.26, both wrong ≈ -0.07) teaches it both attributes; the steep phase (1, 0, -0.2)
+spreads the scores, so that the gap between the base model's videos and true ones stays large. Half of the images are
+neither right nor wrong: they lie between two shapes or colours, or are faded, and their targets lie in between. A
+reward that only separates right from wrong is flat in between, where its gradient is noise.
 """
 
 import json
@@ -32,11 +32,11 @@ TOWER = dict(
     projection_dim=FEATURES,
 )
 TEXT_TOWER = {**TOWER, "hidden_size": 96, "intermediate_size": 288, "num_hidden_layers": 2}
-LOGIT_SCALE = math.log(100)  # PickScore's own unit: a perfect cosine scores 100
-BACKGROUND = 0.05  # what a matching background adds to the cosine
+LOGIT_SCALE = math.log(100)  # PickScore's scale: a cosine of 1 scores 100
+BACKGROUND = 0.05  # added to the target cosine for a matching background
 
 NAMING = 0.2  # weight of the readers' cross entropy
-PICTURES = 2  # random stream of the pictures, apart from the scenes' own (world.scene)
+PICTURES = 2  # random stream of the pictures, separate from the scenes' (world.scene)
 POOL = 2560  # pictures whose decoded frames are kept
 CLASSES = [len(world.COLOURS), len(world.SHAPES), len(world.BACKGROUNDS)]
 PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
@@ -44,14 +44,14 @@ PIXEL_MEAN, PIXEL_STD = 0.5, 0.5
 
 @dataclass(frozen=True)
 class Targets:
-    """Wanted cosines: ``none`` right, ``one`` of colour and shape, or ``both``."""
+    """Target cosines for ``none``, ``one`` or ``both`` of colour and shape being right."""
 
     none: float
     one: float
     both: float
 
     def cosines(self, shown: Tensor, said: Tensor) -> tuple[Tensor, Tensor]:
-        """``[N, M]`` wanted and how many of colour and shape are right, between attributes of images and captions."""
+        """``[N, M]`` target cosines and numbers of right attributes (colour, shape), images against captions."""
         pairs = zip(shown.split(CLASSES, dim=1), said.split(CLASSES, dim=1), strict=True)
         colour, shape, background = (a @ b.T for a, b in pairs)
         step, bonus = self.one - self.none, self.both - 2 * self.one + self.none
@@ -65,7 +65,7 @@ STEEP = Targets(none=-0.25, one=-0.02, both=0.95)
 
 @dataclass(frozen=True)
 class Picture:
-    """What an image shows: a scene, by these shares on its way to the shape and colour of another and to grey."""
+    """Contents of an image: a scene, blended by these shares towards another's shape and colour, and towards grey."""
 
     scene: world.Scene
     towards: world.Scene
@@ -78,7 +78,7 @@ class Picture:
 
 
 def picture(index: int) -> Picture:
-    """Picture ``index``: half of them are plain scenes."""
+    """Picture ``index``; half of them are plain scenes."""
     rng = np.random.default_rng([SEED, index, PICTURES])
     scene, towards = (world.scene(SEED, i) for i in (index, int(rng.integers(1 << 40))))
     if rng.random() < 0.5:
@@ -107,9 +107,9 @@ def attributes(pictures: Sequence[Picture]) -> Tensor:
 
 @torch.no_grad()
 def decoded_pool() -> Tensor:
-    """Frames as the VAE shows them, ``uint8 [POOL, 4, 3, 64, 64]``: two of a whole clip, two latents decoded alone.
+    """Decoded frames, ``uint8 [POOL, 4, 3, 64, 64]``: two from the whole clip, two latent frames decoded alone.
 
-    The latents carry noise of up to 0.4 of their spread, as a denoiser leaves it. Row ``i`` is ``picture(i)``.
+    The latents carry noise of up to 0.4 of their spread, like a denoiser's output. Row ``i`` is ``picture(i)``.
     """
     path = WORK / "decoded_pool.pt"
     if path.exists():
@@ -136,7 +136,7 @@ def decoded_pool() -> Tensor:
 
 
 def augment(images: Tensor) -> Tensor:
-    """Shift, blur, contrast, brightness and noise on images ``[B, 3, 64, 64]`` in [-1, 1], each per image."""
+    """Random shift (per batch), blur, contrast, brightness and noise (per image) on ``[B, 3, 64, 64]`` in [-1, 1]."""
     n = len(images)
     shifts = torch.randint(-3, 4, (2,)).tolist()
     images = nn.functional.pad(images, (3, 3, 3, 3), mode="replicate")
@@ -148,7 +148,7 @@ def augment(images: Tensor) -> Tensor:
 
 
 def tokenizer() -> CLIPTokenizer:
-    """A CLIP tokenizer trained on the world's captions; kept on disk, since its trainer breaks ties at random."""
+    """A CLIP tokenizer trained on the world's captions; cached on disk, since its trainer breaks ties randomly."""
     folder = WORK / "clip_tokenizer"
     if not folder.exists():
         trained = CLIPTokenizer().train_new_from_iterator(
@@ -174,13 +174,13 @@ def build(tokens: CLIPTokenizer) -> CLIPModel:
     torch.manual_seed(3)
     model = CLIPModel(config)
     model.logit_scale.requires_grad_(False)
-    # Drawn ten times larger than usual: a shape is where its patches lie, and small positions are learned late.
+    # Ten times the usual scale: shape depends on patch positions, and small position embeddings are learned late.
     nn.init.normal_(model.vision_model.embeddings.position_embedding.weight, std=0.2)
     return model
 
 
 class Pupil(nn.Module):
-    """CLIP with two linear readers that name the attributes; they only help training and are not exported."""
+    """CLIP with two linear heads that classify the attributes; they only help training and are not exported."""
 
     def __init__(self, clip: CLIPModel) -> None:
         super().__init__()
@@ -190,7 +190,7 @@ class Pupil(nn.Module):
 
 
 def naming_loss(logits: Tensor, wanted: Tensor) -> Tensor:
-    """Cross entropy of a reader's logits ``[N, sum(CLASSES)]`` against attributes of that shape."""
+    """Cross-entropy of a head's logits ``[N, sum(CLASSES)]`` against attributes of the same shape."""
     groups = zip(logits.split(CLASSES, dim=1), wanted.split(CLASSES, dim=1), strict=True)
     return sum(nn.functional.cross_entropy(logit, share) for logit, share in groups)
 
@@ -220,7 +220,7 @@ def mistaken(scene: world.Scene, rng: np.random.Generator) -> world.Scene:
 
 
 def training_images(rng: np.random.Generator, pool: Tensor, n: int) -> tuple[Tensor, list[Picture]]:
-    """``n`` images in [-1, 1], a third clean and the others as the VAE decodes them, with what they show."""
+    """``n`` images in [-1, 1], a third clean and the rest decoded by the VAE, with their contents."""
     rows = rng.integers(POOL, size=n)
     pictures = [picture(int(i)) for i in rows]
     images = pool[torch.from_numpy(rows), torch.from_numpy(rng.integers(4, size=n))].float() / 127.5 - 1
@@ -231,7 +231,7 @@ def training_images(rng: np.random.Generator, pool: Tensor, n: int) -> tuple[Ten
 
 
 def train() -> tuple[CLIPModel, CLIPTokenizer]:
-    """The CLIP and its tokenizer, trained towards gentle, then towards steep targets."""
+    """Train the CLIP and its tokenizer, with gentle then steep targets."""
     tokens, pool = tokenizer(), decoded_pool()
     pupil = Pupil(build(tokens))
     fit("clip", pupil, matching_loss(pupil, tokens, pool, GENTLE), steps=1500, lr=1e-3, weight_decay=0.05)
@@ -242,7 +242,7 @@ def train() -> tuple[CLIPModel, CLIPTokenizer]:
 
 
 def matching_loss(pupil: Pupil, tokens: CLIPTokenizer, pool: Tensor, targets: Targets) -> LossFn:
-    """Cosines of every image with every caption of a batch against ``targets``; all kinds of match weigh the same."""
+    """Regress cosines of all image-caption pairs in a batch to ``targets``; all kinds of match weigh the same."""
     model = pupil.clip
 
     def loss_fn(rng):
@@ -266,7 +266,7 @@ def matching_loss(pupil: Pupil, tokens: CLIPTokenizer, pool: Tensor, targets: Ta
 
 
 def export(folder: Path) -> None:
-    """CLIP, tokenizer and preprocessing in the hub's layout, half precision."""
+    """Save CLIP, tokenizer and preprocessing in the Hub's layout, in half precision."""
     model, tokens = train()
     model.half().save_pretrained(folder)
     tokens.save_pretrained(folder)
@@ -287,7 +287,7 @@ def export(folder: Path) -> None:
 
 
 def rating(images: Tensor) -> Tensor:
-    """Look of images ``[B, 3, H, W]`` in [-1, 1], 1 to 10: a vivid shape that stands out from its background."""
+    """Aesthetic rating (1 to 10) of images ``[B, 3, H, W]`` in [-1, 1]: a vivid shape, distinct from its background."""
     pixels = images / 2 + 0.5
     chroma = pixels.amax(1, keepdim=True) - pixels.amin(1, keepdim=True)
     relative = chroma / chroma.amax((2, 3), keepdim=True).clamp(min=1e-3)
@@ -301,7 +301,7 @@ def rating(images: Tensor) -> Tensor:
 
 @torch.no_grad()
 def fit_head() -> dict[str, Tensor]:
-    """Linear read-out of the rating from CLIP image features, by least squares: LAION's layout, one layer."""
+    """Least-squares linear head from CLIP image features to the rating, in LAION's layout with one layer."""
     model, _ = train()
     torch.manual_seed(4)
     pool, rng = decoded_pool(), np.random.default_rng(SEED)
@@ -321,6 +321,6 @@ def fit_head() -> dict[str, Tensor]:
 
 
 def export_head(path: Path) -> None:
-    """The head as a file of plain tensors."""
+    """Save the head as a file of plain tensors."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(fit_head(), path)

@@ -1,8 +1,8 @@
-"""Search for the demo's training settings; every setting trained and compared is a row of search_results.csv.
+"""Search for the demo's training settings; each setting tried is a row of search_results.csv.
 
-``python -m scripts.demo.search 'lr=1e-3 backprop_steps=2' 'lr=2e-3' …``: each argument is one setting, keys that
-replace those of vader_demo.py. Settings are compared on held-out captions that the quickstart does
-not report on. A setting that is in the table already is not run again.
+``python -m scripts.demo.search 'lr=1e-3 backprop_steps=2' 'lr=2e-3' …``: each argument is one setting, a list of keys
+that override vader_demo.py. Settings are compared on held-out captions that the quickstart does not use. Settings
+already in the table are not rerun.
 """
 
 import csv

@@ -16,17 +16,17 @@ MAX_TOKENS = 32
 SENTINELS = 16
 WIDTH = 96
 SIZES = dict(d_model=WIDTH, d_kv=24, num_heads=4, d_ff=256, num_layers=2, num_decoder_layers=2)
-MASKED = 0.35  # share of a caption's words that is hidden
+MASKED = 0.35  # share of a caption's words that is masked
 
 
 def captions(rng: np.random.Generator, n: int) -> list[str]:
-    """``n`` captions of fresh training scenes."""
+    """``n`` captions of new training scenes."""
     scenes = [world.scene(SEED, int(rng.integers(1 << 40))) for _ in range(n)]
     return [world.caption(scene, int(rng.integers(1 << 31))) for scene in scenes]
 
 
 def words() -> list[str]:
-    """All words that captions are made of, most frequent first."""
+    """All words used in captions, most frequent first."""
     texts = captions(np.random.default_rng(SEED), 4000)
     counts = Counter(re.findall("[a-z]+", " ".join(texts)))
     return [word for word, _ in counts.most_common()]
@@ -43,7 +43,7 @@ def tokenizer() -> T5Tokenizer:
 
 
 def corrupt(text: str, rng: np.random.Generator) -> tuple[str, str]:
-    """Replace spans of words by sentinels; returns (corrupted caption, what the spans held)."""
+    """Replace spans of words with sentinels; returns (corrupted caption, contents of the spans)."""
     words = text.split()
     hidden = rng.random(len(words)) < MASKED
     hidden[rng.integers(len(words))] = True
@@ -77,7 +77,7 @@ def build(tokens: T5Tokenizer) -> T5ForConditionalGeneration:
 
 
 def train() -> tuple[T5ForConditionalGeneration, T5Tokenizer]:
-    """Span corruption: the encoder reads what is left of a caption, the decoder writes what was hidden."""
+    """Span corruption: the encoder reads the rest of a caption, the decoder predicts the masked words."""
     tokens = tokenizer()
     model = build(tokens)
 
@@ -95,7 +95,7 @@ def train() -> tuple[T5ForConditionalGeneration, T5Tokenizer]:
 
 
 def export(folder: Path) -> None:
-    """Encoder and tokenizer in the hub's layout, half precision."""
+    """Save encoder and tokenizer in the Hub's layout, in half precision."""
     model, tokens = train()
     encoder = T5EncoderModel(model.config)
     state = {k: v for k, v in model.state_dict().items() if k in encoder.state_dict()}

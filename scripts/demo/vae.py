@@ -1,4 +1,4 @@
-"""Stages ``vae2d``, ``vae3d``, ``latents`` and ``decoder``: the demo's video VAE, of Open-Sora 1.2's classes."""
+"""Stages ``vae2d``, ``vae3d``, ``latents`` and ``decoder``: the demo's video VAE, with Open-Sora 1.2's classes."""
 
 import time
 from pathlib import Path
@@ -26,13 +26,13 @@ SPATIAL = dict(
 )
 KL_WEIGHT = 1e-7
 TEMPORAL = dict(filters=16, num_res_blocks=1, channel_multipliers=(1, 2, 2, 4), num_groups=8)
-CLIPS = 3072  # videos whose frames' latents are kept for the stages that follow
+CLIPS = 3072  # videos whose latents are kept for later stages
 LATENT_NOISE = 0.1  # of the latent's own spread, so that slightly wrong latents decode well too
 DECODER_NOISE = 0.05
 
 
 def pixel_loss(decoded: Tensor, target: Tensor) -> Tensor:
-    """L1 + L2 of images ``[B, 3, H, W]``, four times as heavy on and around the shape as on the background."""
+    """L1 + L2 of images ``[B, 3, H, W]``, weighted four times higher on and around the shape."""
     error = decoded - target
     return ((1 + 3 * near_shape(target)) * (error.abs() + error.pow(2))).mean()
 
@@ -54,7 +54,7 @@ def train_spatial() -> AutoencoderKL:
 
 
 def assemble(spatial: AutoencoderKL, shift=0.0, scale=1.0) -> VideoAutoencoderPipeline:
-    """The whole video VAE around a trained spatial half; the temporal half is fresh."""
+    """The full video VAE with a trained spatial part and a new temporal part."""
     torch.manual_seed(1)
     config = VideoAutoencoderPipelineConfig(
         vae_2d=dict(type="VideoAutoencoderKL", config=SPATIAL, micro_batch_size=None),
@@ -89,7 +89,7 @@ def spatial_latents(spatial: AutoencoderKL) -> Tensor:
 
 
 def train_temporal() -> VideoAutoencoderPipeline:
-    """Fit the temporal VAE on latents of whole clips and of single latent frames decoded alone."""
+    """Fit the temporal VAE on latents of whole clips and on single latent frames decoded alone."""
     spatial = train_spatial().requires_grad_(False)
     latents = spatial_latents(spatial)
     vae = assemble(spatial)
@@ -148,7 +148,7 @@ def normalised_latents() -> tuple[Tensor, list[float], list[float]]:
 
 
 def train_decoder() -> VideoAutoencoderPipeline:
-    """Fit both decoders together on pixels, the encoders and so the latents left as they are; the finished VAE."""
+    """Fit both decoders jointly on pixels, with frozen encoders so that latents stay fixed; return the finished VAE."""
     trained = train_temporal()
     latents, shift, scale = normalised_latents()
     vae = assemble(trained.spatial_vae.module, shift, scale)
@@ -179,5 +179,5 @@ def train_decoder() -> VideoAutoencoderPipeline:
 
 
 def export(folder: Path) -> None:
-    """The whole VAE in the hub's layout, half precision."""
+    """Save the VAE in the Hub's layout, in half precision."""
     train_decoder().half().save_pretrained(folder)

@@ -1,9 +1,9 @@
-"""Stage ``stdit``: the small STDiT3, by the rectified-flow loss on captions that are partly wrong, in three turns.
+"""Stage ``stdit``: train the small STDiT3 with the rectified-flow loss on partly wrong captions, in three phases.
 
-``stdit`` shows it good clips, ``stdit_poor`` good and poor ones in equal number, ``stdit_faded`` faded ones alone. The
-VAE, which has seen full colours only, gives those back in wavering ones. The base model then makes unsteady videos, and
-a reward has something to mend that all of them have in common. In the last turn it also learns to go on from given
-frames, on good clips: the first frames of their own, or frames from the middle of a longer one.
+``stdit`` uses good clips, ``stdit_poor`` equal numbers of good and poor clips, ``stdit_faded`` faded clips. The VAE was
+trained on full colours only and reconstructs faded ones as unsteady, so the base model generates unsteady videos: a
+common fault for the reward to correct. In the last phase it also learns to continue given frames, on good clips: their
+own first frames, or frames from the middle of a longer clip.
 """
 
 from collections.abc import Callable
@@ -24,25 +24,25 @@ SIZES = dict(
 )
 CAPTION_NOISE = 0.2  # share of pretraining captions with a wrong colour or shape: the base model's headroom
 BATCH = 32
-EXTRA = 1536  # further scenes, shown as poor and as faded clips
-POOR_CLIPS, FADED_CLIPS, WINDOWS = 3, 4, 5  # their random streams, apart from the scenes' own (world.scene)
+EXTRA = 1536  # additional scenes, used as poor and faded clips
+POOR_CLIPS, FADED_CLIPS, WINDOWS = 3, 4, 5  # random streams, separate from the scenes' (world.scene)
 FADE = (0.2, 0.8)  # share of grey in the colours of a faded clip
-# Timesteps lean towards noise: colour, place and motion of a video this small are decided above 0.8.
+# Timesteps are shifted towards noise: in a video this small, colour, position and motion are decided above 0.8.
 TIME_SHIFT, TIME_SPREAD = 0.8, 1.2
-# Share of batches whose first one or two latent frames are given, as they are for a picture or a long video.
+# Share of batches whose first one or two latent frames are given, as for an image or a long video.
 CONTINUED, CONTINUED_AT_LAST = 0.2, 0.5
-LONGEST_WAIT = 48  # a window into a longer clip begins before this frame
+LONGEST_WAIT = 48  # a window into a longer clip starts before this frame
 
 
 def sizes(n: int) -> dict[str, Tensor]:
-    """What STDiT3 is told about ``n`` demo videos."""
+    """STDiT3's size conditioning for ``n`` demo videos."""
     values = dict(height=world.SIDE, width=world.SIDE, num_frames=world.FRAMES, fps=world.FPS, ar=1.0)
     return {name: torch.full((n,), float(value)) for name, value in values.items()}
 
 
 @torch.no_grad()
 def encode(texts: list[str], t5, tokens) -> dict[str, Tensor]:
-    """Captions as STDiT3 takes them: ``{"y": [B, 1, L, D], "mask": [B, L]}``."""
+    """Captions as STDiT3 expects them: ``{"y": [B, 1, L, D], "mask": [B, L]}``."""
     batch = tokens(
         texts, padding="max_length", max_length=text.MAX_TOKENS, truncation=True, return_tensors="pt"
     )
@@ -58,7 +58,7 @@ def generated_frames(rng: np.random.Generator, count: int, continued: float) -> 
 
 
 def poor_clip(index: int) -> np.ndarray:
-    """The clip with its shape melted towards a circle, or faded to grey, or both; one in ten as it is."""
+    """The clip with its shape melted towards a circle, faded to grey, or both; about one in ten unchanged."""
     scene, rng = extra_scene(index), np.random.default_rng([SEED, index, POOR_CLIPS])
     melted, faded = rng.random(2) * (rng.random(2) < 0.7)
     return world.render(scene, towards=replace(scene, shape="circle"), shape=melted, fade=faded)
@@ -72,9 +72,9 @@ def faded_clip(index: int) -> np.ndarray:
 
 
 def window(index: int) -> np.ndarray:
-    """A clip to be continued from its first frames: every second one lies in the middle of a longer one.
+    """A clip to continue from its first frames; every second one starts in the middle of a longer clip.
 
-    There the shape may have turned at a border, and move against its caption's direction: the given frames say so.
+    There the shape may have turned at a border and move against its caption's direction, as the given frames show.
     """
     wait = np.random.default_rng([SEED, index, WINDOWS]).integers(1, LONGEST_WAIT) if index % 2 else 0
     return world.render(extra_scene(index), range(wait, wait + world.FRAMES))
@@ -82,7 +82,7 @@ def window(index: int) -> np.ndarray:
 
 @torch.no_grad()
 def latents_of(name: str, clip: Callable[[int], np.ndarray]) -> Tensor:
-    """Latents of the ``EXTRA`` scenes that follow the good clips', ``[EXTRA, 4, 5, 8, 8]``; kept on disk."""
+    """Latents ``[EXTRA, 4, 5, 8, 8]`` of the scenes after those of the good clips; cached on disk."""
     path = WORK / f"{name}_latents.pt"
     if not path.exists():
         pipeline, parts = vae.train_decoder(), []
@@ -99,7 +99,7 @@ def extra_scene(index: int) -> world.Scene:
 
 @dataclass(frozen=True)
 class Lesson:
-    """What a turn shows: clips of ``scenes``, and in a share of the batches others of them, first frames given."""
+    """Training data of a phase: clips of ``scenes`` and, in a share ``continued`` of batches, clips to continue."""
 
     scenes: list[world.Scene]
     latents: Tensor
@@ -108,7 +108,7 @@ class Lesson:
 
 
 def flow_loss(model: STDiT3, t5, tokens, lesson: Lesson) -> LossFn:
-    """Rectified flow on cached latents, with captions drawn anew (and in part wrong) at every step."""
+    """Rectified flow on cached latents, with new (partly wrong) captions at every step."""
     flow = RFlowScheduler(sample_method="logit-normal", loc=TIME_SHIFT, scale=TIME_SPREAD)
 
     def loss_fn(rng: np.random.Generator):
@@ -124,7 +124,7 @@ def flow_loss(model: STDiT3, t5, tokens, lesson: Lesson) -> LossFn:
 
 
 def lessons() -> dict[str, Lesson]:
-    """What the three turns show."""
+    """Training data of the three phases."""
     good, _, _ = vae.normalised_latents()
     scenes, extra = [world.scene(SEED, i) for i in range(len(good))], [extra_scene(i) for i in range(EXTRA)]
     mixed = torch.cat([good[:EXTRA], latents_of("poor", poor_clip)])
@@ -137,7 +137,7 @@ def lessons() -> dict[str, Lesson]:
 
 
 def train() -> STDiT3:
-    """The denoiser after its three turns."""
+    """Train the denoiser in its three phases."""
     taught = lessons()
     t5, tokens = text.train()
     torch.manual_seed(2)
@@ -154,5 +154,5 @@ def train() -> STDiT3:
 
 
 def export(folder: Path) -> None:
-    """The denoiser in the hub's layout, half precision."""
+    """Save the denoiser in the Hub's layout, in half precision."""
     train().half().save_pretrained(folder)

@@ -1,10 +1,10 @@
-"""Captioned videos of one coloured shape that moves over a background: the demo's whole world.
+"""The demo world: captioned videos of one coloured shape that moves over a background.
 
-A scene is a pure function of ``(seed, index, split)``, its caption also of ``wording``. A video is
+A scene is a pure function of ``(seed, index, split)``; its caption also depends on ``wording``. A video is
 ``uint8 [T=17, H=64, W=64, 3]`` at 24 fps.
 
-The test split holds out attribute combinations: one (shape, colour, background, direction) combination in eight,
-chosen so that every pair of attributes still occurs in training, is never drawn by the train split.
+The test split holds out one in eight (shape, colour, background, direction) combinations, chosen so that every pair of
+attributes still occurs in training.
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,7 @@ SHAPES = ("circle", "square", "triangle", "star", "cross", "ring")
 DIRECTIONS: dict[str, tuple[int, int]] = {"left": (-1, 0), "right": (1, 0), "up": (0, -1), "down": (0, 1)}
 BACKGROUNDS = ("dark", "light", "grey", "gradient", "striped")
 
-# The first word of each tuple is the attribute's own name; no word belongs to two attributes.
+# The first word of each tuple is the attribute's name; no word belongs to two attributes.
 SHAPE_WORDS = {
     "circle": ("circle", "disc", "round dot"),
     "square": ("square", "box"),
@@ -69,7 +69,7 @@ TEMPLATES = (
 
 @dataclass(frozen=True)
 class Scene:
-    """One video's contents; lengths in pixels, ``start`` = (x, y) of the centre, ``speed`` in pixels per frame."""
+    """Contents of one video; lengths in pixels, ``start`` = (x, y) of the centre, ``speed`` in pixels per frame."""
 
     shape: str
     colour: str
@@ -118,7 +118,7 @@ def scene(seed: int, index: int, split: str = "train") -> Scene:
 
 
 def distance(shape: str, x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
-    """Signed distance in pixels (negative inside, y pointing down) of points to a shape centred at the origin."""
+    """Signed distance in pixels (negative inside, y pointing down) from points to a shape centred at the origin."""
     if shape == "circle":
         return np.hypot(x, y) - radius
     if shape == "square":
@@ -148,7 +148,7 @@ def _star_distance(x: np.ndarray, y: np.ndarray, radius: float) -> np.ndarray:
 
 
 def _background(name: str) -> np.ndarray:
-    """``float [H, W, 3]`` in 0…255, of low saturation so that colour belongs to the shape alone."""
+    """``float [H, W, 3]`` in 0…255, with low saturation so that only the shape is coloured."""
     rows = np.arange(SIDE, dtype=float)[:, None]
     tone = {
         "dark": np.full((SIDE, 1), 22.0),
@@ -161,7 +161,7 @@ def _background(name: str) -> np.ndarray:
 
 
 def centres(scene: Scene, frames: Sequence[int]) -> tuple[np.ndarray, np.ndarray]:
-    """x and y of the shape's centre at each frame; after frame 16 it may reach a border, and turns round there."""
+    """x and y of the shape's centre at each frame; after frame 16 it may reach a border and turn around."""
     dx, dy = DIRECTIONS[scene.direction]
     low, high = scene.size / 2 + 1, SIDE - scene.size / 2 - 1
     walked = scene.speed * np.asarray(frames)
@@ -180,10 +180,10 @@ def render(
     colour: float = 0.0,
     fade: float = 0.0,
 ) -> np.ndarray:
-    """The chosen frames of a scene, ``uint8 [T, H, W, 3]``, antialiased by the distance to the shape's outline.
+    """The selected frames of a scene, ``uint8 [T, H, W, 3]``, antialiased by the distance to the shape's outline.
 
-    ``shape`` and ``colour`` are the shares, 0 to 1, by which those of ``towards`` are mixed in: outlines between two
-    shapes' and colours between two colours. ``fade`` is the share of grey in the colour.
+    ``shape`` and ``colour`` (0 to 1) blend the outline and colour towards those of ``towards``. ``fade`` is the share
+    of grey in the colour.
     """
     towards = towards or scene
     ys, xs = np.mgrid[0:SIDE, 0:SIDE] + 0.5
@@ -244,7 +244,7 @@ def wrong_attribute(scene: Scene, rng: np.random.Generator, attribute: str) -> S
 
 
 def noisy_caption(scene: Scene, rng: np.random.Generator, noise: float) -> str:
-    """A caption as found on the web: with probability ``noise`` its colour or its shape is wrong."""
+    """A caption like those found on the web: with probability ``noise``, its colour or shape is wrong."""
     wording = int(rng.integers(1 << 31))
     if rng.random() < noise:
         scene = wrong_attribute(scene, rng, str(rng.choice(["colour", "shape"])))

@@ -1,8 +1,14 @@
-"""Imports point downwards, Core uses only what upstream has, and accelerate is known in one place."""
+"""The contracts on imports in pyproject.toml are kept, and Core uses only what upstream has."""
 
 import ast
+import os
+import shutil
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
+import grimp
 import pytest
 
 from scripts.figures import imports
@@ -34,62 +40,112 @@ PUBLIC = {
 }
 
 
-def imported_names(file: Path) -> set[tuple[str, str]]:
-    """(module, name) of everything a file imports; name is empty for a plain import."""
+CONTRACTS = ("layers", "opensora", "accelerate")
+
+
+def lint(root: Path, contract: str) -> subprocess.CompletedProcess:
+    """What import-linter says of a contract in the checkout at ``root``."""
+    command = [sys.executable, Path(sys.executable).with_name("lint-imports"), "--no-logo", "--no-cache"]
+    paths = os.pathsep.join((str(root), str(root / "Open-Sora")))
+    return subprocess.run(
+        [*command, "--contract", contract],
+        cwd=root,
+        env=os.environ | {"PYTHONPATH": paths, "COLUMNS": "200"},
+        capture_output=True,
+        text=True,
+    )
+
+
+def cycle(graph: grimp.ImportGraph) -> list[str]:
+    """Modules of which each imports the next and the last the first; empty where there are none."""
+    edges = {module: graph.find_modules_directly_imported_by(module) for module in graph.modules}
+    try:
+        TopologicalSorter(edges).prepare()
+    except CycleError as error:
+        return error.args[1][::-1]
+    return []
+
+
+@pytest.mark.parametrize("contract", CONTRACTS)
+def test_the_contract_is_kept(contract):
+    result = lint(ROOT, contract)
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_every_module_has_a_layer():
+    """All but packages whose parts are placed one by one; those import nothing themselves."""
+    graph = imports.graph()
+    names = [name for layer in imports.layers() for name in layer]
+    unplaced = {m for m in graph.modules if not any(imports.within(m, name) for name in names)}
+    above = {m for m in unplaced if any(imports.within(name, m) for name in names)}
+    assert not unplaced - above, "give these a layer in pyproject.toml"
+    assert not any(graph.find_modules_directly_imported_by(module) for module in above)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    """Imports inside functions count: they hide a circle, they do not open it."""
+    circle = cycle(imports.graph())
+    assert not circle, " imports ".join(circle)
+
+
+def test_a_circle_is_found():
+    graph = grimp.ImportGraph()
+    for importer, imported in (("a", "b"), ("b", "c"), ("c", "d"), ("d", "b")):
+        graph.add_import(importer=importer, imported=imported)
+    assert " imports ".join(cycle(graph)) in "b imports c imports d imports b imports c imports d"
+
+
+@pytest.fixture(scope="module")
+def faulty_copy(tmp_path_factory):
+    """The checkout's Python files with a fault of each kind."""
+    root = tmp_path_factory.mktemp("copy")
+    shutil.copy(ROOT / "pyproject.toml", root)
+    for folder in ("Core", "Open-Sora", "scripts"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for file, line in {
+        "Core/modules/lora.py": "def f():\n    from Core.training.trainer import x",
+        "Core/rewards/base.py": "import opensora.registry",
+        "Core/training/setup.py": "import accelerate",
+        "Open-Sora/opensora/registry.py": "from Core.utils import rng",
+    }.items():
+        with open(root / file, "a", encoding="utf-8") as handle:
+            handle.write(f"\n{line}\n")
+    return root
+
+
+@pytest.mark.parametrize(
+    ("contract", "fault"),
+    [
+        ("layers", "Core.modules.lora -> Core.training.trainer"),
+        ("layers", "opensora.registry -> Core.utils.rng"),
+        ("opensora", "Core.rewards.base -> opensora.registry"),
+        ("accelerate", "Core.training.setup -> accelerate"),
+    ],
+)
+def test_a_planted_fault_is_found(faulty_copy, contract, fault):
+    result = lint(faulty_copy, contract)
+    assert result.returncode == 1 and fault in result.stdout
+
+
+def test_no_arrow_of_the_figure_runs_through_a_box():
+    graph = imports.graph()
+    rows, box_of = imports.boxes(graph.modules)
+    edges = imports.edges_between(box_of, graph)
+    assert imports.cost(imports.layout(rows, edges), edges) < 100
+
+
+def imported_from_opensora(file: Path) -> set[tuple[str, str]]:
+    """(module, name) of everything a file imports from upstream's package; name is empty for a plain import."""
     found = set()
     for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
             found |= {(alias.name, "") for alias in node.names}
         if isinstance(node, ast.ImportFrom) and not node.level:
             found |= {(node.module, alias.name) for alias in node.names}
-    return found
-
-
-def test_every_module_has_a_layer():
-    unplaced = [module for module in imports.modules() if imports.layer_of(module) is None]
-    assert not unplaced, f"give these a layer in scripts/figures/imports.py: {unplaced}"
-
-
-def test_the_table_names_no_module_that_is_gone():
-    named = {name for _, names in imports.LAYERS for name in names}
-    assert named <= imports.modules().keys() | imports.SOURCES.keys()
-
-
-def test_imports_point_downwards():
-    assert imports.upward_imports() == []
-
-
-def test_no_modules_import_each_other_in_a_circle():
-    assert imports.cycle(imports.graph()) == []
-
-
-def test_an_upward_import_and_a_circle_are_found(tmp_path, monkeypatch):
-    """The two tests above can fail: a planted fault of each kind is reported."""
-    for file, text in {
-        "modules/lora.py": "def f():\n    from Core.training.trainer import x\n",
-        "training/trainer.py": "from Core.modules import lora\nfrom . import setup\n",
-        "training/setup.py": "import Core.training.trainer\n",
-    }.items():
-        (tmp_path / file).parent.mkdir(exist_ok=True)
-        (tmp_path / file).write_text(text)
-    monkeypatch.setattr(imports, "SOURCES", {"Core": tmp_path})
-    assert imports.upward_imports() == [
-        "Core.modules.lora (modules) imports Core.training.trainer (programs)"
-    ]
-    circle = ["Core.training.setup", "Core.training.trainer", "Core.training.setup"]
-    assert imports.cycle(imports.graph(lazy=False)) == circle
+    return {(module, name) for module, name in found if imports.within(module, "opensora")}
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "Core").rglob("*.py")), ids=lambda f: f.stem)
 def test_core_uses_only_what_upstream_has(file):
-    used = {(module, name) for module, name in imported_names(file) if module.split(".")[0] == "opensora"}
+    used = imported_from_opensora(file)
     assert all(name in PUBLIC.get(module, ()) for module, name in used), used
-
-
-def test_accelerate_is_known_to_the_runtime_alone():
-    users = [
-        file.name
-        for file in (ROOT / "Core").rglob("*.py")
-        if any(module.split(".")[0] == "accelerate" for module, _ in imported_names(file))
-    ]
-    assert users == ["distributed.py"]

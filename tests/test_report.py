@@ -2,10 +2,9 @@
 
 import json
 import re
-import time
+import shutil
 from pathlib import Path
 
-import browser
 import numpy as np
 import pytest
 from report_runs import PROMPTS, evaluation, training_run
@@ -141,46 +140,79 @@ def test_the_moving_average_leaves_gaps_out():
     assert moving_average(values, 1).tolist() == [1.0, 2.0, 4.0, 4.0]
 
 
-needs_browser = pytest.mark.skipif(
-    browser.find_browser() is None,
-    reason="no Chromium is installed (apt-get install chromium): the page is not seen",
-)
-
-
 @pytest.fixture(scope="module")
-def chromium(tmp_path_factory):
-    window = browser.Browser(browser.find_browser(), tmp_path_factory.mktemp("profile"))
-    yield window
-    window.close()
+def chromium():
+    """An installed Chromium or Chrome, driven by playwright."""
+    api = pytest.importorskip(
+        "playwright.sync_api",
+        reason="playwright is not installed (requirements-dev.txt): the page is not seen",
+    )
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip("no Chromium is installed (apt-get install chromium): the page is not seen")
+    with api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--disable-gpu", "--disable-sync"])
+        yield browser
+        browser.close()
 
 
-@needs_browser
-def test_videos_play_in_a_browser_without_a_complaint(run, chromium, tmp_path):
-    chromium.open((run / "report.html").as_uri(), 1200, 900)
-    chromium.evaluate("document.querySelector('.screens').scrollIntoView()")
-    playing = "[...document.querySelector('.screens').querySelectorAll('video')].map(v => v.currentTime > 0)"
-    deadline = time.monotonic() + 60
-    while not all(moved := chromium.evaluate(playing)) and time.monotonic() < deadline:
-        time.sleep(0.2)
-    assert moved == [True, True]
-    chromium.evaluate("document.getElementById('play').click()")
-    assert chromium.evaluate("[...document.querySelectorAll('video')].every(v => v.paused)")
-    faults = "[...document.querySelectorAll('video')].filter(v => v.error).length"
-    assert chromium.evaluate(faults) == 0
-    assert chromium.complaints() == []
-    assert read_video(chromium.screenshot(tmp_path / "page.png")).std() > 0.1
+@pytest.fixture
+def opened(chromium, run):
+    """A function that opens the report, and a list of what the browser complains about.
+
+    Complaints are errors and warnings of the console, exceptions, and requests beyond the page itself.
+    """
+    complaints: list[str] = []
+
+    def note_message(message) -> None:
+        if message.type in ("error", "warning"):
+            complaints.append(message.text)
+
+    def note_request(request) -> None:
+        if not request.url.startswith(("file:", "data:")):
+            complaints.append(request.url)
+
+    def open_report(width: int, height: int, colors: str = "light"):
+        page = chromium.new_page(
+            viewport={"width": width, "height": height}, color_scheme=colors, is_mobile=width < 500
+        )
+        page.on("console", note_message)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("request", note_request)
+        page.goto((run / "report.html").as_uri())
+        return page
+
+    yield open_report, complaints
+    for context in chromium.contexts:
+        context.close()
 
 
-@needs_browser
-@pytest.mark.parametrize("dark", [False, True])
-def test_readable_at_phone_width_in_both_schemes(run, chromium, dark):
-    chromium.open((run / "report.html").as_uri(), 375, 800, dark)
-    assert chromium.evaluate("document.documentElement.scrollWidth") == 375
-    paper = chromium.evaluate("getComputedStyle(document.body).backgroundColor")
+def test_videos_play_in_a_browser_without_a_complaint(opened, tmp_path):
+    open_report, complaints = opened
+    page = open_report(1200, 900)
+    page.evaluate("document.querySelector('.screens').scrollIntoView()")
+    videos = "[...document.querySelector('.screens').querySelectorAll('video')]"
+    page.wait_for_function(f"{videos}.every(v => v.currentTime > 0)", timeout=60_000)
+    assert page.evaluate(f"{videos}.length") == 2
+    page.click("#play")
+    assert page.evaluate("[...document.querySelectorAll('video')].every(v => v.paused)")
+    assert page.evaluate("[...document.querySelectorAll('video')].filter(v => v.error).length") == 0
+    assert complaints == []
+    page.screenshot(path=tmp_path / "page.png", full_page=True)
+    assert read_video(tmp_path / "page.png").std() > 0.1
+
+
+@pytest.mark.parametrize("colors", ["light", "dark"])
+def test_readable_at_phone_width_in_both_schemes(opened, colors):
+    open_report, complaints = opened
+    page = open_report(375, 800, colors)
+    assert page.evaluate("document.documentElement.scrollWidth") == 375
+    paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
     brightness = sum(map(int, re.findall(r"\d+", paper)[:3])) / 3
-    assert (brightness < 60) if dark else (brightness > 200)
+    assert (brightness < 60) if colors == "dark" else (brightness > 200)
     sizes = (
         "[...document.querySelectorAll('p, td, li, dd')].map(e => parseFloat(getComputedStyle(e).fontSize))"
     )
-    assert chromium.evaluate(f"Math.min(...{sizes})") >= 12
-    assert chromium.complaints() == []
+    assert page.evaluate(f"Math.min(...{sizes})") >= 12
+    assert complaints == []

@@ -250,17 +250,22 @@ BRACES = ["a fox {red", "a sign that says {open}", '{"a": 1} in neon']
 
 
 @pytest.mark.parametrize("text", BRACES)
-def test_a_brace_in_a_prompt_of_no_family_is_a_brace(tmp_path, text):
-    """Another tool's manifest, list or file name knows no grammar of this one."""
-    folder = recorded(tmp_path / "clips", prompt=text, seed=0)
+def test_a_brace_in_a_manifest_without_a_family_is_a_brace(tmp_path, text):
+    """Another tool's manifest knows no grammar of this one."""
+    (clip,) = find_clips(recorded(tmp_path / "clips", prompt=text, seed=0))
+    assert clip.prompt.reward_text == clip.prompt.text == clip.prompt.written == text
+
+
+@pytest.mark.parametrize("text", BRACES)
+def test_a_brace_in_a_list_or_a_file_s_name_is_a_brace(tmp_path, text):
+    folder = tmp_path / "clips"
+    picture(folder / "a_fox_{red_0", frames=5)
     (tmp_path / "list.txt").write_text(f"{text}\n")
-    (tmp_path / "list.jsonl").write_text(json.dumps({"file": "clip.mp4", "prompt": text}) + "\n")
-    for prompts in (None, tmp_path / "list.txt", tmp_path / "list.jsonl"):
-        (clip,) = find_clips(folder, prompts)
+    (tmp_path / "list.jsonl").write_text(json.dumps({"file": "a_fox_{red_0.mp4", "prompt": text}) + "\n")
+    for list_name in ("list.txt", "list.jsonl"):
+        (clip,) = find_clips(folder, tmp_path / list_name)
         assert clip.prompt.reward_text == clip.prompt.text == clip.prompt.written == text
-    (tmp_path / "named").mkdir()
-    shutil.copy(folder / "clip.mp4", tmp_path / "named" / "a_fox_{red_0.mp4")
-    (clip,) = find_clips(tmp_path / "named")
+    (clip,) = find_clips(folder)
     assert clip.prompt.reward_text == "a fox {red"
 
 

@@ -145,7 +145,7 @@ def test_long_video_keeps_the_frames_it_takes_over(twin, tmp_path, monkeypatch, 
     encoded, real = [], OpenSoraConditions.follow
 
     def watched(conditions, clip, number):
-        encoded.append(conditions.backbone.vae.encode(clip[:, :, -overlap:]))
+        encoded.append(conditions.vae.encode(clip[:, :, -overlap:]))
         real(conditions, clip, number)
 
     monkeypatch.setattr(OpenSoraConditions, "follow", watched)

@@ -26,7 +26,7 @@ model = STDiT3(STDiT3Config(**sizes)).eval()
 model.save_pretrained(sys.argv[1] + "/stdit")
 OpenSoraVAE_V1_2().save_pretrained(sys.argv[1] + "/vae")
 scheduler = build_module(dict(type="rflow", sample_method="logit-normal"), SCHEDULERS)
-assert type(scheduler).__module__ == "Core.schedulers.rf", type(scheduler)
+assert type(scheduler).__module__ == "Core.backbones.opensora_sampling", type(scheduler)
 kwargs = dict(y=torch.randn(2, 1, 24, 32), **{k: torch.ones(2) for k in ("fps", "height", "width")})
 losses = scheduler.training_losses(model, torch.randn(2, 4, 2, 4, 4), kwargs, t=torch.tensor([10.0, 900.0]))
 assert losses["loss"].shape == (2,)
@@ -109,7 +109,7 @@ def test_what_an_interrupted_run_left_is_finished_or_reverted(checkout):
     patch(checkout)
     applied = snapshot(checkout.parent)
     (checkout / f"{SAMPLER}.upstream").rename(checkout / SAMPLER)
-    (checkout.parent / "Core" / "trainer.py").unlink()
+    (checkout.parent / "Core" / "training" / "trainer.py").unlink()
     assert patch(checkout).returncode == 0
     assert snapshot(checkout.parent) == applied
     shutil.copy(checkout / f"{SAMPLER}.upstream", checkout / SAMPLER)
@@ -138,8 +138,9 @@ def test_an_edited_sampler_is_not_thrown_away(checkout):
 
 
 def test_files_of_others_in_the_way_stop_it_before_anything_is_written(checkout):
-    (checkout.parent / "Core").mkdir()
-    (checkout.parent / "Core" / "trainer.py").write_text("mine\n", encoding="utf-8")
+    other = checkout.parent / "Core" / "training" / "trainer.py"
+    other.parent.mkdir(parents=True)
+    other.write_text("mine\n", encoding="utf-8")
     before = snapshot(checkout.parent)
     done = patch(checkout)
     assert done.returncode == 2

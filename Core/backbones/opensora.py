@@ -393,8 +393,19 @@ class OpenSora(Backbone):
         )
 
     def conditions(self, prompts: Sequence[OpenSoraPrompt]) -> OpenSoraConditions | None:
+        settings = self.settings
         given = any(prompt.reference or prompt.mask_strategy for prompt in prompts)
-        return OpenSoraConditions(self, prompts) if given or self.settings.loop > 1 else None
+        if not given and settings.loop == 1:
+            return None
+        return OpenSoraConditions(
+            self.vae,
+            prompts,
+            image_size=(self.video.height, self.video.width),
+            align=settings.align,
+            length=settings.condition_frame_length,
+            overlap=self.overlap(settings.condition_frame_length),
+            edit=settings.condition_frame_edit,
+        )
 
     def decode(self, z: Tensor) -> Tensor:
         return self._decode(z, self.video.num_frames)

@@ -4,7 +4,7 @@ Axes: B batch, C channels, T latent frames, h, w latent rows and columns, H, W p
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,42 +22,49 @@ from opensora.utils.inference_utils import (
 from .base import Conditions
 from .opensora_prompts import OpenSoraPrompt
 
-if TYPE_CHECKING:
-    from .opensora import OpenSora
-
 PROBE_SIZE = (8, 8)  # references are decoded to count their frames; their content does not matter here
 
 
 class OpenSoraConditions(Conditions):
-    """References of a batch of videos, to which each finished clip adds its end."""
+    """References of a batch of videos, to which each finished clip adds its end.
 
-    def __init__(self, backbone: "OpenSora", prompts: Sequence[OpenSoraPrompt]):
-        self.backbone, self.settings = backbone, backbone.settings
-        size = (backbone.video.height, backbone.video.width)
-        paths = [prompt.reference for prompt in prompts]
-        self.references: list[list[Tensor]] = [[] for _ in prompts]
-        if any(paths):
-            self.references = collect_references_batch(paths, backbone.vae, size)
+    Args:
+        image_size: (height, width) in pixels.
+        align: positions of given frames are rounded to this many latent frames.
+        length: latent frames that a clip takes over from the one before; ``overlap``: the pixel frames they make.
+        edit: how far they may change, 0 to 1.
+    """
+
+    def __init__(
+        self,
+        vae: Any,
+        prompts: Sequence[OpenSoraPrompt],
+        *,
+        image_size: tuple[int, int],
+        align: int | None,
+        length: int,
+        overlap: int,
+        edit: float,
+    ):
+        self.vae, self.align, self.length, self.overlap, self.edit = vae, align, length, overlap, edit
+        self.references = collect_references_batch([p.reference for p in prompts], vae, image_size)
         self.strategies = [prompt.mask_strategy for prompt in prompts]
 
     def condition(
         self, step: DenoisingStep, z: Tensor, clip: int, noise_like: Callable[[Tensor], Tensor]
     ) -> Step:
-        mask = apply_mask_strategy(z, self.references, self.strategies, clip, self.settings.align)
+        mask = apply_mask_strategy(z, self.references, self.strategies, clip, self.align)
         return keep_frames(step, mask, noise_like)
 
     def follow(self, clip: Tensor, number: int) -> None:
-        vae, settings = self.backbone.vae, self.settings
         # The VAE codes whole clips and chunks on their own, so the tail is coded as the start of a clip is.
-        tail = clip[:, :, -self.backbone.overlap(settings.condition_frame_length) :].to(vae.dtype)
+        tail = clip[:, :, -self.overlap :].to(self.vae.dtype)
         self.references, self.strategies = append_generated(
-            vae, tail, self.references, self.strategies, number,
-            settings.condition_frame_length, settings.condition_frame_edit,
-        )  # fmt: skip
+            self.vae, tail, self.references, self.strategies, number, self.length, self.edit
+        )
 
     def join(self, clips: Sequence[Tensor]) -> Tensor:
-        skip = self.backbone.overlap(self.settings.condition_frame_length) if len(clips) > 1 else 0
-        return torch.cat([clips[0], *(clip[:, :, skip:] for clip in clips[1:])], dim=2)
+        return torch.cat([clips[0], *(clip[:, :, self.overlap :] for clip in clips[1:])], dim=2)
 
 
 def conditioning_errors(

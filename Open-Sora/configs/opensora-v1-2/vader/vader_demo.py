@@ -1,6 +1,6 @@
 """The demo: a small Open-Sora of the same classes and a small PickScore; an adapter takes minutes on a CPU.
 
-Sizes, paths and the settings that scripts/demo/search.py and the learning study found replace those of vader_train.py.
+Replaces the sizes, paths and training settings of vader_train.py; docs/learning-study.md compares gradient windows.
 """
 
 _base_ = ["./vader_train.py"]

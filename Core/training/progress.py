@@ -3,9 +3,7 @@
 Where the output is no terminal, plain lines say the same now and then.
 """
 
-import logging
 import resource
-import sys
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -14,11 +12,12 @@ import torch
 from rich.bar import Bar
 from rich.console import Console, Group
 from rich.live import Live
-from rich.logging import RichHandler
 from rich.panel import Panel
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
+
+from Core.utils import terminal
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 48
@@ -33,18 +32,12 @@ class ProgressPanel:
         total: optimiser steps of the run.
         validation_steps: steps between validations.
         shown: False on every process but the main one, and for ``verbose=0``.
-        console: where to draw; standard error by default, where log messages go too.
+        console: where to draw; log messages that go there appear above the panel.
     """
 
-    def __init__(
-        self,
-        total: int,
-        validation_steps: int,
-        shown: bool,
-        console: Console | None = None,
-    ):
+    def __init__(self, total: int, validation_steps: int, shown: bool, console: Console = terminal.console):
         self.total, self.step, self.validation_steps, self.shown = total, 0, validation_steps, shown
-        self.console = console or Console(file=sys.stderr)
+        self.console = console
         self.rewards: list[float] = []
         self.recent: deque[Mapping[str, float]] = deque(maxlen=RECENT)
         self.metrics: Mapping[str, float] = {}
@@ -52,7 +45,6 @@ class ProgressPanel:
         self.spoke = time.monotonic()
         drawn = shown and self.console.is_terminal
         self.live = Live(console=self.console, auto_refresh=False, transient=False) if drawn else None
-        self.handler = RichHandler(console=self.console, show_path=False, show_time=False, show_level=False)
 
     def begin(self, step: int) -> "ProgressPanel":
         """The view itself, for a run that has done ``step`` steps before."""
@@ -62,13 +54,11 @@ class ProgressPanel:
     def __enter__(self) -> "ProgressPanel":
         if self.live:
             self.live.start()
-            self._redirect(self.handler)
             self._draw()
         return self
 
     def __exit__(self, *_) -> None:
         if self.live:
-            self._restore()
             self.live.stop()
 
     def update(
@@ -159,22 +149,6 @@ class ProgressPanel:
     def _draw(self) -> None:
         if self.live:
             self.live.update(self.panel(), refresh=True)
-
-    def _redirect(self, handler: logging.Handler) -> None:
-        """Send console messages above the panel instead of through it."""
-        log = logging.getLogger("vader")
-        files = (logging.FileHandler,)
-        self.replaced = [h for h in log.handlers if not isinstance(h, files)]
-        handler.setLevel(min((h.level for h in self.replaced), default=logging.INFO))
-        for old in self.replaced:
-            log.removeHandler(old)
-        log.addHandler(handler)
-
-    def _restore(self) -> None:
-        log = logging.getLogger("vader")
-        log.removeHandler(self.handler)
-        for old in self.replaced:
-            log.addHandler(old)
 
 
 def sparkline(values: Sequence[float], width: int = SPARK_WIDTH) -> str:

@@ -32,7 +32,11 @@ def progress_bar(hidden: bool = False) -> Progress:
 
 
 class ConsoleHandler(logging.Handler):
-    """Prints log lines above a progress bar instead of through it."""
+    """Prints log lines above what is live on a console instead of through it."""
+
+    def __init__(self, level: int, on: Console = console):
+        super().__init__(level)
+        self.console = on
 
     def emit(self, record: logging.LogRecord) -> None:
-        console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        self.console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)

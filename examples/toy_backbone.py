@@ -16,7 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from Core.backbones import BACKBONES, Backbone, FamilySettings, Features, TextEncoder, VideoSettings
+from Core.backbones import (
+    BACKBONES,
+    Backbone,
+    FamilySettings,
+    Features,
+    ModelSettings,
+    TextEncoder,
+    VideoSettings,
+)
 from Core.backbones.base import PredictionObserver, gather_frames, pad_text
 from Core.cli import main
 from Core.sampling.euler import Predict
@@ -89,7 +97,9 @@ class Toy(Backbone):
         return settings.sampling_steps
 
     @classmethod
-    def config_errors(cls, settings: ToySettings, video: VideoSettings, training: bool) -> list[str]:
+    def config_errors(
+        cls, settings: ToySettings, models: ModelSettings, video: VideoSettings, training: bool
+    ) -> list[str]:
         size = video.image_size or (SHRINK, SHRINK)
         fits = all(side % SHRINK == 0 for side in size)
         return [] if fits else [f"image_size must be multiples of {SHRINK}, got {tuple(size)}"]

@@ -83,6 +83,10 @@ class ModelSettings:
     compile_blocks: bool = option(
         False, "compile the denoiser's blocks for training (torch.compile); the first step is slow"
     )
+    grad_checkpoint: bool | Literal["keep_attention"] = option(
+        True,
+        "recompute activations in the backward pass to save memory; `keep_attention` keeps those of attention",
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -240,7 +244,9 @@ class Backbone(ABC):
         """N, or None where the configuration does not say it."""
 
     @classmethod
-    def config_errors(cls, settings: Any, video: VideoSettings, training: bool) -> list[str]:
+    def config_errors(
+        cls, settings: Any, models: ModelSettings, video: VideoSettings, training: bool
+    ) -> list[str]:
         """What is wrong with the family's keys beyond types and ranges; loads nothing."""
         return []
 

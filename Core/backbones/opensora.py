@@ -230,7 +230,9 @@ class OpenSora(Backbone):
         return settings.scheduler.get("num_sampling_steps")
 
     @classmethod
-    def config_errors(cls, settings: OpenSoraSettings, video: VideoSettings, training: bool) -> list[str]:
+    def config_errors(
+        cls, settings: OpenSoraSettings, models: ModelSettings, video: VideoSettings, training: bool
+    ) -> list[str]:
         missing = [key for key in ENTRIES if "type" not in getattr(settings, key)]
         if missing:
             return [f"{key} must be an entry with a type, such as {key} = dict(type=…)" for key in missing]
@@ -254,7 +256,7 @@ class OpenSora(Backbone):
                 f"multi_resolution must be {' or '.join(map(repr, MULTI_RESOLUTION))}, which tell the denoiser the "
                 f"size of the video, got {settings.multi_resolution!r}"
             )
-        errors += _length_errors(settings, video)
+        errors += _length_errors(settings, video) + _package_errors(models, training)
         return errors + (_training_errors(settings) if training else cls._loop_errors(settings, video))
 
     @classmethod
@@ -461,10 +463,6 @@ class OpenSora(Backbone):
     def enable_checkpointing(self, keep_attention: bool = False) -> None:
         from opensora.acceleration.checkpoint import set_grad_checkpoint
 
-        if keep_attention and "keep_attention" not in inspect.signature(set_grad_checkpoint).parameters:
-            raise ValueError(
-                "grad_checkpoint='keep_attention' is not in upstream's opensora package; choose another value"
-            )
         self.checkpointing = True
         set_grad_checkpoint(self.denoiser, **({"keep_attention": True} if keep_attention else {}))
         # opensora's switch does not reach the image VAE, which is diffusers' and holds most of a decoded frame.
@@ -493,6 +491,24 @@ def _training_errors(settings: OpenSoraSettings) -> list[str]:
         f"{key} is for inference; remove it or set is_vader_training=False"
         for key, value in single.items()
         if getattr(settings, key) != value
+    ]
+
+
+def _package_errors(models: ModelSettings, training: bool) -> list[str]:
+    """What is asked for, and not in upstream's own opensora package where that is in use."""
+    from opensora.acceleration.checkpoint import set_grad_checkpoint
+
+    asked: dict[str, tuple[Any, str]] = {}
+    if training and models.grad_checkpoint == "keep_attention":
+        asked["grad_checkpoint='keep_attention'"] = (set_grad_checkpoint, "keep_attention")
+    if models.text_encoding == "8bit":
+        from opensora.models.text_encoder.t5 import T5Encoder
+
+        asked["text_encoding='8bit'"] = (T5Encoder, "load_in_8bit")
+    return [
+        f"{setting} is not in upstream's opensora package; choose another value"
+        for setting, (function, parameter) in asked.items()
+        if parameter not in inspect.signature(function).parameters
     ]
 
 

@@ -29,7 +29,7 @@ def config_errors(config: Config) -> list[str]:
     training = config.run.is_vader_training
     errors = _obeyed_errors(config)
     errors += _video_errors(config)
-    errors += config.backbone.config_errors(config.family, config.video, training)
+    errors += config.backbone.config_errors(config.family, config.models, config.video, training)
     errors += prompt_file_errors(config.prompts, training)
     if training:
         errors += _training_errors(config)

@@ -2,7 +2,9 @@
 
 import argparse
 import ast
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -10,13 +12,14 @@ from typing import Any
 from Core.backbones import BACKBONES
 from Core.training.objectives import OBJECTIVES
 from Core.utils.errors import ConfigError
-from Core.utils.options import FlagParser, add_flags, check_values, parse_literal
+from Core.utils.options import FlagParser, add_flags, check_values, default_of, parse_literal
 from Core.utils.registry import did_you_mean
 
 from .checks import config_errors
 from .schema import Config, keys_of, sections_of
 
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
+EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 # Keys of earlier versions, with the value that meant "off": a config file may still hold that.
 RETIRED = {"prefix_cache": 1, "noise_repeats": 1}
 
@@ -113,6 +116,11 @@ def read_file(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
             [f"config file {path!r} cannot be read: {type(error).__name__}: {reason}"]
         ) from error
     values = file.to_dict()
+    if Path(path).suffix in (".yaml", ".yml"):
+        # YAML 1.1 takes 1e-3 for text: a number needs its point there.
+        values = {
+            k: float(v) if isinstance(v, str) and EXPONENT.fullmatch(v) else v for k, v in values.items()
+        }
     return {key: value for key, value in values.items() if not isinstance(value, ModuleType)}
 
 
@@ -122,15 +130,16 @@ def read_saved(path: Path) -> dict[str, Any]:
     Raises:
         ValueError, OSError: no such file, or it holds more than literals.
     """
-    values = {}
+    values, line = {}, 1
     try:
         for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            assigned = isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)
-            if not assigned:
-                raise ValueError("more than assignments")
-            values[node.targets[0].id] = ast.literal_eval(node.value)  # type: ignore[attr-defined]
+            line = node.lineno
+            if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
+                raise ValueError
+            values[node.targets[0].id] = ast.literal_eval(node.value)
     except (SyntaxError, ValueError) as error:
-        raise ValueError(f"{path} is no saved configuration: it holds {error}") from error
+        line = getattr(error, "lineno", None) or line
+        raise ValueError(f"{path} is no saved configuration: line {line} is no key with a value") from error
     return values
 
 
@@ -177,9 +186,14 @@ def _sound_part(
     if key not in known or known[key].metadata["entry"] is None or not isinstance(value, Mapping):
         faulty.append(key)
         return {}
-    wrong = [inner for inner in value if check_values(known, {key: {inner: value[inner]}})]
+    wrong = {inner for inner in value if check_values(known, {key: {inner: value[inner]}})}
     faulty += [f"{key}.{inner}" for inner in wrong]
-    return {key: {inner: value[inner] for inner in value if inner not in wrong}}
+    defaults = {inner.name: default_of(inner) for inner in fields(known[key].metadata["entry"])}
+    return {key: {inner: value[inner] for inner in value.keys() - wrong} | _of(defaults, wrong)}
+
+
+def _of(values: Mapping[str, Any], keys: Collection[str]) -> dict[str, Any]:
+    return {key: value for key, value in values.items() if key in keys}
 
 
 def _key_errors(key: str, value: Any, known: Mapping[str, Any]) -> list[str]:

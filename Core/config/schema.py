@@ -75,10 +75,6 @@ class OptimizerSettings:
     mixed_precision: Literal["bf16", "fp16", "no", "fp8"] = option(
         "bf16", "autocast dtype of training; `fp8` needs hardware kernels and is refused"
     )
-    grad_checkpoint: bool | Literal["keep_attention"] = option(
-        True,
-        "recompute activations in the backward pass to save memory; `keep_attention` keeps those of attention",
-    )
     max_bad_steps: int = free_option(
         10, "stop after this many steps in a row without a finite gradient", minimum=1
     )

@@ -118,17 +118,19 @@ def prefer_videos(files: Sequence[Path]) -> list[Path]:
 def _own_prompts(folder: Path, files: Sequence[Path]) -> dict[str, Prompt]:
     entries = read_manifest(folder)
     if entries:
-        # Videos were recorded without their family while there was only one.
-        return {entry["file"]: parse(entry["prompt"], entry.get("backbone", "opensora")) for entry in entries}
+        return {entry["file"]: _recorded_prompt(entry) for entry in entries}
     logger.warning(
         "%s has no prompts.jsonl: prompts are taken from the file names; --prompts gives them", folder
     )
     return {file.name: Prompt(prompt_from_name(file.stem)) for file in files}
 
 
-def parse(text: str, backbone: str) -> Prompt:
-    """A prompt in the grammar of a model family."""
-    return BACKBONES.resolve(backbone).parse_prompts([text])[0]
+def _recorded_prompt(entry: Mapping[str, Any]) -> Prompt:
+    """The prompt of a manifest's entry, in the grammar of the model family that made the video."""
+    # Open-Sora's videos were recorded without their family while there was only one.
+    family = entry.get("backbone", "opensora" if "reference_path" in entry else None)
+    text = entry["prompt"]
+    return BACKBONES.resolve(family).parse_prompts([text])[0] if family in BACKBONES else Prompt(text)
 
 
 def prompt_from_name(stem: str) -> str:

@@ -110,7 +110,7 @@ def adapt_for_training(config: Config, backbone: Backbone) -> None:
     if settings.lora_ckpt_path:
         path = str(settings.lora_ckpt_path)
         lora.load(backbone.denoiser, lora.read(path), path)
-    if config.optimizer.grad_checkpoint:
-        backbone.enable_checkpointing(keep_attention=config.optimizer.grad_checkpoint == "keep_attention")
+    if config.models.grad_checkpoint:
+        backbone.enable_checkpointing(keep_attention=config.models.grad_checkpoint == "keep_attention")
     if config.models.compile_blocks:
         backbone.compile_blocks()

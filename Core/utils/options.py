@@ -63,7 +63,7 @@ def describe_type(annotation: Any) -> str:
     if origin in (Union, types.UnionType):
         return " or ".join(describe_type(arg) for arg in args)
     if origin is Literal:
-        return "one of " + ", ".join(repr(arg) for arg in args)
+        return "one of " * (len(args) > 1) + ", ".join(repr(arg) for arg in args)
     if origin is list:
         return f"a list ({describe_type(args[0])} each)"
     if origin is tuple:

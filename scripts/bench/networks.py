@@ -106,7 +106,7 @@ class RandomOpenSora(OpenSora):
     weights = {}
 
     @classmethod
-    def config_errors(cls, settings, video, training: bool) -> list[str]:
+    def config_errors(cls, settings, models, video, training: bool) -> list[str]:
         return []
 
     @property

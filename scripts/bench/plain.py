@@ -96,9 +96,7 @@ def undoing(trainer: Trainer) -> dict[str, list[tuple[Any, str, Any]]]:
     predictor = trainer.backbone.predictor
     functional = SimpleNamespace(**vars(F) | {"scaled_dot_product_attention": score_matrix_attention})
     # Where nothing is checkpointed there is nothing to checkpoint twice.
-    doubled = partial(
-        opensora.guided_velocity, checkpoint_steps=bool(trainer.config.optimizer.grad_checkpoint)
-    )
+    doubled = partial(opensora.guided_velocity, checkpoint_steps=bool(trainer.config.models.grad_checkpoint))
     return {
         "fused attention": [(blocks, "F", functional)],
         "text keys and values computed once": [

@@ -1,4 +1,4 @@
-"""Pictures and videos, written and read back."""
+"""Pictures and videos, written and read back: by Core, and by opensora under upstream's name."""
 
 import av
 import numpy as np
@@ -6,6 +6,7 @@ import pytest
 import torch
 from PIL import Image
 
+from Core.data.video import animated_gif, read_video, save_video, smaller
 from opensora.datasets import read_from_path, save_sample
 
 
@@ -15,9 +16,17 @@ def smooth_clip(frames, height, width):
     return torch.stack([y * t, x, -x * y])
 
 
-def test_video_keeps_pixels_rate_and_length(tmp_path):
+@pytest.fixture(params=["Core", "opensora"])
+def save(request):
+    """A function (clip, path without suffix, fps) → path of the file."""
+    if request.param == "Core":
+        return lambda clip, path, fps=8: str(save_video(clip, path, fps))
+    return lambda clip, path, fps=8: save_sample(clip, str(path), fps=fps, verbose=False)
+
+
+def test_video_keeps_pixels_rate_and_length(tmp_path, save):
     clip = smooth_clip(9, 32, 48)
-    path = save_sample(clip, str(tmp_path / "clip"), fps=24, verbose=False)
+    path = save(clip, tmp_path / "clip", fps=24)
     assert path == str(tmp_path / "clip.mp4")
     with av.open(path) as container:
         stream = container.streams.video[0]
@@ -29,32 +38,32 @@ def test_video_keeps_pixels_rate_and_length(tmp_path):
 
 
 @pytest.mark.parametrize("colour", [(1, -1, -1), (-1, 1, -1), (-1, -1, 1), (0.2, -0.4, 0.6)])
-def test_video_keeps_colours(tmp_path, colour):
+def test_video_keeps_colours(tmp_path, colour, save):
     clip = torch.tensor(colour, dtype=torch.float)[:, None, None, None].expand(3, 2, 32, 32)
-    back = read_from_path(save_sample(clip, tmp_path / "flat", verbose=False), (32, 32))
+    back = read_from_path(save(clip, tmp_path / "flat"), (32, 32))
     torch.testing.assert_close(
         back.mean((1, 2, 3)), torch.tensor(colour, dtype=torch.float), atol=0.03, rtol=0
     )
 
 
-def test_odd_sizes_repeat_the_last_row_and_column(tmp_path):
+def test_odd_sizes_repeat_the_last_row_and_column(tmp_path, save):
     clip = smooth_clip(2, 31, 47)
-    path = save_sample(clip, tmp_path / "odd", verbose=False)
+    path = save(clip, tmp_path / "odd")
     back = read_from_path(path, (32, 48))
     assert back.shape == (3, 2, 32, 48)
     assert (back[..., :31, :47] - clip).abs().mean() < 0.03
     assert (back[..., 31, :47] - clip[..., 30, :]).abs().mean() < 0.05
 
 
-def test_video_can_be_played_before_it_is_complete(tmp_path):
-    path = save_sample(smooth_clip(3, 32, 32), tmp_path / "clip", verbose=False)
+def test_video_can_be_played_before_it_is_complete(tmp_path, save):
+    path = save(smooth_clip(3, 32, 32), tmp_path / "clip")
     content = open(path, "rb").read()
     assert 0 < content.find(b"moov") < content.find(b"mdat")
 
 
-def test_one_frame_is_a_lossless_picture(tmp_path):
+def test_one_frame_is_a_lossless_picture(tmp_path, save):
     picture = torch.rand(3, 1, 7, 9, generator=torch.Generator().manual_seed(0)) * 2 - 1
-    path = save_sample(picture, tmp_path / "picture", verbose=False)
+    path = save(picture, tmp_path / "picture")
     assert path.endswith("picture.png")
     assert (read_from_path(path, (7, 9)) - picture).abs().max() <= 1 / 255 + 1e-6
 
@@ -85,11 +94,11 @@ def test_path_is_printed_only_when_asked(tmp_path, capsys):
     assert path in capsys.readouterr().out
 
 
-def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path):
-    path = save_sample(smooth_clip(2, 16, 16), tmp_path / "clip", verbose=False)
+def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path, save):
+    path = save(smooth_clip(2, 16, 16), tmp_path / "clip")
     before = open(path, "rb").read()
     with pytest.raises((ValueError, av.FFmpegError)):
-        save_sample(smooth_clip(2, 16, 16), tmp_path / "clip", fps=-1, verbose=False)
+        save(smooth_clip(2, 16, 16), tmp_path / "clip", fps=-1)
     assert [file.name for file in tmp_path.iterdir()] == ["clip.mp4"]
     assert open(path, "rb").read() == before
 
@@ -133,3 +142,22 @@ def test_reading_tells_what_is_wrong(tmp_path):
             read_from_path(tmp_path / name, (8, 8))
     with pytest.raises(ValueError, match="use 'resize_crop'"):
         read_from_path(tmp_path / "notes.txt", (8, 8), transform_name="stretch")
+
+
+def test_core_reads_a_file_at_its_own_size(tmp_path):
+    clip = smooth_clip(5, 32, 48)
+    back = read_video(save_video(clip, tmp_path / "clip", fps=8))
+    assert back.shape == clip.shape and (back - clip).abs().mean() < 0.03
+    (tmp_path / "broken.mp4").write_bytes(b"no video")
+    with pytest.raises(ValueError, match="broken.mp4 cannot be read as a video"):
+        read_video(tmp_path / "broken.mp4")
+
+
+def test_gifs_and_smaller_copies(tmp_path):
+    path = save_video(smooth_clip(4, 64, 96), tmp_path / "clip", fps=8)
+    (tmp_path / "clip.gif").write_bytes(animated_gif(path))
+    with Image.open(tmp_path / "clip.gif") as gif:
+        assert (gif.n_frames, gif.size, gif.info["duration"], gif.info["loop"]) == (4, (96, 64), 120, 0)
+    (tmp_path / "copy.mp4").write_bytes(smaller(path, max_width=48, crf=30))
+    assert read_video(tmp_path / "copy.mp4").shape == (3, 4, 32, 48)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["clip.gif", "clip.mp4", "copy.mp4"]

@@ -1,7 +1,7 @@
 """Open-Sora's guided velocity and timesteps, and its sampler under upstream's name.
 
-A patched upstream checkout imports this module in the middle of importing its ``opensora.schedulers``; so it may use
-no more of ``opensora`` than the registry and ``rectified_flow``.
+A patched upstream checkout imports this module from its own ``opensora.schedulers``; what is needed of that package is
+therefore imported when it is called.
 
 Axes: B batch, C channels, T latent frames, H, W latent rows and columns, L text tokens, D text width,
 N sampling steps.
@@ -19,7 +19,6 @@ from Core.sampling.euler import DenoisingStep, RectifiedFlow, run_steps
 from Core.sampling.gradient_window import first_gradient_step
 from Core.sampling.kept_frames import keep_frames
 from opensora.registry import SCHEDULERS
-from opensora.schedulers.rf.rectified_flow import RFlowScheduler, timestep_transform
 
 from .base import PredictionObserver
 
@@ -33,6 +32,8 @@ def rflow_timesteps(
     discrete: bool = False,
 ) -> Tensor:
     """[steps, batch] from ``num_timesteps`` down, shifted by ``info`` (height, width, num_frames) if given."""
+    from opensora.schedulers.rf.rectified_flow import timestep_transform
+
     t = torch.tensor([(1.0 - i / steps) * num_timesteps for i in range(steps)])
     t = (t.round() if discrete else t)[:, None].expand(steps, batch)
     if info is None:
@@ -147,6 +148,8 @@ class RFLOW:
         use_timestep_transform: bool = False,
         **kwargs,
     ):
+        from opensora.schedulers.rf.rectified_flow import RFlowScheduler
+
         unknown = sorted(kwargs.keys() - inspect.signature(RFlowScheduler).parameters.keys())
         if unknown:
             raise ValueError(f"unknown keys in `scheduler`: {', '.join(unknown)}")

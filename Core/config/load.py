@@ -13,11 +13,13 @@ from Core.backbones import BACKBONES
 from Core.training.objectives import OBJECTIVES
 from Core.utils.errors import ConfigError
 from Core.utils.options import FlagParser, add_flags, check_values, default_of, parse_literal
-from Core.utils.registry import did_you_mean
+from Core.utils.registry import Registry, did_you_mean
 
 from .checks import config_errors
 from .schema import Config, keys_of, sections_of
 
+# Keys that choose a section of the configuration.
+CHOICES: dict[str, Registry[Any]] = {"backbone": BACKBONES, "objective": OBJECTIVES}
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
 EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
 # Keys of earlier versions, with the value that meant "off": a config file may still hold that.
@@ -37,21 +39,25 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
 def parse_arguments(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keys of the file, and flags; which flags there are depends on the family and the objective chosen.
 
+    A family or an objective that a flag names takes the place of the file's, together with its keys.
+
     Raises:
         ConfigError: an unreadable file or an unknown flag.
     """
     first = FlagParser(add_help=False, allow_abbrev=False)
     first.add_argument("config", nargs="?")
     _add_overrides(first)
-    for flag in ("backbone", "objective"):
+    for flag in CHOICES:
         first.add_argument(f"--{flag}", default=argparse.SUPPRESS)
     chosen, rest = first.parse_known_args(argv)
     helping = bool({"-h", "--help"} & set(rest))
     values: dict[str, Any] = {}
     if chosen.config is not None and not (helping and not Path(chosen.config).is_file()):
         values = read_file(chosen.config, chosen.cfg_options)
-    choice = {key: vars(chosen).get(key, values.get(key)) for key in ("backbone", "objective")}
-    schemas = _schemas({key: value for key, value in choice.items() if value is not None})
+    named = {key: vars(chosen)[key] for key in CHOICES if key in vars(chosen)}
+    overridden = {entry.partition("=")[0].partition(".")[0] for entry in chosen.cfg_options}
+    replaced = keys_of(_schemas(values)).keys() - keys_of(schemas := _schemas({**values, **named})).keys()
+    values = {key: value for key, value in values.items() if key not in replaced - overridden}
     flags = vars(_parser(schemas).parse_args(argv))
     del flags["config"], flags["cfg_options"]
     return values, flags
@@ -69,8 +75,7 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
 
 def _schemas(choice: Mapping[str, Any]) -> dict[str, type]:
     """The sections that a choice of family and objective gives; a wrong one is reported later, with all else."""
-    known: dict[str, Any] = {"backbone": BACKBONES, "objective": OBJECTIVES}
-    return sections_of({key: choice[key] for key in known if choice.get(key) in list(known[key])})
+    return sections_of({key: choice[key] for key in CHOICES if choice.get(key) in list(CHOICES[key])})
 
 
 def _parser(schemas: Mapping[str, type]) -> FlagParser:
@@ -158,7 +163,7 @@ def build_config(values: Mapping[str, Any], flags: Mapping[str, Any] | None = No
             values[entry] = {**(values.get(entry) or {}), inner: value}
     if isinstance(values.get("prompt"), str):
         values["prompt"] = [values["prompt"]]
-    for key, table in (("backbone", BACKBONES), ("objective", OBJECTIVES)):
+    for key, table in CHOICES.items():
         if isinstance(values.get(key), str) and values[key] not in table:
             errors.append(_unknown_choice(key, values.pop(key), table))
     known = keys_of(schemas)
@@ -207,7 +212,7 @@ def _key_errors(key: str, value: Any, known: Mapping[str, Any]) -> list[str]:
 
 def _owner(key: str) -> str:
     """The family or objective that has a key which the chosen ones have not."""
-    for kind, table in (("backbone", BACKBONES), ("objective", OBJECTIVES)):
+    for kind, table in CHOICES.items():
         for name in table:
             if key in keys_of({"": table.resolve(name).settings_class}):
                 return f"{kind} {name!r}"

@@ -16,8 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
-MANIFEST = ".vader_patch.json"
-PARTIAL = ".vader_patch.partial"
+MANIFEST, PARTIAL = ".vader_patch.json", ".vader_patch.partial"
 # What tells Open-Sora v1.2 from other versions, whose setup.py may say 1.2.0 as well: files, and what they hold.
 LAYOUT = {
     "opensora/schedulers/rf/rectified_flow.py": b"def timestep_transform",
@@ -36,7 +35,6 @@ INSIDE = (
     ),
     *(f"configs/opensora-v1-2/vader/vader_{task}.py" for task in ("train", "inference")),
 )
-FOLDERS = ("Core", "assets/prompts")
 
 
 class PatchError(Exception):
@@ -51,9 +49,7 @@ def check_checkout(checkout: Path) -> None:
     """
     name = repr(str(checkout))
     if checkout == ROOT / "Open-Sora":
-        raise PatchError(
-            f"{name} is this project's own Open-Sora, which needs no patch; give an upstream checkout"
-        )
+        raise PatchError(f"{name} is this project's own and needs no patch; give an upstream checkout")
     if (checkout / "configs/opensora-v1-3").exists():
         raise PatchError(f"{name} is Open-Sora v1.3; run `git checkout v1.2.0` there")
     for path, mark in LAYOUT.items():
@@ -68,7 +64,7 @@ def check_checkout(checkout: Path) -> None:
 def wanted_files() -> dict[str, tuple[bytes, int]]:
     """Path relative to the checkout → content and mode of this project's file that belongs there."""
     sources = {path: ROOT / "Open-Sora" / path for path in INSIDE}
-    for folder in FOLDERS:
+    for folder in ("Core", "assets/prompts"):
         for file in sorted((ROOT / folder).rglob("*")):
             if file.is_file() and "__pycache__" not in file.parts:
                 sources[file.relative_to(ROOT).as_posix()] = file
@@ -113,6 +109,10 @@ class Patch:
         partial.write_bytes(data)
         partial.chmod(mode)
         os.replace(partial, self.checkout / path)
+
+    def remove(self, plan: list[tuple[str, str]]) -> None:
+        for path in (path for verb, path in plan if verb == "remove"):
+            (self.checkout / path).unlink()
 
     def holds(self, path: str, hashes: list[str]) -> bool:
         """Whether a file is there with one of these contents."""
@@ -162,12 +162,7 @@ def apply(patch: Patch, plan: list[tuple[str, str]]) -> None:
     for path in written:
         (patch.checkout / path).parent.mkdir(parents=True, exist_ok=True)
         patch.put(path, *wanted[path])
-    remove(patch, plan)
-
-
-def remove(patch: Patch, plan: list[tuple[str, str]]) -> None:
-    for path in (path for verb, path in plan if verb == "remove"):
-        (patch.checkout / path).unlink()
+    patch.remove(plan)
 
 
 def plan_revert(patch: Patch) -> list[tuple[str, str]]:
@@ -178,7 +173,7 @@ def plan_revert(patch: Patch) -> list[tuple[str, str]]:
 
 def revert(patch: Patch, plan: list[tuple[str, str]]) -> None:
     """Carry out a plan, and remove the patch's folders and manifest."""
-    remove(patch, plan)
+    patch.remove(plan)
     for folder in sorted(patch.folders, key=len, reverse=True):
         path = patch.checkout / folder
         shutil.rmtree(path / "__pycache__", ignore_errors=True)
@@ -225,8 +220,7 @@ def main() -> int:
     try:
         run(args.checkout.expanduser().resolve(), dry_run=args.dry_run, reverting=args.revert)
     except (PatchError, OSError) as error:
-        advice = "; make the checkout writable" if isinstance(error, PermissionError) else ""
-        print(f"error: {error}{advice}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 

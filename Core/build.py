@@ -72,7 +72,7 @@ def fetch_scorers(scorers: Iterable[Scorer]) -> list[str]:
         try:
             locate(weight)
         except FileNotFoundError as error:
-            errors.append(str(error))
+            errors.append(f"{weight}: {error}")
     return errors
 
 

@@ -1,5 +1,6 @@
 """The committed demo models: they load through the real loaders and do what the quickstart needs of them."""
 
+import json
 from dataclasses import replace
 
 import numpy as np
@@ -27,6 +28,13 @@ def videos(scenes):
 
 def test_assets_stay_small():
     assert sum(file.stat().st_size for file in ASSETS.rglob("*") if file.is_file()) <= 25e6
+
+
+@pytest.mark.parametrize("folder", ["t5", "clip"])
+def test_transformers_4_can_read_the_tokenizers(folder):
+    """It fails on a list of extra special tokens."""
+    config = json.loads((ASSETS / folder / "tokenizer_config.json").read_text(encoding="utf-8"))
+    assert "extra_special_tokens" not in config
 
 
 def test_heldout_prompts_are_the_heldout_scenes():

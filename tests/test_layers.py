@@ -21,8 +21,8 @@ PUBLIC = {
     "opensora.datasets": {"is_img", "is_vid", "save_sample"},
     "opensora.datasets.aspect": {"get_image_size", "get_num_frames"},
     "opensora.datasets.utils": {"read_from_path"},
-    "opensora.models.stdit.stdit3": {"STDiT3Config"},
-    "opensora.models.text_encoder.t5": {"T5Encoder", "text_preprocessing"},
+    "opensora.models.stdit.stdit3": {"STDiT3", "STDiT3Config"},
+    "opensora.models.text_encoder.t5": {"T5Embedder", "T5Encoder", "text_preprocessing"},
     "opensora.registry": {"MODELS", "SCHEDULERS", "build_module"},
     "opensora.schedulers.rf.rectified_flow": {"RFlowScheduler", "timestep_transform"},
     "opensora.utils.inference_utils": {

@@ -22,6 +22,7 @@ from Core.utils.options import option, video_option
 from opensora.datasets.aspect import get_image_size, get_num_frames
 from opensora.utils.inference_utils import append_score_to_prompts, prepare_multi_resolution_info
 
+from . import opensora_upstream as upstream
 from .base import (
     Backbone,
     FamilySettings,
@@ -304,6 +305,14 @@ class OpenSora(Backbone):
             count_latents=count,
         )
 
+    def fetch(self, text_encoder: bool = True) -> list[str]:
+        errors = super().fetch(text_encoder)
+        if upstream.is_upstream():
+            weights = self.weights_of(self.settings)
+            loaded = [weight for key, weight in weights.items() if key not in self.text_weights]
+            errors += upstream.errors(loaded)
+        return errors
+
     def caption(self, text: str) -> str:
         from opensora.models.text_encoder.t5 import text_preprocessing
 
@@ -318,6 +327,7 @@ class OpenSora(Backbone):
     def text_encoder(self) -> TextEncoder:
         # As a folder, since transformers asks the network about a hub id that is all here.
         folder = locate(self.weights_of(self.settings)["text_encoder.from_pretrained"])
+        upstream.admit(folder)
         entry = {**self.settings.text_encoder, WEIGHTS: str(folder)}
         if self.models.text_encoding == "8bit":
             entry["load_in_8bit"] = True
@@ -328,18 +338,23 @@ class OpenSora(Backbone):
         from opensora import models as _models  # noqa: F401 (registers the networks)
         from opensora.registry import MODELS, build_module
 
+        if upstream.is_upstream():
+            return upstream.load_vae(self.settings.vae, self.weights_of(self.settings)["vae.from_pretrained"])
         return build_module(self.settings.vae, MODELS)
 
     def load_denoiser(self) -> nn.Module:
         from opensora.registry import MODELS, build_module
 
-        return build_module(
-            self.settings.model,
-            MODELS,
-            input_size=self.latent_shape()[1:],
-            in_channels=self.vae.out_channels,
-            model_max_length=self.settings.text_encoder["model_max_length"],
-        )
+        entry = self.settings.model
+        sizes = {
+            "input_size": self.latent_shape()[1:],
+            "in_channels": self.vae.out_channels,
+            "model_max_length": self.settings.text_encoder["model_max_length"],
+        }
+        if upstream.is_upstream():
+            weight = self.weights_of(self.settings)["model.from_pretrained"]
+            return upstream.load_denoiser(entry, weight, **sizes)
+        return build_module(entry, MODELS, **sizes)
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -1,7 +1,6 @@
 """Open-Sora's guided velocity and timesteps, and its sampler under upstream's name.
 
-A patched upstream checkout imports this module from its own ``opensora.schedulers``; what is needed of that package is
-therefore imported when it is called.
+Importing this module puts the sampler into the registry as ``rflow``, in place of upstream's own.
 
 Axes: B batch, C channels, T latent frames, H, W latent rows and columns, L text tokens, D text width,
 N sampling steps.
@@ -126,7 +125,7 @@ def guided_velocity(
     return velocity
 
 
-@SCHEDULERS.register_module("rflow")
+@SCHEDULERS.register_module("rflow", force=True)
 class RFLOW:
     """Upstream's sampler for Open-Sora 1.2 models, which can keep the gradient of its last steps.
 

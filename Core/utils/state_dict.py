@@ -1,5 +1,6 @@
 """Reading weights: strict on what a model needs, and without ever running code from a file."""
 
+import json
 import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -10,7 +11,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
@@ -89,11 +90,45 @@ def load_strictly(model_class: Any, folder: Path | None, unused: str = "", **kwa
         {key: (found, own) for key, found, own in report["mismatched_keys"]},
     )
     if mismatch:
-        raise ValueError(
-            f"the weights in {folder or 'the file'} are not those of {model_class.__name__}: {mismatch}; "
-            "give a model of that kind"
-        )
+        raise ValueError(_misfit(folder, model_class, mismatch))
     return model
+
+
+def fill_strictly(model: nn.Module, source: Path) -> nn.Module:
+    """Fill a model from a weights file, or from the one file or the shards of a folder in the hub's layout.
+
+    Raises:
+        ValueError: keys are missing, unexpected, or of another shape; the message names them.
+    """
+    own, state = model.state_dict(), {}
+    for file in [source] if source.is_file() else _weight_files(source):
+        state.update(load_state(file))
+    shapes = {key: (state[key].shape, own[key].shape) for key in own.keys() & state.keys()}
+    mismatch = describe_mismatch(
+        own.keys() - state.keys(),
+        state.keys() - own.keys(),
+        {key: (found, wanted) for key, (found, wanted) in shapes.items() if found != wanted},
+    )
+    if mismatch:
+        raise ValueError(_misfit(source, type(model), mismatch))
+    model.load_state_dict(state)
+    return model
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    whole = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
+    for file in (file for file in whole if file.is_file()):
+        return [file]
+    index = min(folder.glob("*.index.json"))  # by name, so safetensors first
+    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    return [folder / name for name in sorted(set(shards))]
+
+
+def _misfit(source: Path | None, model_class: type, mismatch: str) -> str:
+    return (
+        f"the weights in {source or 'the file'} are not those of {model_class.__name__}: {mismatch}; "
+        "give a model of that kind"
+    )
 
 
 def describe_mismatch(

@@ -1,5 +1,6 @@
 """Stage ``t5``: a small T5 v1.1 with its own tokenizer, pretrained by span corruption on the world's captions."""
 
+import json
 import re
 import string
 from collections import Counter
@@ -102,3 +103,8 @@ def export(folder: Path) -> None:
     encoder.load_state_dict(state)
     encoder.half().save_pretrained(folder)
     tokens.save_pretrained(folder)
+    # transformers 4 cannot read the list that 5 writes; `extra_ids` says the same to both.
+    file = folder / "tokenizer_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    del config["extra_special_tokens"]
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from opensora.acceleration.checkpoint import auto_grad_checkpoint
 from opensora.registry import MODELS
+from opensora.utils.ckpt_utils import load_checkpoint
 
 try:
     import xformers.ops
@@ -136,6 +137,7 @@ class STDiT3(PreTrainedModel):
         super().__init__(config)
         dim = config.hidden_size
         self.hidden_size = dim
+        self.register_buffer("seconds", torch.tensor(1 / 1000), persistent=False)
         self.x_embedder = nn.Conv3d(config.in_channels, dim, (1, 2, 2), stride=(1, 2, 2))
         self.t_embedder = nn.Sequential(nn.Linear(1, dim), nn.SiLU(), nn.Linear(dim, dim))
         self.fps_embedder = nn.Linear(1, dim)
@@ -146,7 +148,6 @@ class STDiT3(PreTrainedModel):
             [STDiT3Block(dim, config.num_heads, temporal=True) for _ in range(config.depth)]
         )
         self.final_layer = nn.Linear(dim, 4 * 2 * config.in_channels)
-        self.post_init()
 
     def encode_text(self, y, mask=None):
         """All captions' tokens in a row [1, tokens, D], and how many each has."""
@@ -158,7 +159,7 @@ class STDiT3(PreTrainedModel):
 
     def embed_time(self, timestep, fps):
         return self.t_block(
-            self.t_embedder(timestep[:, None] / 1000) + self.fps_embedder(fps.unsqueeze(1) / 120)
+            self.t_embedder(timestep[:, None] * self.seconds) + self.fps_embedder(fps.unsqueeze(1) / 120)
         )
 
     def forward(self, x, timestep, y, mask=None, x_mask=None, fps=None, height=None, width=None, **kwargs):
@@ -180,7 +181,10 @@ class STDiT3(PreTrainedModel):
 
 @MODELS.register_module("STDiT3-XL/2")
 def STDiT3_XL_2(from_pretrained=None, **kwargs):
-    force_huggingface = kwargs.pop("force_huggingface", False)
-    if force_huggingface or (from_pretrained is not None and not os.path.isdir(from_pretrained)):
+    if from_pretrained is not None and not os.path.isdir(from_pretrained):
         return STDiT3.from_pretrained(from_pretrained, **kwargs)
-    return STDiT3(STDiT3Config(depth=28, hidden_size=1152, patch_size=(1, 2, 2), num_heads=16, **kwargs))
+    config = STDiT3Config(depth=28, hidden_size=1152, patch_size=(1, 2, 2), num_heads=16, **kwargs)
+    model = STDiT3(config)
+    if from_pretrained is not None:
+        load_checkpoint(model, from_pretrained)
+    return model

@@ -2,10 +2,12 @@ import os
 
 import torch
 import torch.nn as nn
+from diffusers.models import AutoencoderKL
 from einops import rearrange
 from transformers import PretrainedConfig, PreTrainedModel
 
 from opensora.registry import MODELS, build_module
+from opensora.utils.ckpt_utils import load_checkpoint
 
 
 @MODELS.register_module()
@@ -19,20 +21,23 @@ class VideoAutoencoderKL(nn.Module):
         subfolder=None,
     ):
         super().__init__()
-        self.encoder = nn.Conv2d(3, 4, 8, stride=8)
-        self.decoder = nn.ConvTranspose2d(4, 3, 8, stride=8)
-        self.out_channels = 4
+        self.module = AutoencoderKL.from_pretrained(
+            from_pretrained, cache_dir=cache_dir, local_files_only=local_files_only, subfolder=subfolder
+        )
+        self.out_channels = self.module.config.latent_channels
         self.patch_size = (1, 8, 8)
+        self.micro_batch_size = micro_batch_size
+
+    def by_frame(self, x, fn):
+        frames = rearrange(x, "B C T H W -> (B T) C H W")
+        parts = [fn(part) for part in frames.split(self.micro_batch_size or len(frames))]
+        return rearrange(torch.cat(parts), "(B T) C H W -> B C T H W", B=len(x))
 
     def encode(self, x):
-        return rearrange(
-            self.encoder(rearrange(x, "B C T H W -> (B T) C H W")), "(B T) C H W -> B C T H W", B=len(x)
-        )
+        return self.by_frame(x, lambda part: self.module.encode(part).latent_dist.mode() * 0.18215)
 
     def decode(self, x, **kwargs):
-        return rearrange(
-            self.decoder(rearrange(x, "B C T H W -> (B T) C H W")), "(B T) C H W -> B C T H W", B=len(x)
-        )
+        return self.by_frame(x, lambda part: self.module.decode(part / 0.18215).sample)
 
     def get_latent_size(self, input_size):
         return [n // p if n is not None else None for n, p in zip(input_size, self.patch_size, strict=True)]
@@ -77,7 +82,6 @@ class VideoAutoencoderPipeline(PreTrainedModel):
         self.out_channels = self.temporal_vae.out_channels
         self.register_buffer("scale", torch.tensor(config.scale)[None, :, None, None, None])
         self.register_buffer("shift", torch.tensor(config.shift)[None, :, None, None, None])
-        self.post_init()
 
     def encode(self, x):
         x_z = self.spatial_vae.encode(x)
@@ -107,10 +111,15 @@ def OpenSoraVAE_V1_2(
     local_files_only=False,
     freeze_vae_2d=False,
     cal_loss=False,
-    force_huggingface=False,
 ):
     kwargs = dict(
-        vae_2d=dict(type="VideoAutoencoderKL", micro_batch_size=micro_batch_size),
+        vae_2d=dict(
+            type="VideoAutoencoderKL",
+            from_pretrained="PixArt-alpha/pixart_sigma_sdxlvae_T5_diffusers",
+            subfolder="vae",
+            micro_batch_size=micro_batch_size,
+            local_files_only=local_files_only,
+        ),
         vae_temporal=dict(type="VAE_Temporal_SD", from_pretrained=None),
         freeze_vae_2d=freeze_vae_2d,
         cal_loss=cal_loss,
@@ -118,6 +127,9 @@ def OpenSoraVAE_V1_2(
         shift=(-0.10, 0.34, 0.27, 0.98),
         scale=(3.85, 2.32, 2.33, 3.06),
     )
-    if force_huggingface or (from_pretrained is not None and not os.path.isdir(from_pretrained)):
+    if from_pretrained is not None and not os.path.isdir(from_pretrained):
         return VideoAutoencoderPipeline.from_pretrained(from_pretrained, **kwargs)
-    return VideoAutoencoderPipeline(VideoAutoencoderPipelineConfig(**kwargs))
+    model = VideoAutoencoderPipeline(VideoAutoencoderPipelineConfig(**kwargs))
+    if from_pretrained:
+        load_checkpoint(model, from_pretrained)
+    return model

@@ -117,6 +117,23 @@ def test_heads_follow_their_formula(size, tolerance, arguments):
         assert close(output.score, value[:, 0], tolerance, spread=1.0), name
 
 
+def test_each_scorer_crops_an_odd_margin_as_its_pipeline(arguments):
+    """16 of 19 columns: torchvision's ``CenterCrop`` starts at round(1.5) = 2, transformers at 3 // 2 = 1."""
+    images = smooth_images(2, (16, 19))
+    starts = {"aesthetic": 2, "pick_score": 1, "clip_score": 1}
+    for name, start in starts.items():
+        reward = build_reward(name, arguments[name])
+        for first in (1, 2):
+            cut = reward(as_frames(images[..., first : first + 16]), PROMPTS).score
+            same = torch.allclose(reward(as_frames(images), PROMPTS).score, cut)
+            assert same == (first == start), name
+
+
+def test_hps_pads_as_hpsv2(arguments):
+    transform = build_reward("hps", arguments["hps"]).image.transform
+    assert transform.fit == "pad" and transform.as_hpsv2 and transform.interpolation == "bicubic"
+
+
 def test_losses_are_those_of_the_reference(arguments):
     frames = as_frames(smooth_images(2, (16, 16)))
 

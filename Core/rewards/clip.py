@@ -5,6 +5,7 @@ Axes: N images or texts, L tokens, D features.
 
 from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -104,12 +105,16 @@ def clip_transform(folder: Path, image_size: int, resize: Fit | None) -> ImageTr
     return transform_from_folder(folder, image_size, default).with_fit(resize)
 
 
-def load_image_tower(folder: Path, resize: Fit | None = None) -> ImageTower:
-    """Vision half of a CLIP folder in the transformers layout."""
+def load_image_tower(folder: Path, resize: Fit | None = None, **changes: Any) -> ImageTower:
+    """Vision half of a CLIP folder in the transformers layout.
+
+    Args:
+        **changes: of the folder's ``ImageTransform``, where a head was trained on another.
+    """
     from transformers import CLIPVisionModelWithProjection
 
     model = load_strictly(CLIPVisionModelWithProjection, folder, unused=TEXT_HALF)
-    transform = clip_transform(folder, model.config.image_size, resize)
+    transform = replace(clip_transform(folder, model.config.image_size, resize), **changes)
     return ImageTower(model.vision_model, model.visual_projection, transform)
 
 

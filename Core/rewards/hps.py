@@ -159,7 +159,9 @@ class HPS(ImageReward):
         words = load_tokenizer(locate(weights["tokenizer"]))
         side = clip.config.vision_config.image_size
         interpolation: Interpolation = "bicubic" if hps_resize == "pad" else "bilinear"
-        transform = ImageTransform(height=side, width=side, fit=hps_resize, interpolation=interpolation)
+        transform = ImageTransform(
+            height=side, width=side, fit=hps_resize, interpolation=interpolation, as_hpsv2=True
+        )
         self.image = ImageTower(clip.vision_model, clip.visual_projection, transform)
         self.text = TextTower(clip.text_model, clip.text_projection, words)
 

@@ -237,6 +237,8 @@ def twin_arguments(root: Path) -> dict[str, dict]:
         "actpred": {"model": str(videomae_folder(root / "videomae"))},
         "compression": {"model": clip, "head": jpeg},
         "incompressibility": {"model": clip, "head": jpeg},
+        "rainy": {"model": clip, "head": laion},
+        "snowy": {"model": clip, "head": laion},
         "weather": {"model": clip, "head": laion},
         "object_detection": {"model": str(yolos_folder(root / "yolos")), "label": "dog"},
         "vjepa": {"model": str(vjepa_folder(root / "vjepa"))},

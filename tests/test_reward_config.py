@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import pickle
@@ -236,13 +237,31 @@ def test_a_half_downloaded_folder_is_not_complete(tmp_path, lost, sentence):
     assert sentence in error
 
 
-def test_another_file_under_the_name_of_a_pinned_one_is_refused(tmp_path, monkeypatch):
+def test_each_weather_has_a_published_head_of_its_own():
+    heads = {name: required_weights(name)[1] for name in ("rainy", "snowy")}
+    assert [head.file for head in heads.values()] == ["rainy_reward.pt", "snowy_reward.pt"]
+    assert heads["rainy"].sha256.startswith("bfa1e0f3") and heads["snowy"].sha256.startswith("dae251d2")
+    for kind, head in heads.items():
+        assert required_weights("weather", {"kind": kind})[1] == head
+    assert required_weights("weather")[1] == heads["rainy"]
+    assert required_weights("weather", {"kind": "snowy", "head": "own.pt"})[1].sha256 == ""
+
+
+def test_a_copy_of_a_pinned_file_in_the_current_folder_is_taken_if_it_is_the_published_one(
+    tmp_path, monkeypatch
+):
+    def unreachable(url, target, hash_prefix):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    head_file(tmp_path / "compression_reward.pt", (12, 8, 1), (0, 2))
-    clip = str(clip_folder(tmp_path / "clip"))
-    (error,) = check_reward_config("compression", {"model": clip})
-    assert "'compression_reward.pt' is not the published file: its SHA-256 is" in error
-    assert check_reward_config("compression", {"model": clip, "head": "./compression_reward.pt"}) == []
+    copy = head_file(tmp_path / "rainy_reward.pt", (12, 8, 1), (0, 2))
+    published = required_weights("rainy")[1]
+    with pytest.raises(FileNotFoundError, match="no route"):
+        weights_module.locate(published)
+    own = dataclasses.replace(published, sha256=weights_module.sha256(copy))
+    assert weights_module.locate(own) == Path("rainy_reward.pt")
 
 
 def test_missing_weights_are_reported_together_with_size_and_command(monkeypatch, tmp_path):

@@ -55,6 +55,11 @@ def pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
 
 
+def to_tensor(given: list[Image.Image]) -> Tensor:
+    """The pictures as 8-bit [N, 3, H, W]."""
+    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in given])
+
+
 def unit(features: Tensor) -> Tensor:
     return features / features.norm(dim=-1, keepdim=True)
 
@@ -95,20 +100,26 @@ def test_clip_scorers_follow_transformers(size, tolerance, arguments):
 @pytest.mark.parametrize(("size", "tolerance"), SIZES)
 def test_heads_follow_their_formula(size, tolerance, arguments):
     images = smooth_images(2, size)
-    image, _, _ = clip_features(arguments["aesthetic"]["model"], images, PROMPTS)
-    feature = unit(image).numpy()
+    square = [picture.resize((16, 16), Image.Resampling.BILINEAR) for picture in pictures(images)]
+    cropped, _, _ = clip_features(arguments["aesthetic"]["model"], images, PROMPTS)
+    squashed, _, _ = clip_features(arguments["aesthetic"]["model"], to_tensor(square), PROMPTS)
 
-    linear = feature
-    for weight, bias in read_head(arguments["aesthetic"]["head"]):
-        linear = linear @ weight.T + bias
-    jpeg = feature
+    def linear(feature: np.ndarray) -> np.ndarray:
+        for weight, bias in read_head(arguments["aesthetic"]["head"]):
+            feature = feature @ weight.T + bias
+        return feature
+
+    jpeg = unit(squashed).numpy()
     *hidden, last = read_head(arguments["compression"]["head"])
     for weight, bias in hidden:
         jpeg = np.maximum(jpeg @ weight.T + bias, 0)
     jpeg = jpeg @ last[0].T + last[1]
+    amount = 1 / (1 + np.exp(-linear(unit(squashed).numpy())))
     expected = {
-        "aesthetic": linear,
-        "weather": 1 / (1 + np.exp(-linear)),
+        "aesthetic": linear(unit(cropped).numpy()),
+        "rainy": amount,
+        "snowy": amount,
+        "weather": amount,
         "compression": jpeg,
         "incompressibility": jpeg,
     }
@@ -154,9 +165,11 @@ def test_losses_are_those_of_the_reference(arguments):
         same(loss, sign * score)
         score, loss, _ = run(name, target=3.0)
         same(loss, (score - 3).abs())
-    for kind, target in (("rainy", 1), ("snowy", 0)):
-        score, loss, _ = run("weather", kind=kind)
-        same(loss, (score - target) ** 2)
+    for name, extra in (("rainy", {}), ("snowy", {}), ("weather", {"kind": "snowy"})):
+        score, loss, _ = run(name, **extra)
+        same(loss, (score - 1).abs())
+        score, loss, _ = run(name, target=0.25, **extra)
+        same(loss, (score - 0.25).abs())
     score, loss, _ = run("object_detection")
     same(loss, -score.log())
     score, loss, _ = run("object_detection", goal="lower")
@@ -183,7 +196,7 @@ def test_hps_follows_open_clip(name, tolerance, arguments):
 def test_hps_squash_is_the_bilinear_stretch_of_the_reference(arguments):
     images = smooth_images(2, (40, 72))
     stretched = [picture.resize((16, 16), Image.Resampling.BILINEAR) for picture in pictures(images)]
-    small = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in stretched])
+    small = to_tensor(stretched)
     official = build_reward("hps", arguments["hps"])
     squash = build_reward("hps", arguments["hps"] | {"hps_resize": "squash"})
     score = squash(as_frames(images), PROMPTS).score

@@ -116,7 +116,7 @@ class Reward(nn.Module):
     @classmethod
     def required_weights(cls, args: Mapping[str, Any]) -> dict[str, Weight]:
         """Weights that ``cls(**args)`` loads, by the constructor argument that names them."""
-        return {key: weight.at(args.get(key, weight.source)) for key, weight in cls.info.weights.items()}
+        return {key: weight.at(args.get(key) or weight.source) for key, weight in cls.info.weights.items()}
 
     @classmethod
     def config_errors(cls, args: Mapping[str, Any]) -> list[str]:

@@ -23,6 +23,8 @@ REGISTRY: Registry[Reward] = Registry(
         "actpred": "Core.rewards.actpred:ActionPrediction",
         "compression": "Core.rewards.compression:Compression",
         "incompressibility": "Core.rewards.compression:Incompressibility",
+        "rainy": "Core.rewards.weather:Rainy",
+        "snowy": "Core.rewards.weather:Snowy",
         "weather": "Core.rewards.weather:Weather",
         "object_detection": "Core.rewards.object_detection:ObjectDetection",
         "vjepa": "Core.rewards.vjepa:VJepa",

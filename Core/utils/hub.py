@@ -121,23 +121,9 @@ def missing_local(weight: Weight) -> str:
     if not path.exists():
         return f"there is no {weight.source!r}; give {wanted} that exists, or a hub id (owner/name)"
     if path.is_file():
-        return (
-            _other_file(weight, path)
-            if weight.kind == "file"
-            else f"{weight.source!r} is a file; give {wanted}"
-        )
+        return "" if weight.kind == "file" else f"{weight.source!r} is a file; give {wanted}"
     lack = weight.lacks(path)
     return f"{weight.source!r} is not {wanted}: {lack}" if lack else ""
-
-
-def _other_file(weight: Weight, path: Path) -> str:
-    """One sentence if ``path`` carries the name of a pinned file but is another; else ''."""
-    if not weight.sha256 or (found := sha256(path)) == weight.sha256:
-        return ""
-    return (
-        f"{weight.source!r} is not the published file: its SHA-256 is {found}, not {weight.sha256}; fetch it again, "
-        f"or give your own by another path, such as './{weight.source}'"
-    )
 
 
 def locate(weight: Weight, into: Path | None = None) -> Path:
@@ -225,14 +211,15 @@ def _hub_errors() -> tuple[type[Exception], ...]:
 
 
 def _from_address(weight: Weight, into: Path | None) -> Path:
-    """A pinned file from an https address, checked against its hash."""
+    """A pinned file from an https address, checked against its hash; a copy in the current folder will do."""
     if not weight.sha256:
         raise FileNotFoundError(
             f"{weight.source} is not a pinned address; download the file and give its path"
         )
     target = (into or Path(torch.hub.get_dir()) / "checkpoints") / weight.name
-    if target.is_file() and sha256(target) == weight.sha256:
-        return target
+    for copy in (target, *([] if into else [Path(weight.name)])):
+        if copy.is_file() and sha256(copy) == weight.sha256:
+            return copy
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(weight.source, str(target), hash_prefix=weight.sha256)

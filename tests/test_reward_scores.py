@@ -193,6 +193,19 @@ def test_hps_follows_open_clip(name, tolerance, arguments):
     assert close(score, expected, tolerance, spread=0.25)
 
 
+def test_hps_cleans_its_text_as_open_clip_does(arguments):
+    """The tokenizer of open_clip 3.3.0 gives all four texts the same tokens."""
+    reward = build_reward("hps", arguments["hps"])
+    frames = as_frames(smooth_images(1, (16, 16)))
+    plain = reward(frames, ["the fox's den, again"]).score
+    for text in (
+        "the fox\u2019s den, again",
+        " The  FOX&amp;#39;s\n den,\tagain ",
+        "the fox\u00e2\u20ac\u2122s den, again",
+    ):
+        torch.testing.assert_close(reward(frames, [text]).score, plain, rtol=0, atol=0)
+
+
 def test_hps_squash_is_the_bilinear_stretch_of_the_reference(arguments):
     images = smooth_images(2, (40, 72))
     stretched = [picture.resize((16, 16), Image.Resampling.BILINEAR) for picture in pictures(images)]

@@ -5,6 +5,8 @@ Axes: B videos, F frames, 3 channels, H rows, W columns.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from reward_twins import twin_arguments
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from Core.rewards import REGISTRY, ImageReward, Reward, RewardInfo, VideoReward, base, build_reward, vjepa
 from Core.rewards.mixture import Mixture
+from Core.training.setup import build_scorers
 
 PROMPTS = ["a man riding a bike", "playing guitar"]
 SCORERS = sorted(REGISTRY)
@@ -344,6 +347,27 @@ def test_half_precision_leaves_the_heads_in_float32(arguments):
     assert half.dtype == torch.bfloat16
     for name, buffer in half.head.named_buffers():
         torch.testing.assert_close(buffer, exact.head.get_buffer(name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("base", "mixed_precision", "expected"),
+    [
+        (torch.float16, "bf16", torch.bfloat16),
+        (torch.float16, "fp16", torch.float32),
+        (torch.float16, "no", torch.float32),
+        (torch.bfloat16, "bf16", torch.bfloat16),
+        (torch.float32, "bf16", torch.float32),
+    ],
+)
+def test_training_never_runs_a_scorer_in_float16(base, mixed_precision, expected, arguments):
+    config = SimpleNamespace(
+        reward=SimpleNamespace(reward_fn="pick_score", arguments=arguments["pick_score"]),
+        validation=SimpleNamespace(monitors=["aesthetic"], monitor_args=arguments),
+        optimizer=SimpleNamespace(mixed_precision=mixed_precision),
+    )
+    distributed = SimpleNamespace(device=torch.device("cpu"))
+    reward, monitors = build_scorers(config, distributed, SimpleNamespace(dtype=base))
+    assert reward.dtype == monitors["aesthetic"].dtype == expected
 
 
 def test_text_is_encoded_once_per_prompt(arguments, monkeypatch):

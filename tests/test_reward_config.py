@@ -136,7 +136,8 @@ def test_registering_a_name_twice_is_refused(monkeypatch):
     del REGISTRY["flat"]
 
 
-ACTIONS = ["riding a bike", "playing guitar", "bike", "playing", "riding or walking with horse"]
+ACTIONS = ["riding a bike", "playing guitar", "bike", "playing", "riding or walking with horse", "crying"]
+ACTIONS += ["running on treadmill", "tying bow tie", "making pizza", "brushing teeth", "singing"]
 
 
 @pytest.mark.parametrize(
@@ -146,10 +147,25 @@ ACTIONS = ["riding a bike", "playing guitar", "bike", "playing", "riding or walk
         ("bike", "bike"),
         ("A man on a bike, riding through a city.", "riding a bike"),
         ("children playing", "playing"),
+        ("a man rides a bike", "riding a bike"),
+        ("two people play guitar", "playing guitar"),
+        ("She rides her two bikes", "riding a bike"),
+        ("a horse runs on a treadmill", "running on treadmill"),
+        ("Someone ties a bow tie.", "tying bow tie"),
+        ("a chef makes pizzas", "making pizza"),
+        ("he brushes his teeth", "brushing teeth"),
+        ("a child cries", "crying"),
+        ("a girl sings", "singing"),
     ],
 )
 def test_action_is_found_in_the_prompt(prompt, action):
     assert find_action(prompt, ACTIONS) == action
+
+
+@pytest.mark.parametrize("prompt", ["a cute watermelon", "a caress", "the a"])
+def test_words_that_only_look_alike_are_no_action(prompt):
+    with pytest.raises(ValueError, match="no action class occurs in the prompt"):
+        find_action(prompt, ["cutting watermelon", "caring", "the"])
 
 
 def test_prompts_without_an_action_are_listed_before_training(arguments):
@@ -262,6 +278,25 @@ def test_a_copy_of_a_pinned_file_in_the_current_folder_is_taken_if_it_is_the_pub
         weights_module.locate(published)
     own = dataclasses.replace(published, sha256=weights_module.sha256(copy))
     assert weights_module.locate(own) == Path("rainy_reward.pt")
+
+
+def test_a_hub_that_cannot_be_reached_names_repository_size_and_cure_and_is_not_cut(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    words = [f"word{i}" for i in range(60)] + ["HF_HUB_OFFLINE=0"]
+    for reason in (" ".join(words[-20:]), " ".join(words)):
+
+        def unreachable(*args, reason=reason, **kwargs):
+            raise OSError(f"{reason}\nsecond line")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+        with pytest.raises(FileNotFoundError) as raised:
+            weights_module.locate(required_weights("pick_score")[0])
+        message = str(raised.value)
+        assert "yuvalkirstain/PickScore_v1, about 3.9 GB" in message and "download_weights.py" in message
+        told = [word.strip(",;:().") for word in message.split()]
+        cut = [word for word in told if word.startswith(("word", "HF_")) and word not in words]
+        assert not cut and ("HF_HUB_OFFLINE=0" in told) == (reason == " ".join(words[-20:]))
+        assert "second" not in message
 
 
 def test_missing_weights_are_reported_together_with_size_and_command(monkeypatch, tmp_path):

@@ -7,6 +7,7 @@ looked for on this machine first; the network is used only for what is missing.
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
 PICKLED_MODEL_FILES = (*TOKENIZER_FILES, "pytorch_model*.bin")
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+REASON_LIMIT = 300  # characters of what the hub's client says
 KINDS = {"model": "a model folder", "tokenizer": "a tokenizer folder", "file": "a weights file"}
 
 
@@ -137,6 +139,13 @@ def locate(weight: Weight, into: Path | None = None) -> Path:
     """
     if problem := missing_local(weight):
         raise FileNotFoundError(problem)
+    return prefetch([weight], into)[weight]
+
+
+def _find(weight: Weight, into: Path | None) -> Path:
+    """``locate``, whose errors give no more than the reason."""
+    if problem := missing_local(weight):
+        raise FileNotFoundError(problem)
     if weight.source.startswith("https://"):
         return _from_address(weight, into)
     folder = Path(weight.source).expanduser() if weight.is_local else _from_hub(weight, into)
@@ -153,15 +162,15 @@ def prefetch(weights: Iterable[Weight], into: Path | None = None) -> dict[Weight
     missing: dict[Weight, str] = {}
     for weight in dict.fromkeys(weights):
         try:
-            paths[weight] = locate(weight, into)
+            paths[weight] = _find(weight, into)
         except FileNotFoundError as error:
             missing[weight] = str(error)
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of the weights are neither on this machine nor reachable: "
-            f"{'; '.join(map(str, missing))} ({'; '.join(dict.fromkeys(missing.values()))}). Where the network is "
-            "open run `python scripts/download_weights.py --reward NAME --to DIR`, copy DIR here and use the "
-            "config lines it prints"
+            f"{len(missing)} of the weights {'is' if len(missing) == 1 else 'are'} neither on this machine nor "
+            f"reachable: {'; '.join(map(str, missing))} ({'; '.join(dict.fromkeys(missing.values()))}). Where the "
+            "network is open run `python scripts/download_weights.py --to DIR` with --reward NAME or --model NAME, "
+            "copy DIR here and use the config lines it prints"
         )
     return paths
 
@@ -196,7 +205,7 @@ def _download_snapshot(source: str, patterns: tuple[str, ...], folder: Path | No
         return Path(snapshot_download(source, allow_patterns=list(patterns), local_dir=folder))
     except _hub_errors() as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(reason[:200]) from error
+        raise FileNotFoundError(textwrap.shorten(reason, REASON_LIMIT, placeholder=" …")) from error
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:

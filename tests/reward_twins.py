@@ -33,6 +33,7 @@ from transformers import (
 )
 
 SIZE = 16  # pixels a twin's vision tower takes
+WORDS = {"positive": "sharp photo of", "negative": "blurry drawing of"}
 LETTERS = "abcdefghijklmnopqrstuvwxyz,.'0123456789"
 
 
@@ -245,6 +246,8 @@ def twin_arguments(root: Path) -> dict[str, dict]:
         "motion": {},
         "sharpness": {},
         "saturation": {},
+        "relative": {"reward": "pick_score", "reward_args": {"model": clip}, **WORDS},
+        "hinge": {"reward": "clip_score", "reward_args": {"model": clip}, "target": 1000.0},
     }
 
 

@@ -25,6 +25,7 @@ from Core.rewards import (
 )
 from Core.rewards.actpred import find_action
 from Core.rewards.base import ImageReward
+from Core.rewards.settings import RewardSettings
 from Core.utils import hub as weights_module
 from Core.utils.state_dict import load_state
 
@@ -80,6 +81,28 @@ def test_every_registered_name_is_a_documented_scorer(arguments):
         ({"motion": 1.0, "wether": 1.0}, {}, "unknown reward 'wether': did you mean 'weather'?"),
         ({"motion": 1.0}, {"sharpness": {}}, "settings for 'sharpness', no part of the mixture (motion)"),
         ({"motion": 1.0}, {"motion": 0.1}, "reward_args of 'motion' in a mixture must be a dict"),
+        ("hinge", {"target": 1.0}, "'reward' must be given (a string)"),
+        (
+            "hinge",
+            {"reward": "motoin", "target": 1.0},
+            "'hinge': reward: unknown reward 'motoin': did you mean",
+        ),
+        (
+            "hinge",
+            {"reward": "motion", "reward_args": {"taget": 1}, "target": 1.0},
+            "reward_args of 'motion' have no 'taget'",
+        ),
+        ("relative", {"reward": "hps", "positive": "a"}, "'negative' must be given (a string)"),
+        (
+            "relative",
+            {"reward": "hps", "positive": "a", "negative": " a"},
+            "positive and negative are both 'a'",
+        ),
+        (
+            {"hps": 1.0, "relative": 1.0},
+            {"relative": {"reward": "hps", "positive": "a", "negative": "b"}},
+            "rewards 'hps' and 'relative' of the mixture both hold 'hps'",
+        ),
         (
             {"hps": 1.0, "aesthetic_hps": 1.0},
             {},
@@ -110,6 +133,51 @@ def test_mixture_weights_the_sum_and_logs_its_parts_unweighted(arguments):
     torch.testing.assert_close(
         mixture.parts, {"pick_score": pick.score.detach(), "compression": size.score.detach()}
     )
+
+
+def test_wrappers_answer_for_the_reward_inside(arguments):
+    own = {"reward": "actpred", "reward_args": arguments["actpred"], "target": 0.5}
+    assert required_weights("hinge", own) == required_weights("actpred", arguments["actpred"])
+    assert required_weights("hinge") == []
+    assert resolve_reward("hinge").scorers(own) == ("actpred",) and resolve_reward("hinge").scorers() == ()
+    (error,) = prompt_errors({"hinge": 1.0, "sharpness": 1.0}, {"hinge": own}, ["a cloud", "a bike"])
+    assert "in the prompt 'a cloud'" in error
+    words = {"positive": "a man is riding", "negative": "no"}
+    relative = {"reward": "actpred", "reward_args": arguments["actpred"], **words}
+    (error,) = prompt_errors("relative", relative, ["a horse"])
+    assert "in the prompt 'no a horse'" in error
+
+
+def test_wrappers_enter_a_mixture(arguments):
+    names = {"hinge": 2.0, "relative": 1.0, "motion": 1.0}
+    args = {name: arguments[name] for name in names}
+    output = build_reward(names, args)(FRAMES, PROMPTS)
+    parts = {name: build_reward(name, args[name])(FRAMES, PROMPTS) for name in names}
+    torch.testing.assert_close(output.loss, sum(w * parts[name].loss for name, w in names.items()))
+    assert list(output.parts) == ["clip_score", "pick_score", "relative", "motion"]
+
+
+def test_hps_version_reaches_each_hps_reward():
+    def arguments_of(reward_fn, **reward_args):
+        settings = RewardSettings(reward_fn=reward_fn, reward_args=reward_args, hps_version="v2.0")
+        return settings.arguments
+
+    version = {"version": "v2.0"}
+    own = {"version": "v2.1"}
+    assert arguments_of("hps") == version and arguments_of("hps", **own) == own
+    assert arguments_of("aesthetic_hps") == {"hps": version}
+    assert arguments_of("motion", target=1) == {"target": 1}
+    assert arguments_of({"hps": 1, "motion": 1}) == {"hps": version}
+    assert arguments_of({"hps": 1, "motion": 1}, hps=own, motion={}) == {"hps": own, "motion": {}}
+    assert arguments_of({"aesthetic_hps": 1}) == {"aesthetic_hps": {"hps": version}}
+    assert arguments_of("hinge", reward="hps", target=1) == {
+        "reward": "hps",
+        "reward_args": version,
+        "target": 1,
+    }
+    nested = {"reward": "relative", "reward_args": {"reward": "hps", "reward_args": version}}
+    assert arguments_of("hinge", reward="relative", reward_args={"reward": "hps"}) == nested
+    assert arguments_of({"hps": 1}, hps=0.1) == {"hps": 0.1}  # refused later, with all other mistakes
 
 
 def test_own_scorer_from_a_file(tmp_path):

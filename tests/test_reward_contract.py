@@ -205,6 +205,7 @@ def test_half_precision_keeps_losses_float32_and_gradients_finite(name, dtype, a
         ("object_detection", {"goal": "lower", "slice_size": 3}),
         ("actpred", {"action": "swimming", "slice_size": 1}),
         ("motion", {"target": 0.2}),
+        ("relative", {"reward": "clip_score", "positive": "", "reward_args": {"resize": "pad"}}),
     ],
 )
 def test_other_arguments_score_and_train(name, extra, arguments):
@@ -296,6 +297,7 @@ def test_all_frames_cost_one_forward_of_each_network_and_a_slice_one_more(name, 
         with torch.no_grad():
             reward(random_frames(), PROMPTS)
         expected = min(forwards, 2) if clips else forwards
+        expected *= 2 if name == "relative" else 1
         assert all(calls.count(network) == expected for network in pixel_networks(reward)), name
         assert bool(calls) == (name not in ("motion", "sharpness", "saturation"))
 

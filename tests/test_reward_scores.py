@@ -332,6 +332,54 @@ def test_vjepa_context_sees_nothing_that_is_hidden(arguments):
         torch.testing.assert_close(same[0], same[1], rtol=0, atol=0)
 
 
+def test_relative_is_the_difference_between_two_prompts(arguments):
+    frames = as_frames(smooth_images(2, (16, 16)))
+    for name in ("pick_score", "clip_score"):
+        inner = build_reward(name, arguments[name])
+        wanted, unwanted = (
+            inner(frames, [f"{words} {prompt}" for prompt in PROMPTS])
+            for words in ("a photo of", "noise and")
+        )
+        args = {
+            "reward": name,
+            "reward_args": arguments[name],
+            "positive": "a photo of ",
+            "negative": "noise and",
+        }
+        output = build_reward("relative", args)(frames, PROMPTS)
+        torch.testing.assert_close(output.score, wanted.score - unwanted.score)
+        torch.testing.assert_close(output.loss, wanted.loss - unwanted.loss)
+        torch.testing.assert_close(output.loss, -output.score / 100)
+        assert list(output.parts) == [name, "relative"]
+        torch.testing.assert_close(output.parts["relative"], output.score.detach())
+        nested = build_reward("hinge", {"reward": "relative", "reward_args": args, "target": 400.0})
+        torch.testing.assert_close(nested(frames, PROMPTS).loss, 400 - output.score)
+
+
+def test_relative_of_a_reward_that_does_not_read_the_prompt_is_refused(arguments):
+    args = {"reward": "aesthetic", "reward_args": arguments["aesthetic"], "positive": "a", "negative": "b"}
+    with pytest.raises(
+        ValueError, match="'aesthetic' does not tell 'a' from 'b'; choose a reward that reads"
+    ):
+        build_reward("relative", args)(as_frames(smooth_images(2, (16, 16))), PROMPTS)
+
+
+def test_hinge_stops_at_its_target(arguments):
+    frames = as_frames(smooth_images(2, (16, 16)))
+    for name, sign in (("aesthetic", 1), ("compression", -1)):
+        inner = build_reward(name, arguments[name])(frames, PROMPTS)
+        between = inner.score.mean().item()
+        args = {"reward": name, "reward_args": arguments[name], "target": between}
+        pixels = frames.clone().requires_grad_()
+        hinge = build_reward("hinge", args)
+        assert hinge.higher_is_better == (sign > 0)
+        output = hinge(pixels, PROMPTS)
+        torch.testing.assert_close(output.score, inner.score)
+        torch.testing.assert_close(output.loss, (sign * (between - inner.score)).clamp_min(0))
+        gradient = torch.autograd.grad(output.loss.sum(), pixels)[0].abs().amax(dim=(1, 2, 3, 4))
+        assert sorted((gradient > 0).tolist()) == [False, True] and list(output.parts) == [name]
+
+
 def test_guards_follow_numpy():
     images = smooth_images(8, (20, 24)).unflatten(0, (2, 4))
     frames, pixels = images.float() / 127.5 - 1, images.numpy() / 255.0

@@ -109,8 +109,8 @@ class Reward(nn.Module):
         return self
 
     @classmethod
-    def scorers(cls) -> tuple[str, ...]:
-        """Names of the elementary scorers inside, to find what a mixture holds twice."""
+    def scorers(cls, args: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+        """Names of the elementary scorers in ``cls(**args)``, to find what a mixture holds twice."""
         return (cls.info.name,)
 
     @classmethod

@@ -31,6 +31,8 @@ REGISTRY: Registry[Reward] = Registry(
         "motion": "Core.rewards.guards:Motion",
         "sharpness": "Core.rewards.guards:Sharpness",
         "saturation": "Core.rewards.guards:Saturation",
+        "relative": "Core.rewards.wrappers:Relative",
+        "hinge": "Core.rewards.wrappers:Hinge",
     },
     otherwise=', or your own as "path/to/my_reward.py:MyReward"',
 )

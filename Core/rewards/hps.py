@@ -135,7 +135,7 @@ def load_open_clip_file(path: Path) -> Any:
 
 
 class HPS(ImageReward):
-    """cos(image, own prompt); loss 1 − score.
+    """cos(image, own prompt), the prompt cleaned as by open_clip; loss 1 − score.
 
     Args:
         version: v2.0 or v2.1.

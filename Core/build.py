@@ -10,7 +10,7 @@ from Core.config import Config, ConfigError
 from Core.data.text_embeddings import all_cached, encode_prompts
 from Core.rewards import required_weights
 from Core.utils.distributed import Distributed
-from Core.utils.hub import locate
+from Core.utils.hub import prefetch
 
 # What ``build_reward`` takes: a name or {name: weight}, and the arguments.
 Scorer = tuple[str | Mapping[str, float], Mapping[str, Any] | None]
@@ -66,14 +66,12 @@ def fetch_weights(
 
 
 def fetch_scorers(scorers: Iterable[Scorer]) -> list[str]:
-    """Bring the weights of scorers to this machine; a sentence for each that cannot be had."""
-    errors = []
-    for weight in dict.fromkeys(w for name, args in scorers for w in required_weights(name, args)):
-        try:
-            locate(weight)
-        except FileNotFoundError as error:
-            errors.append(f"{weight}: {error}")
-    return errors
+    """Bring the weights of scorers to this machine; a sentence on those that cannot be had."""
+    try:
+        prefetch(weight for name, args in scorers for weight in required_weights(name, args))
+    except FileNotFoundError as error:
+        return [str(error)]
+    return []
 
 
 def once_per_machine(distributed: Distributed, fetch: Callable[[], list[str]]) -> None:

@@ -1,6 +1,6 @@
 """Check the published reward heads: `python scripts/check_reward_heads.py [FOLDER]`.
 
-Loads the LAION aesthetic head and the compression head from FOLDER (default: the download cache and the current
+Loads the heads of aesthetic, compression, rainy and snowy from FOLDER (default: the download cache and the current
 folder), checks their SHA-256, and compares the aesthetic head's scores and gradients with tests/golden/. The tests do
 not need these files. Exits with 1 if a number differs, 2 if a file is missing.
 """
@@ -19,6 +19,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 from Core.rewards.aesthetic import LAION_HEAD  # noqa: E402
 from Core.rewards.compression import JPEG_HEAD  # noqa: E402
 from Core.rewards.heads import linear_layers  # noqa: E402
+from Core.rewards.weather import HEADS  # noqa: E402
 from Core.utils.hub import Weight, locate, sha256  # noqa: E402
 from Core.utils.state_dict import load_state  # noqa: E402
 
@@ -28,8 +29,7 @@ BARS = {"score": 1e-5, "grad_embedding": 1e-4}  # allowed relative errors
 
 def find(weight: Weight, folder: Path | None) -> Path:
     """Path of a published file; raises FileNotFoundError if missing."""
-    name = weight.file or weight.source
-    return locate(Weight(source=str(folder / name), kind="file") if folder else weight)
+    return locate(Weight(source=str(folder / weight.file), kind="file") if folder else weight)
 
 
 def relative_errors(layers: list[nn.Linear]) -> dict[str, float]:
@@ -48,7 +48,7 @@ def relative(measured: Tensor, expected: Tensor) -> float:
 def check(folder: Path | None) -> bool:
     """Print one line per check; return whether all pass."""
     good = True
-    for title, weight in (("aesthetic", LAION_HEAD), ("compression", JPEG_HEAD)):
+    for title, weight in {"aesthetic": LAION_HEAD, "compression": JPEG_HEAD, **HEADS}.items():
         path = find(weight, folder)
         layers = linear_layers(load_state(path), path.name)
         same = sha256(path) == weight.sha256
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="folder with the two files")
+    parser.add_argument("folder", nargs="?", type=Path, metavar="FOLDER", help="folder with the four files")
     try:
         return 0 if check(parser.parse_args(argv).folder) else 1
     except (ValueError, FileNotFoundError) as error:

@@ -44,7 +44,8 @@ def overview() -> str:
         weights = "<br>".join(map(weight_cell, cls.info.weights.values()))
         if not weights:
             parts = cls.scorers()
-            weights = "none" if parts == (name,) else "those of " + ", ".join(f"`{part}`" for part in parts)
+            listed = ", ".join(f"`{part}`" for part in parts) or "the reward inside"
+            weights = "none" if parts == (name,) else f"those of {listed}"
         better = "higher" if cls.info.higher_is_better else "lower"
         rows.append([f"`{name}`", cls.info.summary, cls.info.range, better, weights, cls.info.paper or "own"])
     return table("reward | what it scores | range | better | weights | source", rows)

@@ -33,6 +33,7 @@ from transformers import (
 )
 
 SIZE = 16  # pixels a twin's vision tower takes
+WORDS = {"positive": "sharp photo of", "negative": "blurry drawing of"}
 LETTERS = "abcdefghijklmnopqrstuvwxyz,.'0123456789"
 
 
@@ -237,12 +238,16 @@ def twin_arguments(root: Path) -> dict[str, dict]:
         "actpred": {"model": str(videomae_folder(root / "videomae"))},
         "compression": {"model": clip, "head": jpeg},
         "incompressibility": {"model": clip, "head": jpeg},
+        "rainy": {"model": clip, "head": laion},
+        "snowy": {"model": clip, "head": laion},
         "weather": {"model": clip, "head": laion},
         "object_detection": {"model": str(yolos_folder(root / "yolos")), "label": "dog"},
         "vjepa": {"model": str(vjepa_folder(root / "vjepa"))},
         "motion": {},
         "sharpness": {},
         "saturation": {},
+        "relative": {"reward": "pick_score", "reward_args": {"model": clip}, **WORDS},
+        "hinge": {"reward": "clip_score", "reward_args": {"model": clip}, "target": 1000.0},
     }
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import pickle
@@ -24,6 +25,7 @@ from Core.rewards import (
 )
 from Core.rewards.actpred import find_action
 from Core.rewards.base import ImageReward
+from Core.rewards.settings import RewardSettings
 from Core.utils import hub as weights_module
 from Core.utils.state_dict import load_state
 
@@ -79,6 +81,28 @@ def test_every_registered_name_is_a_documented_scorer(arguments):
         ({"motion": 1.0, "wether": 1.0}, {}, "unknown reward 'wether': did you mean 'weather'?"),
         ({"motion": 1.0}, {"sharpness": {}}, "settings for 'sharpness', no part of the mixture (motion)"),
         ({"motion": 1.0}, {"motion": 0.1}, "reward_args of 'motion' in a mixture must be a dict"),
+        ("hinge", {"target": 1.0}, "'reward' must be given (a string)"),
+        (
+            "hinge",
+            {"reward": "motoin", "target": 1.0},
+            "'hinge': reward: unknown reward 'motoin': did you mean",
+        ),
+        (
+            "hinge",
+            {"reward": "motion", "reward_args": {"taget": 1}, "target": 1.0},
+            "reward_args of 'motion' have no 'taget'",
+        ),
+        ("relative", {"reward": "hps", "positive": "a"}, "'negative' must be given (a string)"),
+        (
+            "relative",
+            {"reward": "hps", "positive": "a", "negative": " a"},
+            "positive and negative are both 'a'",
+        ),
+        (
+            {"hps": 1.0, "relative": 1.0},
+            {"relative": {"reward": "hps", "positive": "a", "negative": "b"}},
+            "rewards 'hps' and 'relative' of the mixture both hold 'hps'",
+        ),
         (
             {"hps": 1.0, "aesthetic_hps": 1.0},
             {},
@@ -111,6 +135,51 @@ def test_mixture_weights_the_sum_and_logs_its_parts_unweighted(arguments):
     )
 
 
+def test_wrappers_answer_for_the_reward_inside(arguments):
+    own = {"reward": "actpred", "reward_args": arguments["actpred"], "target": 0.5}
+    assert required_weights("hinge", own) == required_weights("actpred", arguments["actpred"])
+    assert required_weights("hinge") == []
+    assert resolve_reward("hinge").scorers(own) == ("actpred",) and resolve_reward("hinge").scorers() == ()
+    (error,) = prompt_errors({"hinge": 1.0, "sharpness": 1.0}, {"hinge": own}, ["a cloud", "a bike"])
+    assert "in the prompt 'a cloud'" in error
+    words = {"positive": "a man is riding", "negative": "no"}
+    relative = {"reward": "actpred", "reward_args": arguments["actpred"], **words}
+    (error,) = prompt_errors("relative", relative, ["a horse"])
+    assert "in the prompt 'no a horse'" in error
+
+
+def test_wrappers_enter_a_mixture(arguments):
+    names = {"hinge": 2.0, "relative": 1.0, "motion": 1.0}
+    args = {name: arguments[name] for name in names}
+    output = build_reward(names, args)(FRAMES, PROMPTS)
+    parts = {name: build_reward(name, args[name])(FRAMES, PROMPTS) for name in names}
+    torch.testing.assert_close(output.loss, sum(w * parts[name].loss for name, w in names.items()))
+    assert list(output.parts) == ["clip_score", "pick_score", "relative", "motion"]
+
+
+def test_hps_version_reaches_each_hps_reward():
+    def arguments_of(reward_fn, **reward_args):
+        settings = RewardSettings(reward_fn=reward_fn, reward_args=reward_args, hps_version="v2.0")
+        return settings.arguments
+
+    version = {"version": "v2.0"}
+    own = {"version": "v2.1"}
+    assert arguments_of("hps") == version and arguments_of("hps", **own) == own
+    assert arguments_of("aesthetic_hps") == {"hps": version}
+    assert arguments_of("motion", target=1) == {"target": 1}
+    assert arguments_of({"hps": 1, "motion": 1}) == {"hps": version}
+    assert arguments_of({"hps": 1, "motion": 1}, hps=own, motion={}) == {"hps": own, "motion": {}}
+    assert arguments_of({"aesthetic_hps": 1}) == {"aesthetic_hps": {"hps": version}}
+    assert arguments_of("hinge", reward="hps", target=1) == {
+        "reward": "hps",
+        "reward_args": version,
+        "target": 1,
+    }
+    nested = {"reward": "relative", "reward_args": {"reward": "hps", "reward_args": version}}
+    assert arguments_of("hinge", reward="relative", reward_args={"reward": "hps"}) == nested
+    assert arguments_of({"hps": 1}, hps=0.1) == {"hps": 0.1}  # refused later, with all other mistakes
+
+
 def test_own_scorer_from_a_file(tmp_path):
     file = tmp_path / "my rewards.py"
     file.write_text(OWN_REWARD)
@@ -135,7 +204,8 @@ def test_registering_a_name_twice_is_refused(monkeypatch):
     del REGISTRY["flat"]
 
 
-ACTIONS = ["riding a bike", "playing guitar", "bike", "playing", "riding or walking with horse"]
+ACTIONS = ["riding a bike", "playing guitar", "bike", "playing", "riding or walking with horse", "crying"]
+ACTIONS += ["running on treadmill", "tying bow tie", "making pizza", "brushing teeth", "singing"]
 
 
 @pytest.mark.parametrize(
@@ -145,10 +215,25 @@ ACTIONS = ["riding a bike", "playing guitar", "bike", "playing", "riding or walk
         ("bike", "bike"),
         ("A man on a bike, riding through a city.", "riding a bike"),
         ("children playing", "playing"),
+        ("a man rides a bike", "riding a bike"),
+        ("two people play guitar", "playing guitar"),
+        ("She rides her two bikes", "riding a bike"),
+        ("a horse runs on a treadmill", "running on treadmill"),
+        ("Someone ties a bow tie.", "tying bow tie"),
+        ("a chef makes pizzas", "making pizza"),
+        ("he brushes his teeth", "brushing teeth"),
+        ("a child cries", "crying"),
+        ("a girl sings", "singing"),
     ],
 )
 def test_action_is_found_in_the_prompt(prompt, action):
     assert find_action(prompt, ACTIONS) == action
+
+
+@pytest.mark.parametrize("prompt", ["a cute watermelon", "a caress", "the a"])
+def test_words_that_only_look_alike_are_no_action(prompt):
+    with pytest.raises(ValueError, match="no action class occurs in the prompt"):
+        find_action(prompt, ["cutting watermelon", "caring", "the"])
 
 
 def test_prompts_without_an_action_are_listed_before_training(arguments):
@@ -236,13 +321,50 @@ def test_a_half_downloaded_folder_is_not_complete(tmp_path, lost, sentence):
     assert sentence in error
 
 
-def test_another_file_under_the_name_of_a_pinned_one_is_refused(tmp_path, monkeypatch):
+def test_each_weather_has_a_published_head_of_its_own():
+    heads = {name: required_weights(name)[1] for name in ("rainy", "snowy")}
+    assert [head.file for head in heads.values()] == ["rainy_reward.pt", "snowy_reward.pt"]
+    assert heads["rainy"].sha256.startswith("bfa1e0f3") and heads["snowy"].sha256.startswith("dae251d2")
+    for kind, head in heads.items():
+        assert required_weights("weather", {"kind": kind})[1] == head
+    assert required_weights("weather")[1] == heads["rainy"]
+    assert required_weights("weather", {"kind": "snowy", "head": "own.pt"})[1].sha256 == ""
+
+
+def test_a_copy_of_a_pinned_file_in_the_current_folder_is_taken_if_it_is_the_published_one(
+    tmp_path, monkeypatch
+):
+    def unreachable(url, target, hash_prefix):
+        raise OSError("no route")
+
+    monkeypatch.setattr(torch.hub, "download_url_to_file", unreachable)
+    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path / "cache"))
     monkeypatch.chdir(tmp_path)
-    head_file(tmp_path / "compression_reward.pt", (12, 8, 1), (0, 2))
-    clip = str(clip_folder(tmp_path / "clip"))
-    (error,) = check_reward_config("compression", {"model": clip})
-    assert "'compression_reward.pt' is not the published file: its SHA-256 is" in error
-    assert check_reward_config("compression", {"model": clip, "head": "./compression_reward.pt"}) == []
+    copy = head_file(tmp_path / "rainy_reward.pt", (12, 8, 1), (0, 2))
+    published = required_weights("rainy")[1]
+    with pytest.raises(FileNotFoundError, match="no route"):
+        weights_module.locate(published)
+    own = dataclasses.replace(published, sha256=weights_module.sha256(copy))
+    assert weights_module.locate(own) == Path("rainy_reward.pt")
+
+
+def test_a_hub_that_cannot_be_reached_names_repository_size_and_cure_and_is_not_cut(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    words = [f"word{i}" for i in range(60)] + ["HF_HUB_OFFLINE=0"]
+    for reason in (" ".join(words[-20:]), " ".join(words)):
+
+        def unreachable(*args, reason=reason, **kwargs):
+            raise OSError(f"{reason}\nsecond line")
+
+        monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
+        with pytest.raises(FileNotFoundError) as raised:
+            weights_module.locate(required_weights("pick_score")[0])
+        message = str(raised.value)
+        assert "yuvalkirstain/PickScore_v1, about 3.9 GB" in message and "download_weights.py" in message
+        told = [word.strip(",;:().") for word in message.split()]
+        cut = [word for word in told if word.startswith(("word", "HF_")) and word not in words]
+        assert not cut and ("HF_HUB_OFFLINE=0" in told) == (reason == " ".join(words[-20:]))
+        assert "second" not in message
 
 
 def test_missing_weights_are_reported_together_with_size_and_command(monkeypatch, tmp_path):

@@ -5,6 +5,8 @@ Axes: B videos, F frames, 3 channels, H rows, W columns.
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from reward_twins import twin_arguments
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 from Core.rewards import REGISTRY, ImageReward, Reward, RewardInfo, VideoReward, base, build_reward, vjepa
 from Core.rewards.mixture import Mixture
+from Core.training.setup import build_scorers
 
 PROMPTS = ["a man riding a bike", "playing guitar"]
 SCORERS = sorted(REGISTRY)
@@ -196,11 +199,13 @@ def test_half_precision_keeps_losses_float32_and_gradients_finite(name, dtype, a
         ("aesthetic_hps", {"hps": {"hps_resize": "squash"}}),
         ("clip_score", {"resize": "squash"}),
         ("pick_score", {"resize": "pad"}),
-        ("compression", {"resize": "squash", "target": 2.0}),
+        ("compression", {"resize": "crop", "target": 2.0}),
         ("weather", {"kind": "snowy", "resize": "pad"}),
+        ("snowy", {"target": 2.0, "resize": "crop"}),
         ("object_detection", {"goal": "lower", "slice_size": 3}),
         ("actpred", {"action": "swimming", "slice_size": 1}),
         ("motion", {"target": 0.2}),
+        ("relative", {"reward": "clip_score", "positive": "", "reward_args": {"resize": "pad"}}),
     ],
 )
 def test_other_arguments_score_and_train(name, extra, arguments):
@@ -292,6 +297,7 @@ def test_all_frames_cost_one_forward_of_each_network_and_a_slice_one_more(name, 
         with torch.no_grad():
             reward(random_frames(), PROMPTS)
         expected = min(forwards, 2) if clips else forwards
+        expected *= 2 if name == "relative" else 1
         assert all(calls.count(network) == expected for network in pixel_networks(reward)), name
         assert bool(calls) == (name not in ("motion", "sharpness", "saturation"))
 
@@ -343,6 +349,27 @@ def test_half_precision_leaves_the_heads_in_float32(arguments):
     assert half.dtype == torch.bfloat16
     for name, buffer in half.head.named_buffers():
         torch.testing.assert_close(buffer, exact.head.get_buffer(name), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("base", "mixed_precision", "expected"),
+    [
+        (torch.float16, "bf16", torch.bfloat16),
+        (torch.float16, "fp16", torch.float32),
+        (torch.float16, "no", torch.float32),
+        (torch.bfloat16, "bf16", torch.bfloat16),
+        (torch.float32, "bf16", torch.float32),
+    ],
+)
+def test_training_never_runs_a_scorer_in_float16(base, mixed_precision, expected, arguments):
+    config = SimpleNamespace(
+        reward=SimpleNamespace(reward_fn="pick_score", arguments=arguments["pick_score"]),
+        validation=SimpleNamespace(monitors=["aesthetic"], monitor_args=arguments),
+        optimizer=SimpleNamespace(mixed_precision=mixed_precision),
+    )
+    distributed = SimpleNamespace(device=torch.device("cpu"))
+    reward, monitors = build_scorers(config, distributed, SimpleNamespace(dtype=base))
+    assert reward.dtype == monitors["aesthetic"].dtype == expected
 
 
 def test_text_is_encoded_once_per_prompt(arguments, monkeypatch):

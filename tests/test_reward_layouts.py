@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from reward_twins import open_clip_state
 from torch import Tensor
 from transformers import (
     CLIPConfig,
@@ -27,7 +28,7 @@ from transformers import (
 
 from Core.rewards import resolve_reward
 from Core.rewards.clip import TEXT_HALF
-from Core.rewards.hps import convert_state, infer_config
+from Core.rewards.hps import convert_state, infer_config, load_open_clip_file
 from Core.utils.state_dict import load_strictly
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -196,7 +197,7 @@ def test_checkpoint_that_does_not_fit_is_refused_with_the_keys():
 def test_hpsv2_checkpoint_converts_key_by_key():
     manifest = json.loads((GOLDEN / "open_clip_vit_h14.json").read_text())
     assert len(manifest) == 686
-    converted = convert_state(on_meta({key: tuple(shape) for key, shape in manifest.items()}))
+    converted = convert_state(on_meta({key: tuple(shape) for key, shape in manifest.items()}), "the file")
     expected = {key: shape for key, shape in clip_keys(*VIT_H14).items() if not key.endswith("position_ids")}
     assert {key: tuple(value.shape) for key, value in converted.items()} == expected
     config = infer_config(converted)
@@ -205,8 +206,36 @@ def test_hpsv2_checkpoint_converts_key_by_key():
     load_strictly(CLIPModel, None, config=config, state_dict=converted, device_map="meta")
 
 
-def test_checkpoint_of_another_layout_is_no_hpsv2():
-    with pytest.raises(
-        ValueError, match="not an open_clip ViT CLIP: unknown keys visual.attnpool.k_proj.weight"
-    ):
-        convert_state({"visual.attnpool.k_proj.weight": torch.empty(1)})
+def renamed(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The state as a wrapped model saves it; with ``text.``, as open_clip's model with a text tower of its own."""
+    text = [key for key in state if not key.startswith("visual.") and key != "logit_scale"]
+    own = "text." if prefix.endswith("text.") else ""
+    outer = prefix.removesuffix("text.")
+    return {outer + (own if key in text else "") + key: value for key, value in state.items()}
+
+
+@pytest.mark.parametrize("prefix", ["module.", "text.", "module.text."])
+def test_hps_takes_its_file_with_prefixes_and_buffers(prefix, tmp_path):
+    state = open_clip_state()
+    buffers = {"attn_mask": torch.zeros(24, 24), "visual.position_ids": torch.arange(5)}
+    torch.save({"state_dict": renamed(state | buffers, prefix)}, tmp_path / "hps.pt")
+    expected = convert_state(state, "the file")
+    found = load_open_clip_file(tmp_path / "hps.pt").state_dict()
+    assert set(expected) <= set(found)
+    for key, value in expected.items():
+        torch.testing.assert_close(found[key], value, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("lost", "other", "message"),
+    [
+        ("", "visual.attnpool.k_proj.weight", "unknown keys visual.attnpool.k_proj.weight"),
+        ("visual.proj", "", "it has no visual_projection.weight"),
+        ("visual.transformer", "", "it has no vision_model.encoder.layers.0.mlp.fc1.weight"),
+    ],
+)
+def test_a_file_of_another_layout_is_no_hps_and_is_named_by_its_path(lost, other, message, tmp_path):
+    state = {key: value for key, value in open_clip_state().items() if not (lost and key.startswith(lost))}
+    torch.save(state | ({other: torch.empty(1)} if other else {}), tmp_path / "other.pt")
+    with pytest.raises(ValueError, match=f"{tmp_path / 'other.pt'} is not an open_clip ViT CLIP: {message}"):
+        load_open_clip_file(tmp_path / "other.pt")

@@ -17,6 +17,7 @@ from Core.rewards.preprocess import (
     center_crop,
     clamp_towards_range,
     resize,
+    resize_long_side,
     to_unit_range,
     transform_from_folder,
 )
@@ -69,6 +70,17 @@ def test_half_a_pixel_of_margin_is_rounded_as_each_library_does():
     columns = torch.arange(19.0).expand(1, 3, 4, 19)
     first = [center_crop(columns, 4, 16, rule)[0, 0, 0, 0].item() for rule in ("down", "even")]
     assert first == [1, 2]  # of a margin of 3: 3 // 2, round(1.5)
+
+
+def test_the_long_side_is_rounded_and_overshoots_as_in_hpsv2():
+    """hpsv2 1.2's ``ResizeMaxSize`` after ``ToTensor``; 210 × 384 is one of the sizes where open_clip 3 differs."""
+    images = torch.zeros(1, 3, 210, 384)
+    images[..., 60:150, 100:250] = 1
+    ours = resize_long_side(images, 224)
+    theirs = resize_long_side(images, 224, as_hpsv2=True)
+    assert ours.shape[-2:] == (122, 224) and theirs.shape[-2:] == (123, 224)
+    assert round(210 / (384 / 224)) == 122 and round(210 * (224 / float(384))) == 123
+    assert ours.min() == 0 and ours.max() == 1 and theirs.min() < -0.01 and theirs.max() > 1.01
 
 
 def test_padding_and_cropping_keep_the_picture_centred():

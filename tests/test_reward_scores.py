@@ -55,6 +55,11 @@ def pictures(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image.permute(1, 2, 0).numpy()) for image in images]
 
 
+def to_tensor(given: list[Image.Image]) -> Tensor:
+    """The pictures as 8-bit [N, 3, H, W]."""
+    return torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in given])
+
+
 def unit(features: Tensor) -> Tensor:
     return features / features.norm(dim=-1, keepdim=True)
 
@@ -95,26 +100,49 @@ def test_clip_scorers_follow_transformers(size, tolerance, arguments):
 @pytest.mark.parametrize(("size", "tolerance"), SIZES)
 def test_heads_follow_their_formula(size, tolerance, arguments):
     images = smooth_images(2, size)
-    image, _, _ = clip_features(arguments["aesthetic"]["model"], images, PROMPTS)
-    feature = unit(image).numpy()
+    square = [picture.resize((16, 16), Image.Resampling.BILINEAR) for picture in pictures(images)]
+    cropped, _, _ = clip_features(arguments["aesthetic"]["model"], images, PROMPTS)
+    squashed, _, _ = clip_features(arguments["aesthetic"]["model"], to_tensor(square), PROMPTS)
 
-    linear = feature
-    for weight, bias in read_head(arguments["aesthetic"]["head"]):
-        linear = linear @ weight.T + bias
-    jpeg = feature
+    def linear(feature: np.ndarray) -> np.ndarray:
+        for weight, bias in read_head(arguments["aesthetic"]["head"]):
+            feature = feature @ weight.T + bias
+        return feature
+
+    jpeg = unit(squashed).numpy()
     *hidden, last = read_head(arguments["compression"]["head"])
     for weight, bias in hidden:
         jpeg = np.maximum(jpeg @ weight.T + bias, 0)
     jpeg = jpeg @ last[0].T + last[1]
+    amount = 1 / (1 + np.exp(-linear(unit(squashed).numpy())))
     expected = {
-        "aesthetic": linear,
-        "weather": 1 / (1 + np.exp(-linear)),
+        "aesthetic": linear(unit(cropped).numpy()),
+        "rainy": amount,
+        "snowy": amount,
+        "weather": amount,
         "compression": jpeg,
         "incompressibility": jpeg,
     }
     for name, value in expected.items():
         output = build_reward(name, arguments[name])(as_frames(images), PROMPTS)
         assert close(output.score, value[:, 0], tolerance, spread=1.0), name
+
+
+def test_each_scorer_crops_an_odd_margin_as_its_pipeline(arguments):
+    """16 of 19 columns: torchvision's ``CenterCrop`` starts at round(1.5) = 2, transformers at 3 // 2 = 1."""
+    images = smooth_images(2, (16, 19))
+    starts = {"aesthetic": 2, "pick_score": 1, "clip_score": 1}
+    for name, start in starts.items():
+        reward = build_reward(name, arguments[name])
+        for first in (1, 2):
+            cut = reward(as_frames(images[..., first : first + 16]), PROMPTS).score
+            same = torch.allclose(reward(as_frames(images), PROMPTS).score, cut)
+            assert same == (first == start), name
+
+
+def test_hps_pads_as_hpsv2(arguments):
+    transform = build_reward("hps", arguments["hps"]).image.transform
+    assert transform.fit == "pad" and transform.as_hpsv2 and transform.interpolation == "bicubic"
 
 
 def test_losses_are_those_of_the_reference(arguments):
@@ -137,9 +165,11 @@ def test_losses_are_those_of_the_reference(arguments):
         same(loss, sign * score)
         score, loss, _ = run(name, target=3.0)
         same(loss, (score - 3).abs())
-    for kind, target in (("rainy", 1), ("snowy", 0)):
-        score, loss, _ = run("weather", kind=kind)
-        same(loss, (score - target) ** 2)
+    for name, extra in (("rainy", {}), ("snowy", {}), ("weather", {"kind": "snowy"})):
+        score, loss, _ = run(name, **extra)
+        same(loss, (score - 1).abs())
+        score, loss, _ = run(name, target=0.25, **extra)
+        same(loss, (score - 0.25).abs())
     score, loss, _ = run("object_detection")
     same(loss, -score.log())
     score, loss, _ = run("object_detection", goal="lower")
@@ -163,10 +193,23 @@ def test_hps_follows_open_clip(name, tolerance, arguments):
     assert close(score, expected, tolerance, spread=0.25)
 
 
+def test_hps_cleans_its_text_as_open_clip_does(arguments):
+    """The tokenizer of open_clip 3.3.0 gives all four texts the same tokens."""
+    reward = build_reward("hps", arguments["hps"])
+    frames = as_frames(smooth_images(1, (16, 16)))
+    plain = reward(frames, ["the fox's den, again"]).score
+    for text in (
+        "the fox\u2019s den, again",
+        " The  FOX&amp;#39;s\n den,\tagain ",
+        "the fox\u00e2\u20ac\u2122s den, again",
+    ):
+        torch.testing.assert_close(reward(frames, [text]).score, plain, rtol=0, atol=0)
+
+
 def test_hps_squash_is_the_bilinear_stretch_of_the_reference(arguments):
     images = smooth_images(2, (40, 72))
     stretched = [picture.resize((16, 16), Image.Resampling.BILINEAR) for picture in pictures(images)]
-    small = torch.stack([torch.from_numpy(np.array(picture)).permute(2, 0, 1) for picture in stretched])
+    small = to_tensor(stretched)
     official = build_reward("hps", arguments["hps"])
     squash = build_reward("hps", arguments["hps"] | {"hps_resize": "squash"})
     score = squash(as_frames(images), PROMPTS).score
@@ -287,6 +330,54 @@ def test_vjepa_context_sees_nothing_that_is_hidden(arguments):
         disturbed = tokens + 10 * hidden[:, None]
         same = [reward.error(t, target, order, hidden) for t in (tokens, disturbed)]
         torch.testing.assert_close(same[0], same[1], rtol=0, atol=0)
+
+
+def test_relative_is_the_difference_between_two_prompts(arguments):
+    frames = as_frames(smooth_images(2, (16, 16)))
+    for name in ("pick_score", "clip_score"):
+        inner = build_reward(name, arguments[name])
+        wanted, unwanted = (
+            inner(frames, [f"{words} {prompt}" for prompt in PROMPTS])
+            for words in ("a photo of", "noise and")
+        )
+        args = {
+            "reward": name,
+            "reward_args": arguments[name],
+            "positive": "a photo of ",
+            "negative": "noise and",
+        }
+        output = build_reward("relative", args)(frames, PROMPTS)
+        torch.testing.assert_close(output.score, wanted.score - unwanted.score)
+        torch.testing.assert_close(output.loss, wanted.loss - unwanted.loss)
+        torch.testing.assert_close(output.loss, -output.score / 100)
+        assert list(output.parts) == [name, "relative"]
+        torch.testing.assert_close(output.parts["relative"], output.score.detach())
+        nested = build_reward("hinge", {"reward": "relative", "reward_args": args, "target": 400.0})
+        torch.testing.assert_close(nested(frames, PROMPTS).loss, 400 - output.score)
+
+
+def test_relative_of_a_reward_that_does_not_read_the_prompt_is_refused(arguments):
+    args = {"reward": "aesthetic", "reward_args": arguments["aesthetic"], "positive": "a", "negative": "b"}
+    with pytest.raises(
+        ValueError, match="'aesthetic' does not tell 'a' from 'b'; choose a reward that reads"
+    ):
+        build_reward("relative", args)(as_frames(smooth_images(2, (16, 16))), PROMPTS)
+
+
+def test_hinge_stops_at_its_target(arguments):
+    frames = as_frames(smooth_images(2, (16, 16)))
+    for name, sign in (("aesthetic", 1), ("compression", -1)):
+        inner = build_reward(name, arguments[name])(frames, PROMPTS)
+        between = inner.score.mean().item()
+        args = {"reward": name, "reward_args": arguments[name], "target": between}
+        pixels = frames.clone().requires_grad_()
+        hinge = build_reward("hinge", args)
+        assert hinge.higher_is_better == (sign > 0)
+        output = hinge(pixels, PROMPTS)
+        torch.testing.assert_close(output.score, inner.score)
+        torch.testing.assert_close(output.loss, (sign * (between - inner.score)).clamp_min(0))
+        gradient = torch.autograd.grad(output.loss.sum(), pixels)[0].abs().amax(dim=(1, 2, 3, 4))
+        assert sorted((gradient > 0).tolist()) == [False, True] and list(output.parts) == [name]
 
 
 def test_guards_follow_numpy():

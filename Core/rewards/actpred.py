@@ -25,20 +25,56 @@ VIDEOMAE = Weight(
 )
 
 
+ARTICLES = ("a", "an", "the")
+
+
 def words(text: str) -> list[str]:
     """Lower-case words of a text, without punctuation."""
     return re.findall(r"[a-z0-9']+", text.lower())
 
 
+def forms(word: str) -> set[str]:
+    """The word, and all it may be a regular form of: "rides" → ride; "running" → runn, runne, run."""
+    found = {word}
+    if word.endswith("ing") and re.search(r"[aeiouy]", root := word[:-3]):
+        found |= {root, root + "e"}
+        if root[-1:] == root[-2:-1]:
+            found.add(root[:-1])
+        if root.endswith("y"):
+            found.add(root[:-1] + "ie")
+    elif word.endswith("s") and not word.endswith("ss"):
+        found.add(word[:-1])
+        if word.endswith(("ses", "xes", "zes", "ches", "shes", "oes")):
+            found.add(word[:-2])
+        if word.endswith("ies"):
+            found.add(word[:-3] + "y")
+    return found
+
+
+def spoken_forms(prompt: str) -> set[str]:
+    """All forms of the words of a prompt."""
+    return {form for word in words(prompt) for form in forms(word)}
+
+
+def contains(spoken: set[str], label: str) -> bool:
+    """Whether each word of a label but its articles is among the words spoken, in some form."""
+    needed = [word for word in words(label) if word not in ARTICLES]
+    return bool(needed) and all(forms(word) & spoken for word in needed)
+
+
 def find_action(prompt: str, labels: Sequence[str]) -> str:
     """The label a prompt is about: an exact one, else the longest whose words all occur in the prompt.
+
+    Regular forms count as the same word ("rides", "riding"), also of a noun ("smoke" is taken for smoking);
+    irregular ones and the past do not ("rode"). "a", "an" and "the" need not occur.
 
     Raises:
         ValueError: there is none; the message names near labels.
     """
     spoken = words(prompt)
     exact = [label for label in labels if words(label) == spoken]
-    contained = [label for label in labels if words(label) and set(words(label)) <= set(spoken)]
+    known = spoken_forms(prompt)
+    contained = [label for label in labels if contains(known, label)]
     if candidates := exact or contained:
         return max(candidates, key=lambda label: (len(words(label)), len(label)))
     raise ValueError(
@@ -49,11 +85,11 @@ def find_action(prompt: str, labels: Sequence[str]) -> str:
 
 def near_actions(prompt: str, labels: Sequence[str], count: int = 5) -> list[str]:
     """Labels that share most words with the prompt, the more alike in spelling first."""
-    spoken = set(words(prompt))
+    spoken = spoken_forms(prompt)
 
     def likeness(label: str) -> tuple[float, float]:
         own = words(label)
-        shared = sum(word in spoken for word in own) / max(len(own), 1)
+        shared = sum(not spoken.isdisjoint(forms(word)) for word in own) / max(len(own), 1)
         return shared, difflib.SequenceMatcher(None, label.lower(), prompt.lower()).ratio()
 
     return sorted(labels, key=likeness, reverse=True)[:count]
@@ -70,7 +106,8 @@ class ActionPrediction(ClassProbability, VideoReward):
 
     Args:
         model: hub id or folder of a VideoMAE classifier.
-        action: the class for every prompt; by default it is found in each prompt (``find_action``).
+        action: the class for every prompt; by default the longest class whose words are in the prompt, in whatever
+            regular form ("a man rides a bike"; see ``find_action``).
     """
 
     info = RewardInfo(

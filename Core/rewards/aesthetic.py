@@ -25,7 +25,8 @@ class Aesthetic(ClipHead):
     Args:
         model: CLIP folder or hub id.
         head: file in the LAION layout (``layers.0.weight``, …) for that CLIP's width.
-        resize: how an image that is not square is fitted; by default as the CLIP folder says.
+        resize: how an image that is not square is fitted; by default as the CLIP folder says. A crop's odd margin
+            is rounded as torchvision does in LAION's and openai/CLIP's pipeline.
         target: score aimed at.
     """
 
@@ -46,7 +47,7 @@ class Aesthetic(ClipHead):
         target: float = 10.0,
     ):
         super().__init__()
-        self.image = load_image_tower(locate(CLIP_L14.at(model)), resize)
+        self.image = load_image_tower(locate(CLIP_L14.at(model)), resize, round_half="even")
         self.head = nn.Sequential(*load_head_layers(locate(LAION_HEAD.at(head)), self.image))
         self.target = target
 

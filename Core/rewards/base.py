@@ -109,14 +109,14 @@ class Reward(nn.Module):
         return self
 
     @classmethod
-    def scorers(cls) -> tuple[str, ...]:
-        """Names of the elementary scorers inside, to find what a mixture holds twice."""
+    def scorers(cls, args: Mapping[str, Any] | None = None) -> tuple[str, ...]:
+        """Names of the elementary scorers in ``cls(**args)``, to find what a mixture holds twice."""
         return (cls.info.name,)
 
     @classmethod
     def required_weights(cls, args: Mapping[str, Any]) -> dict[str, Weight]:
         """Weights that ``cls(**args)`` loads, by the constructor argument that names them."""
-        return {key: weight.at(args.get(key, weight.source)) for key, weight in cls.info.weights.items()}
+        return {key: weight.at(args.get(key) or weight.source) for key, weight in cls.info.weights.items()}
 
     @classmethod
     def config_errors(cls, args: Mapping[str, Any]) -> list[str]:

@@ -4,7 +4,8 @@ Axes: N images or texts, L tokens, D features.
 """
 
 from abc import abstractmethod
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -79,10 +80,19 @@ class TextTower(CachedText):
     Args:
         padding: "longest" for causal text models, whose pooled token never sees the padding; "max_length" for
             those trained on padded text.
+        clean: what is done to a text before the tokenizer.
     """
 
-    def __init__(self, model: nn.Module, projection: nn.Module, tokenizer: Any, padding: str = "longest"):
+    def __init__(
+        self,
+        model: nn.Module,
+        projection: nn.Module,
+        tokenizer: Any,
+        padding: str = "longest",
+        clean: Callable[[str], str] = str,
+    ):
         super().__init__()
+        self.clean = clean
         self.model = model
         self.projection = projection
         self.tokenizer = tokenizer
@@ -92,7 +102,11 @@ class TextTower(CachedText):
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
         tokens = self.tokenizer(
-            texts, padding=self.padding, truncation=True, max_length=self.max_length, return_tensors="pt"
+            [self.clean(text) for text in texts],
+            padding=self.padding,
+            truncation=True,
+            max_length=self.max_length,
+            return_tensors="pt",
         )
         ids = tokens.input_ids.to(self.model.embeddings.token_embedding.weight.device)
         return unit(self.projection(self.model(input_ids=ids).pooler_output))
@@ -104,12 +118,16 @@ def clip_transform(folder: Path, image_size: int, resize: Fit | None) -> ImageTr
     return transform_from_folder(folder, image_size, default).with_fit(resize)
 
 
-def load_image_tower(folder: Path, resize: Fit | None = None) -> ImageTower:
-    """Vision half of a CLIP folder in the transformers layout."""
+def load_image_tower(folder: Path, resize: Fit | None = None, **changes: Any) -> ImageTower:
+    """Vision half of a CLIP folder in the transformers layout.
+
+    Args:
+        **changes: of the folder's ``ImageTransform``, where a head was trained on another.
+    """
     from transformers import CLIPVisionModelWithProjection
 
     model = load_strictly(CLIPVisionModelWithProjection, folder, unused=TEXT_HALF)
-    transform = clip_transform(folder, model.config.image_size, resize)
+    transform = replace(clip_transform(folder, model.config.image_size, resize), **changes)
     return ImageTower(model.vision_model, model.visual_projection, transform)
 
 

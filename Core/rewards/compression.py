@@ -6,18 +6,13 @@ from torch import Tensor, nn
 
 from Core.rewards.base import RewardInfo
 from Core.rewards.clip import CLIP_L14, load_image_tower
-from Core.rewards.heads import ClipHead, load_head_layers
+from Core.rewards.heads import VADER_PAPER, ClipHead, load_head_layers, vader_head
 from Core.rewards.preprocess import Fit
-from Core.utils.hub import Weight, locate
+from Core.utils.hub import locate
 
-JPEG_HEAD = Weight(
-    source="compression_reward.pt",
-    kind="file",
-    size=1_857_371,
-    sha256="4834909306ec3fd210805ad9eed6506338417ecf898aab7fa2d13f9c32ea2b2d",
-    licence="not stated",
+JPEG_HEAD = vader_head(
+    "compression_reward.pt", 1_857_371, "4834909306ec3fd210805ad9eed6506338417ecf898aab7fa2d13f9c32ea2b2d"
 )
-PAPER = "Prabhudesai et al. 2024, arXiv:2407.08737"
 
 
 class JpegSize(ClipHead):
@@ -29,10 +24,10 @@ class JpegSize(ClipHead):
         model: str = CLIP_L14.source,
         head: str = JPEG_HEAD.source,
         target: float | None = None,
-        resize: Fit | None = None,
+        resize: Fit = "squash",
     ):
         super().__init__()
-        self.image = load_image_tower(locate(CLIP_L14.at(model)), resize)
+        self.image = load_image_tower(locate(CLIP_L14.at(model)), resize, interpolation="bilinear")
         layers = load_head_layers(locate(JPEG_HEAD.at(head)), self.image)
         with_relu = itertools.chain.from_iterable((layer, nn.ReLU()) for layer in layers)
         self.head = nn.Sequential(*list(with_relu)[:-1])
@@ -50,7 +45,8 @@ class Compression(JpegSize):
         head: the reference's ``compression_reward.pt``, or a file of the same layout (linear layers with ReLU
             between them, on the unit CLIP feature).
         target: kB.
-        resize: as in ``aesthetic``.
+        resize: how an image that is not square is fitted, with bilinear interpolation; by default stretched, as the
+            frames the head was trained on.
     """
 
     info = RewardInfo(
@@ -58,7 +54,7 @@ class Compression(JpegSize):
         summary="predicted JPEG size, minimised or moved to a target",
         range="kB, above 0",
         higher_is_better=False,
-        paper=PAPER,
+        paper=VADER_PAPER,
         weights={"model": CLIP_L14, "head": JPEG_HEAD},
     )
 
@@ -73,6 +69,6 @@ class Incompressibility(JpegSize):
         name="incompressibility",
         summary="predicted JPEG size, maximised or moved to a target",
         range="kB, above 0",
-        paper=PAPER,
+        paper=VADER_PAPER,
         weights={"model": CLIP_L14, "head": JPEG_HEAD},
     )

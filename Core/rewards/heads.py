@@ -7,7 +7,17 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from Core.rewards.base import ImageReward
+from Core.utils.hub import Weight
 from Core.utils.state_dict import load_state
+
+VADER_PAPER = "Prabhudesai et al. 2024, arXiv:2407.08737"
+VADER_ASSETS = "https://github.com/mihirp1998/VADER/raw/adaf2ef74763bd84dafaafe1eed98e209fae1843/assets"
+
+
+def vader_head(file: str, size: int, sha256: str) -> Weight:
+    """One of the heads that come with the paper's reference implementation."""
+    source = f"{VADER_ASSETS}/{file}"
+    return Weight(source=source, kind="file", file=file, size=size, sha256=sha256, licence="not stated")
 
 
 class ClipHead(ImageReward):

@@ -3,6 +3,7 @@
 The published files hold open_clip's parameter names; they are converted to ``transformers.CLIPModel``.
 """
 
+import html
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -40,6 +41,7 @@ OUTER_NAMES = {
     "text_projection": "text_projection.weight",
     "logit_scale": "logit_scale",
 }
+FIRST_BLOCKS = [f"{side}_model.encoder.layers.0.mlp.fc1.weight" for side in HEAD_WIDTH]
 TRANSPOSED = {"visual.proj", "text_projection"}  # stored as [in, out]
 INNER_NAMES = {
     "ln_1": "layer_norm1",
@@ -48,17 +50,25 @@ INNER_NAMES = {
     "mlp.c_proj": "mlp.fc2",
     "attn.out_proj": "self_attn.out_proj",
 }
+PREFIX = re.compile(r"(module\.)?(text\.)?")  # of a wrapped model, and of open_clip's other text layout
+BUFFER = re.compile(r"(.*\.)?(attn_mask|position_ids)")  # constants that some files hold
 BLOCK = re.compile(r"(visual\.)?transformer\.resblocks\.(\d+)\.(.+?)[._](weight|bias)")
 
 
-def convert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def convert_state(state: Mapping[str, Tensor], origin: str | Path) -> dict[str, Tensor]:
     """Parameters of an open_clip ViT CLIP under the names of ``transformers.CLIPModel``.
 
+    Args:
+        origin: how error messages call the file.
+
     Raises:
-        ValueError: keys that are not of that layout; the message names them.
+        ValueError: keys that are not of that layout, or missing; the message names them.
     """
     converted, unknown = {}, []
-    for key, value in state.items():
+    for given, value in state.items():
+        if BUFFER.fullmatch(given):
+            continue
+        key = PREFIX.sub("", given, count=1)
         block = BLOCK.fullmatch(key)
         if key in OUTER_NAMES:
             converted[OUTER_NAMES[key]] = value.T.contiguous() if key in TRANSPOSED else value
@@ -75,7 +85,9 @@ def convert_state(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         else:
             unknown.append(key)
     if unknown:
-        raise ValueError(f"not an open_clip ViT CLIP: unknown keys {', '.join(unknown[:5])}")
+        raise ValueError(f"{origin} is not an open_clip ViT CLIP: unknown keys {', '.join(unknown[:5])}")
+    if absent := sorted({*OUTER_NAMES.values(), *FIRST_BLOCKS} - set(converted)):
+        raise ValueError(f"{origin} is not an open_clip ViT CLIP: it has no {', '.join(absent[:5])}")
     return converted
 
 
@@ -107,18 +119,23 @@ def infer_config(state: Mapping[str, Tensor]) -> Any:
     )
 
 
+def clean_text(text: str) -> str:
+    """What open_clip's tokenizer does to a text first: mends its encoding and quotes, and lower-cases it."""
+    import ftfy
+
+    return " ".join(html.unescape(html.unescape(ftfy.fix_text(text))).split()).lower()
+
+
 def load_open_clip_file(path: Path) -> Any:
     """``transformers.CLIPModel`` from a file with open_clip's parameter names, strict on keys and shapes."""
     from transformers import CLIPModel
 
-    state = convert_state(load_state(path))
-    if absent := sorted(set(OUTER_NAMES.values()) - set(state)):
-        raise ValueError(f"{path.name} is not an open_clip ViT CLIP: it has no {', '.join(absent[:5])}")
+    state = convert_state(load_state(path), path)
     return load_strictly(CLIPModel, None, config=infer_config(state), state_dict=state)
 
 
 class HPS(ImageReward):
-    """cos(image, own prompt); loss 1 − score.
+    """cos(image, own prompt), the prompt cleaned as by open_clip; loss 1 − score.
 
     Args:
         version: v2.0 or v2.1.
@@ -159,9 +176,11 @@ class HPS(ImageReward):
         words = load_tokenizer(locate(weights["tokenizer"]))
         side = clip.config.vision_config.image_size
         interpolation: Interpolation = "bicubic" if hps_resize == "pad" else "bilinear"
-        transform = ImageTransform(height=side, width=side, fit=hps_resize, interpolation=interpolation)
+        transform = ImageTransform(
+            height=side, width=side, fit=hps_resize, interpolation=interpolation, as_hpsv2=True
+        )
         self.image = ImageTower(clip.vision_model, clip.visual_projection, transform)
-        self.text = TextTower(clip.text_model, clip.text_projection, words)
+        self.text = TextTower(clip.text_model, clip.text_projection, words, clean=clean_text)
 
     @classmethod
     def required_weights(cls, args: Mapping[str, Any]) -> dict[str, Weight]:

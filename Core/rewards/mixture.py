@@ -71,7 +71,7 @@ class AestheticHPS(Mixture):
         super().__init__(parts, {"aesthetic": 1.5 / 2, "hps": 1 / 2}, {"aesthetic": 1 / 2, "hps": 15 / 2})
 
     @classmethod
-    def scorers(cls) -> tuple[str, ...]:
+    def scorers(cls, args: Mapping[str, Any] | None = None) -> tuple[str, ...]:
         return ("aesthetic", "hps")
 
     @classmethod
@@ -116,10 +116,11 @@ def _part_errors(name: Any, own: Any, seen: dict[str, Any]) -> list[str]:
         return [str(error)]
     if not isinstance(own, Mapping):
         return [f"reward_args of {name!r} in a mixture must be a dict of its arguments, got {own!r}"]
+    scorers = cls.scorers(own)
     errors = [
         f"rewards {seen[scorer]!r} and {name!r} of the mixture both hold {scorer!r}; keep one of them"
-        for scorer in cls.scorers()
+        for scorer in scorers
         if scorer in seen
     ]
-    seen.update(dict.fromkeys(cls.scorers(), name))
+    seen.update(dict.fromkeys(scorers, name))
     return errors + cls.config_errors(own)

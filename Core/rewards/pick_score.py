@@ -20,7 +20,7 @@ class PickScore(ImageReward):
     info = RewardInfo(
         name="pick_score",
         summary="CLIP ViT-H fine-tuned on human image preferences",
-        range="0 to 100, good images 20 to 25",
+        range="-100 to 100, good images 20 to 25",
         paper="Kirstain et al. 2023, arXiv:2305.01569",
         weights={
             "model": Weight(

@@ -25,7 +25,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 Fit = Literal["crop", "pad", "squash"]
 Interpolation = Literal["bilinear", "bicubic"]
-RoundHalf = Literal["down", "even"]  # transformers' centre crop, torchvision's
+RoundHalf = Literal["down", "even"]  # transformers' centre crop; torchvision's, so openai/CLIP's
 
 # Pillow's resampling codes, as `preprocessor_config.json` stores them.
 PILLOW_CODES: dict[Any, Interpolation] = {2: "bilinear", 3: "bicubic"}
@@ -63,16 +63,18 @@ def to_unit_range(frames: Tensor) -> Tensor:
     return clamp_towards_range(frames / 2 + 0.5)
 
 
-def resize(images: Tensor, height: int, width: int, interpolation: Interpolation = "bicubic") -> Tensor:
+def resize(
+    images: Tensor, height: int, width: int, interpolation: Interpolation = "bicubic", clamp: bool = True
+) -> Tensor:
     """Resize [N, 3, H, W] in [0, 1] to [N, 3, height, width] with antialiasing, as Pillow does.
 
     Bicubic interpolation overshoots beside an edge. Pillow resizes the columns, then the rows, and 8 bits cut
-    the overshoot off after each; so does this.
+    the overshoot off after each; so does this, unless ``clamp`` is False.
     """
     for size in ((images.shape[-2], width), (height, width)):
         if images.shape[-2:] != size:
             images = F.interpolate(images, size, mode=interpolation, antialias=True, align_corners=False)
-            images = clamp_towards_range(images) if interpolation == "bicubic" else images
+            images = clamp_towards_range(images) if clamp and interpolation == "bicubic" else images
     return images
 
 
@@ -101,11 +103,18 @@ def pad_centered(images: Tensor, height: int, width: int) -> Tensor:
     return F.pad(images, (columns // 2, columns - columns // 2, rows // 2, rows - rows // 2))
 
 
-def resize_long_side(images: Tensor, size: int, interpolation: Interpolation = "bicubic") -> Tensor:
-    """Resize [N, 3, H, W] so that the longer side has ``size`` pixels, keeping the aspect ratio."""
-    ratio = max(images.shape[-2:]) / size  # divided by, as in open_clip 3: a half may round differently
-    height, width = (max(1, round(side / ratio)) for side in images.shape[-2:])
-    return resize(images, height, width, interpolation)
+def resize_long_side(
+    images: Tensor, size: int, interpolation: Interpolation = "bicubic", as_hpsv2: bool = False
+) -> Tensor:
+    """Resize [N, 3, H, W] so that the longer side has ``size`` pixels, keeping the aspect ratio.
+
+    open_clip 3 divides by a ratio and resizes 8-bit pictures; hpsv2 1.2 multiplies by a scale, which rounds a
+    few sizes differently, and resizes floats, whose bicubic overshoot nothing cuts off.
+    """
+    longest = max(images.shape[-2:])
+    ratio, scale = longest / size, size / longest
+    height, width = (max(1, round(s * scale if as_hpsv2 else s / ratio)) for s in images.shape[-2:])
+    return resize(images, height, width, interpolation, clamp=not as_hpsv2)
 
 
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -130,6 +139,7 @@ class ImageTransform:
     std: tuple[float, ...] = CLIP_STD
     short_side: int | None = None  # with `crop`: resize to this before cropping; default: no margin
     round_half: RoundHalf = "down"  # with `crop`: see `center_crop`
+    as_hpsv2: bool = False  # with `pad`: see `resize_long_side`
 
     def __call__(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] in [0, 1] → normalised [N, 3, height, width]."""
@@ -144,7 +154,8 @@ class ImageTransform:
         if self.fit == "squash":
             return resize(images, self.height, self.width, self.interpolation)
         if self.fit == "pad":
-            images = resize_long_side(images, min(self.height, self.width), self.interpolation)
+            side = min(self.height, self.width)
+            images = resize_long_side(images, side, self.interpolation, self.as_hpsv2)
             return pad_centered(images, self.height, self.width)
         images = resize_short_side(
             images, self.short_side or min(self.height, self.width), self.interpolation

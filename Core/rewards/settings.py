@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from Core.rewards.hps import DEFAULT_VERSION
 from Core.utils.options import option
+
+WRAPPERS = ("relative", "hinge")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,11 +27,23 @@ class RewardSettings:
 
     @property
     def arguments(self) -> dict:
-        """``reward_args`` with ``hps_version`` given to the hps reward, unless they name a version themselves."""
-        version = {"version": self.hps_version}
-        if self.reward_fn == "hps":
-            return {**version, **self.reward_args}
-        parts = self.reward_fn if isinstance(self.reward_fn, Mapping) else ()
-        if "hps" in parts or self.reward_fn == "aesthetic_hps":
-            return {**self.reward_args, "hps": {**version, **self.reward_args.get("hps", {})}}
-        return self.reward_args
+        """``reward_args`` with ``hps_version`` given to each hps reward, unless they name a version themselves."""
+        if not isinstance(self.reward_fn, Mapping):
+            return _with_version(self.reward_fn, self.reward_args, self.hps_version)
+        own = {name: self.reward_args.get(name, {}) for name in self.reward_fn}
+        own = {name: _with_version(name, args, self.hps_version) for name, args in own.items()}
+        return {**self.reward_args, **{name: args for name, args in own.items() if args != {}}}
+
+
+def _with_version(name: Any, args: Any, version: str) -> Any:
+    """``args`` of a reward, with ``version`` given to each hps reward in it; faulty ones are returned as they are."""
+    if not isinstance(args, Mapping):
+        return args
+    if name == "hps":
+        return {"version": version, **args}
+    if name == "aesthetic_hps":
+        return {**args, "hps": _with_version("hps", args.get("hps") or {}, version)}
+    if name in WRAPPERS:
+        inner = _with_version(args.get("reward"), args.get("reward_args") or {}, version)
+        return {**args, "reward_args": inner}
+    return args

@@ -40,7 +40,9 @@ class VJepa(VideoReward):
     """Minus the mean absolute error of the predicted features, V-JEPA 2's training loss; loss −score.
 
     The error is averaged over two tasks: the future from the past, the centre of the picture from its
-    surround. A still clip is easy to predict, so mix in ``motion``.
+    surround. V-JEPA 2's pretraining masks hide all time steps of a region, as the second task does; the first is
+    outside it and follows the "surprise" of Garrido et al. 2025 (arXiv:2502.11831), measured on such models. A
+    still clip is easy to predict, so mix in ``motion``.
 
     Args:
         model: hub id or folder.

@@ -3,6 +3,9 @@
 import logging
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from Core.backbones import Backbone
 from Core.build import build_backbone
@@ -85,15 +88,26 @@ def build_scorers(
     config: Config, distributed: Distributed, backbone: Backbone
 ) -> tuple[Reward, dict[str, Reward]]:
     """The trained reward and the monitors by name."""
-    reward = build_reward(
-        config.reward.reward_fn, config.reward.arguments, device=distributed.device, dtype=backbone.dtype
-    )
+    placed: dict[str, Any] = {
+        "device": distributed.device,
+        "dtype": scorer_dtype(backbone.dtype, config.optimizer.mixed_precision),
+    }
+    reward = build_reward(config.reward.reward_fn, config.reward.arguments, **placed)
     arguments = config.validation.monitor_args
     monitors = {
-        name: build_reward(name, arguments.get(name), device=distributed.device, dtype=backbone.dtype)
-        for name in config.validation.monitors
+        name: build_reward(name, arguments.get(name), **placed) for name in config.validation.monitors
     }
     return reward, monitors
+
+
+def scorer_dtype(base: torch.dtype, mixed_precision: str) -> torch.dtype:
+    """The frozen weights' own, except float16: the gradient of a pixel is often below its smallest number.
+
+    Autocast to bf16 shows that the device has it; any other takes float32.
+    """
+    if base != torch.float16:
+        return base
+    return torch.bfloat16 if mixed_precision == "bf16" else torch.float32
 
 
 def adapt_for_training(config: Config, backbone: Backbone) -> None:

@@ -7,6 +7,7 @@ looked for on this machine first; the network is used only for what is missing.
 import hashlib
 import json
 import re
+import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -20,6 +21,7 @@ TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
 PICKLED_MODEL_FILES = (*TOKENIZER_FILES, "pytorch_model*.bin")
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
+REASON_LIMIT = 300  # characters of what the hub's client says
 KINDS = {"model": "a model folder", "tokenizer": "a tokenizer folder", "file": "a weights file"}
 
 
@@ -121,23 +123,9 @@ def missing_local(weight: Weight) -> str:
     if not path.exists():
         return f"there is no {weight.source!r}; give {wanted} that exists, or a hub id (owner/name)"
     if path.is_file():
-        return (
-            _other_file(weight, path)
-            if weight.kind == "file"
-            else f"{weight.source!r} is a file; give {wanted}"
-        )
+        return "" if weight.kind == "file" else f"{weight.source!r} is a file; give {wanted}"
     lack = weight.lacks(path)
     return f"{weight.source!r} is not {wanted}: {lack}" if lack else ""
-
-
-def _other_file(weight: Weight, path: Path) -> str:
-    """One sentence if ``path`` carries the name of a pinned file but is another; else ''."""
-    if not weight.sha256 or (found := sha256(path)) == weight.sha256:
-        return ""
-    return (
-        f"{weight.source!r} is not the published file: its SHA-256 is {found}, not {weight.sha256}; fetch it again, "
-        f"or give your own by another path, such as './{weight.source}'"
-    )
 
 
 def locate(weight: Weight, into: Path | None = None) -> Path:
@@ -149,6 +137,13 @@ def locate(weight: Weight, into: Path | None = None) -> Path:
     Raises:
         FileNotFoundError: it is neither here nor reachable.
     """
+    if problem := missing_local(weight):
+        raise FileNotFoundError(problem)
+    return prefetch([weight], into)[weight]
+
+
+def _find(weight: Weight, into: Path | None) -> Path:
+    """``locate``, whose errors give no more than the reason."""
     if problem := missing_local(weight):
         raise FileNotFoundError(problem)
     if weight.source.startswith("https://"):
@@ -167,15 +162,15 @@ def prefetch(weights: Iterable[Weight], into: Path | None = None) -> dict[Weight
     missing: dict[Weight, str] = {}
     for weight in dict.fromkeys(weights):
         try:
-            paths[weight] = locate(weight, into)
+            paths[weight] = _find(weight, into)
         except FileNotFoundError as error:
             missing[weight] = str(error)
     if missing:
         raise FileNotFoundError(
-            f"{len(missing)} of the weights are neither on this machine nor reachable: "
-            f"{'; '.join(map(str, missing))} ({'; '.join(dict.fromkeys(missing.values()))}). Where the network is "
-            "open run `python scripts/download_weights.py --reward NAME --to DIR`, copy DIR here and use the "
-            "config lines it prints"
+            f"{len(missing)} of the weights {'is' if len(missing) == 1 else 'are'} neither on this machine nor "
+            f"reachable: {'; '.join(map(str, missing))} ({'; '.join(dict.fromkeys(missing.values()))}). Where the "
+            "network is open run `python scripts/download_weights.py --to DIR` with --reward NAME or --model NAME, "
+            "copy DIR here and use the config lines it prints"
         )
     return paths
 
@@ -210,7 +205,7 @@ def _download_snapshot(source: str, patterns: tuple[str, ...], folder: Path | No
         return Path(snapshot_download(source, allow_patterns=list(patterns), local_dir=folder))
     except _hub_errors() as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(reason[:200]) from error
+        raise FileNotFoundError(textwrap.shorten(reason, REASON_LIMIT, placeholder=" …")) from error
 
 
 def _hub_errors() -> tuple[type[Exception], ...]:
@@ -225,14 +220,15 @@ def _hub_errors() -> tuple[type[Exception], ...]:
 
 
 def _from_address(weight: Weight, into: Path | None) -> Path:
-    """A pinned file from an https address, checked against its hash."""
+    """A pinned file from an https address, checked against its hash; a copy in the current folder will do."""
     if not weight.sha256:
         raise FileNotFoundError(
             f"{weight.source} is not a pinned address; download the file and give its path"
         )
     target = (into or Path(torch.hub.get_dir()) / "checkpoints") / weight.name
-    if target.is_file() and sha256(target) == weight.sha256:
-        return target
+    for copy in (target, *([] if into else [Path(weight.name)])):
+        if copy.is_file() and sha256(copy) == weight.sha256:
+            return copy
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(weight.source, str(target), hash_prefix=weight.sha256)

@@ -78,14 +78,14 @@ def load_head(state: Mapping[str, Tensor], width: int, source: Path) -> nn.Modul
 class HPSv3(ImageReward):
     """The mean μ of the preference predicted for an image and its prompt; loss −score.
 
-    The head stays in float32. In bf16 the weights take 17 GB.
+    The head stays in float32. In bf16 the weights take 15.5 GB by calculation; the file's vocabulary head is left out.
 
     Args:
         model: hub id, folder or file of the weights.
         base: Qwen2-VL's configuration and tokenizer, as hub id or folder; its weights are not needed.
         template: the authors' ``data_collator_qwen.py`` or the wheel it is in, or a text file with your own prompt, in
-            which {text_prompt} and <|Reward|> stand.
-        nf4: keep the layers in 4 bits, about 6 GB in all.
+            which ``{text_prompt}`` and ``<|Reward|>`` stand.
+        nf4: keep the layers in 4 bits: by calculation 5 GB of weights in all.
         min_pixels: area below which images are enlarged.
         max_pixels: area above which images are reduced.
     """
@@ -93,7 +93,7 @@ class HPSv3(ImageReward):
     info = RewardInfo(
         name="hpsv3",
         summary="Qwen2-VL fine-tuned on human preferences over a wide spectrum of images",
-        range="about -5 to 15",
+        range="usually 0 to 15",
         paper="Ma et al. 2025, arXiv:2508.03789",
         weights={"model": MODEL, "base": BASE, "template": PROMPT_WEIGHT},
     )

@@ -123,16 +123,16 @@ def load_reward_state(checkpoint: Path, base: Weight, settings: Mapping[str, Any
 class VideoAlign(VideoReward):
     """Visual quality (VQ), motion quality (MQ) and text alignment (TA) of a clip, summed; loss −score.
 
-    Each is normalised by the mean and deviation in the model's settings. All three are logged. The score knows
-    frames of a whole video, evenly spaced in time: 2 a second in training. Frames that ``decode_frame`` picks should
-    be many and evenly spaced too (``"all"``); one isolated frame is refused. Users report that VQ drifts to the look of
+    Each is normalised by the mean and deviation in the model's settings. All three are logged. The network
+    was trained on frames evenly spaced over a whole video, 2 a second. Frames that ``decode_frame`` picks should be
+    many and evenly spaced too (``"all"``); fewer than 4 are refused. Users report that VQ drifts to the look of
     animation and that more frames raise the score, so watch a scorer of another kind as a monitor.
 
     Args:
         model: hub id or folder with ``model_config.json`` and ``checkpoint-<n>``, of which the newest is taken.
         base: Qwen2-VL's configuration and tokenizer, and its weights if the checkpoint is an adapter; hub id or folder.
-        template: the authors' ``prompt_template.py``, or a text file with your own prompt, in which {text_prompt} and
-            <|VQ_reward|>, <|MQ_reward|>, <|TA_reward|> stand.
+        template: the authors' ``prompt_template.py``, or a text file with your own prompt, in which ``{text_prompt}``
+            and ``<|VQ_reward|>``, ``<|MQ_reward|>``, ``<|TA_reward|>`` stand.
         vq: weight of visual quality in the score.
         mq: weight of motion quality.
         ta: weight of text alignment.
@@ -143,7 +143,7 @@ class VideoAlign(VideoReward):
     info = RewardInfo(
         name="videoalign",
         summary="visual quality, motion quality and text alignment of a clip, by a Qwen2-VL trained on preferences",
-        range="about -6 to 6; 0 is the mean of its training videos",
+        range="about -6 to 6, a sum of three normalised scores",
         paper="Liu et al. 2025, arXiv:2501.13918",
         weights={"model": MODEL, "base": TOKENIZER, "template": PROMPT_WEIGHT},
     )

@@ -15,13 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+import twin_runs
 from reward_twins import QWEN2_VL, qwen2_vl_arguments
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from Core.backbones import Prompt
-from Core.cli import main
 from Core.data.video import frame_rate, save_video
 from Core.evaluation import metrics
 from Core.rewards import build_reward, check_reward_config, required_weights
@@ -32,8 +32,6 @@ from Core.rewards.mixture import Mixture
 from Core.rewards.qwen2_vl import Patches, smart_resize
 from Core.rewards.qwen2_vl_files import PromptFile, read_template
 
-ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "Open-Sora" / "configs" / "opensora-v1-2" / "vader" / "vader_demo.py"
 NAMES = ("videoalign", "hpsv3")
 PROMPTS = ["a red ball", "a dog walks over a field of grass"]
 
@@ -514,22 +512,16 @@ def test_wrong_arguments_are_named_before_anything_loads():
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 @pytest.mark.parametrize("name", NAMES)
-def test_the_demo_trains_towards_it(name, dtype, tmp_path):
-    (tmp_path / "prompt.txt").write_text("a red ball\n")
-    flags = {
-        "reward-fn": name,
-        "reward-args": json.dumps(small(name)),
-        "decode-frame": "all" if name == "videoalign" else "fml",
+def test_five_steps_train_towards_it(name, dtype, twin, tmp_path):
+    overrides = {
+        "reward_fn": name,
+        "reward_args": small(name) | {"min_pixels": 784, "max_pixels": 784},
+        "train_batch_size": 1,
+        "decode_frame": "all" if name == "videoalign" else "fml",
         "dtype": dtype,
-        "max-train-steps": "5",
-        "train-batch-size": "1",
-        "val-prompt-path": str(tmp_path / "prompt.txt"),
-        "val-batch-size": "1",
-        "checkpointing-steps": "5",
-        "project-dir": str(tmp_path / "run"),
+        "max_train_steps": 5,
     }
-    command = [str(DEMO), *(word for key, value in flags.items() for word in (f"--{key}", value))]
-    assert main(command) == 0
+    assert twin_runs.start(twin, tmp_path / "run", **overrides) == 0
     rows = (tmp_path / "run" / "metrics.csv").read_text().splitlines()
     header = rows[0].split(",")
     assert len(rows) == 6

@@ -34,6 +34,7 @@ from transformers import (
 
 SIZE = 16  # pixels a twin's vision tower takes
 WORDS = {"positive": "sharp photo of", "negative": "blurry drawing of"}
+QWEN2_VL = Path(__file__).parent / "golden" / "rewards"  # twins of the scorers built on it
 LETTERS = "abcdefghijklmnopqrstuvwxyz,.'0123456789"
 
 
@@ -221,6 +222,14 @@ def open_clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
     }
 
 
+def qwen2_vl_arguments(name: str, **others) -> dict:
+    """`reward_args` of `videoalign` or `hpsv3` that load the twin in the repository and allow small pictures."""
+    folder = QWEN2_VL / name
+    model = folder if name == "videoalign" else folder / "HPSv3.safetensors"
+    named = {"model": str(model), "base": str(QWEN2_VL / "base"), "template": str(folder / "template.txt")}
+    return named | {"min_pixels": 3136} | others
+
+
 def twin_arguments(root: Path) -> dict[str, dict]:
     """Build every twin under `root`; registered name → `reward_args` that load it."""
     clip = str(clip_folder(root / "clip"))
@@ -243,6 +252,8 @@ def twin_arguments(root: Path) -> dict[str, dict]:
         "weather": {"model": clip, "head": laion},
         "object_detection": {"model": str(yolos_folder(root / "yolos")), "label": "dog"},
         "vjepa": {"model": str(vjepa_folder(root / "vjepa"))},
+        "videoalign": qwen2_vl_arguments("videoalign", slice_size=32),
+        "hpsv3": qwen2_vl_arguments("hpsv3", min_pixels=784, max_pixels=784, slice_size=32),
         "motion": {},
         "sharpness": {},
         "saturation": {},

@@ -221,7 +221,8 @@ def test_other_arguments_score_and_train(name, extra, arguments):
 @pytest.mark.parametrize("name", NAMES)
 def test_gradient_matches_central_differences_and_reaches_every_frame(name, arguments):
     reward = build(name, arguments, dtype=torch.float64)
-    frames = random_frames(dtype=torch.float64).requires_grad_()
+    # Of half the contrast: enlarging overshoots beside an edge, and a clamped pixel keeps a gradient on purpose.
+    frames = (random_frames(dtype=torch.float64) / 2).requires_grad_()
     gradient = torch.autograd.grad(reward(frames, PROMPTS).loss.sum(), frames)[0]
     assert (gradient.abs().amax(dim=(2, 3, 4)) > 0).all()
 

@@ -107,17 +107,24 @@ def _images(path: Path) -> list[Image.Image]:
         return [frame.to_image() for frame in container.decode(video=0)]
 
 
-def _frame_rate(path: Path) -> Fraction:
+def frame_rate(path: Path) -> float | None:
+    """Frames per second of a video file; None for a picture, or where the file does not say."""
+    rate = None if is_image(path) else _stated_rate(path)
+    return float(rate) if rate else None
+
+
+def _stated_rate(path: Path) -> Fraction | None:
     import av
 
     with av.open(str(path)) as container:
-        return Fraction(container.streams.video[0].average_rate or 1).limit_denominator(1001)
+        rate = container.streams.video[0].average_rate
+    return Fraction(rate).limit_denominator(1001) if rate else None
 
 
 def animated_gif(path: Path) -> bytes:
     """A video or picture file as a GIF that loops."""
     first, *rest = _images(path)
-    rate = 1 if is_image(path) else float(_frame_rate(path))
+    rate = frame_rate(path) or 1
     out = io.BytesIO()
     first.save(out, "GIF", save_all=True, append_images=rest, duration=round(1000 / rate), loop=0)
     return out.getvalue()
@@ -134,7 +141,10 @@ def smaller(path: Path, max_width: int, crf: int) -> bytes:
     height = round(images[0].height * width / images[0].width / 2) * 2
     with replacing(path.with_name(f".{path.stem}.small.mp4")) as partial:
         _encode(
-            partial, (np.asarray(image.resize((width, height))) for image in images), _frame_rate(path), crf
+            partial,
+            (np.asarray(image.resize((width, height))) for image in images),
+            _stated_rate(path) or Fraction(1),
+            crf,
         )
         content = partial.read_bytes()
     path.with_name(f".{path.stem}.small.mp4").unlink()

@@ -13,15 +13,19 @@ from torch import Tensor
 from Core.backbones import Prompt
 from Core.rewards import Reward, RewardOutput
 
-SCORED_FRAMES = 8
 RESAMPLES = 10_000
 
 
 @torch.no_grad()
-def score_videos(reward: Reward, videos: Tensor, prompts: Sequence[Prompt]) -> RewardOutput:
-    """Reward of finished videos [B, 3, T, H, W] in [-1, 1], over at most 8 frames spread evenly."""
-    count = min(SCORED_FRAMES, videos.shape[2])
-    index = torch.linspace(0, videos.shape[2] - 1, count).round().long()
+def score_videos(
+    reward: Reward, videos: Tensor, prompts: Sequence[Prompt], fps: float | None = None
+) -> RewardOutput:
+    """Reward of finished videos [B, 3, T, H, W] in [-1, 1], over the frames it samples.
+
+    Args:
+        fps: frames per second they play at, if known.
+    """
+    index = reward.sample_frames(videos.shape[2], fps)
     frames = videos[:, :, index].transpose(1, 2).to(reward.device)
     return reward(frames, [prompt.reward_text for prompt in prompts])
 

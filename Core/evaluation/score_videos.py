@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from Core.backbones import BACKBONES, Prompt
-from Core.data.video import is_image, is_video, read_video
+from Core.data.video import frame_rate, is_image, is_video, read_video
 from Core.evaluation.metrics import diversity, motion, score_videos
 from Core.generation.manifest import read_manifest
 from Core.rewards import Reward, build_reward, check_reward_config
@@ -68,8 +68,9 @@ class Scorers:
             of_group[DIVERSITY] = diversity(torch.stack(videos))
         rows = []
         for clip, video in zip(clips, videos, strict=True):
+            fps = frame_rate(clip.path)
             row = {
-                name: score_videos(reward, video[None], [clip.prompt]).score.item()
+                name: score_videos(reward, video[None], [clip.prompt], fps).score.item()
                 for name, reward in self.rewards.items()
             }
             row = {MOTION: motion(video[None]).item(), **row, **of_group}

@@ -47,6 +47,10 @@ class Nf4Linear(nn.Linear):
     weight; its own layer has no gradient on a CPU (Dettmers et al., 2023).
     """
 
+    scale: Tensor
+    code: Tensor
+    dtype: torch.dtype
+
     @classmethod
     def of(cls, linear: nn.Linear) -> "Nf4Linear":
         from bitsandbytes.functional import quantize_4bit
@@ -60,6 +64,14 @@ class Nf4Linear(nn.Linear):
         stored.dtype = linear.weight.dtype
         stored.bias = linear.bias
         return stored
+
+    def _apply(self, fn, recurse=True):
+        exact = self.scale, self.code
+        super()._apply(fn, recurse)
+        # A cast changes the type computed in, and must not round what the weight is restored from.
+        self.scale, self.code = (value.to(self.weight.device) for value in exact)
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=exact[0].device)).dtype
+        return self
 
     def forward(self, x: Tensor) -> Tensor:
         return _FrozenLinear.apply(x, self.bias, self.widened, self.weight, self.scale, self.code)

@@ -17,6 +17,7 @@ from Core.rewards.preprocess import to_unit_range
 from Core.utils.hub import Weight, missing_local
 
 Score = Callable[[Tensor, list[str]], Tensor]
+SAMPLED_FRAMES = 8
 
 
 @dataclass(frozen=True)
@@ -159,29 +160,40 @@ class Reward(nn.Module):
         """What training minimises, elementwise of the same; by default the score itself, signed."""
         return -raw if self.higher_is_better else raw
 
-    def in_slices(self, score: Score, inputs: Tensor, prompts: list[str]) -> Tensor:
-        """``score(inputs, prompts)`` [N], float32 or better, of inputs [N, …] and N prompts.
+    def sample_frames(self, count: int, fps: float | None) -> Tensor:
+        """Numbers [F] of the frames of a finished video that are scored; by default at most 8, evenly spread.
+
+        Args:
+            count: frames it has.
+            fps: frames per second it plays at, if known.
+        """
+        return torch.linspace(0, count - 1, min(SAMPLED_FRAMES, count)).round().long()
+
+    def in_slices(self, score: Score, inputs: Tensor, prompts: list[str], *columns: int) -> Tensor:
+        """``score(inputs, prompts)`` [N, *columns], float32 or better, of inputs [N, …] and N prompts.
 
         It runs in slices of ``slice_size``, recomputed in the backward pass: the graph of only one is alive at a time.
         """
         if len(inputs) <= self.slice_size:
-            return self.one_each(score(inputs, prompts), len(inputs))
+            return self.one_each(score(inputs, prompts), len(inputs), *columns)
         starts = range(0, len(inputs), self.slice_size)
         slices = [(inputs[i : i + self.slice_size], prompts[i : i + self.slice_size]) for i in starts]
         scores = [checkpoint(score, *part, use_reentrant=False) for part in slices]
-        return torch.cat([self.one_each(s, len(p)) for s, (_, p) in zip(scores, slices, strict=True)])
+        return torch.cat(
+            [self.one_each(s, len(p), *columns) for s, (_, p) in zip(scores, slices, strict=True)]
+        )
 
-    def one_each(self, scores: Tensor, count: int) -> Tensor:
+    def one_each(self, scores: Tensor, *shape: int) -> Tensor:
         """``scores`` in float32 or better.
 
         Raises:
-            ValueError: they are not ``count`` numbers in one dimension.
+            ValueError: they are not of ``shape``.
         """
         given = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
-        if given != [count]:
+        if given != list(shape):
             raise ValueError(
                 f"reward {self.info.name!r} must give one score and one loss per image or clip, a tensor "
-                f"[{count}], got {given}; average over all other dimensions, not over that one"
+                f"{list(shape)}, got {given}; average over all other dimensions, not over that one"
             )
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
 
@@ -211,12 +223,16 @@ class VideoReward(Reward):
     def score_clips(self, clips: Tensor, prompts: list[str]) -> Tensor:
         """Scores [B] of clips [B, F, 3, H, W] in [0, 1], each by its prompt."""
 
-    def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
+    def check_count(self, frames: Tensor) -> None:
+        """Raise ValueError where [B, F, …] has fewer than ``min_frames``."""
         if frames.shape[1] < self.min_frames:
             raise ValueError(
                 f"reward {self.info.name!r} needs at least {self.min_frames} frames, got {frames.shape[1]}: "
                 'decode more with decode_frame="all" (or "fml", "alt")'
             )
+
+    def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
+        self.check_count(frames)
         raw = self.in_slices(self.score_clips, frames, prompts)
         score = self.as_score(raw)
         loss = self.one_each(self.loss(raw), len(raw))

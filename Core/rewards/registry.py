@@ -17,6 +17,7 @@ REGISTRY: Registry[Reward] = Registry(
     {
         "aesthetic": "Core.rewards.aesthetic:Aesthetic",
         "hps": "Core.rewards.hps:HPS",
+        "hpsv3": "Core.rewards.hpsv3:HPSv3",
         "aesthetic_hps": "Core.rewards.mixture:AestheticHPS",
         "pick_score": "Core.rewards.pick_score:PickScore",
         "clip_score": "Core.rewards.clip_score:ClipScore",
@@ -28,6 +29,7 @@ REGISTRY: Registry[Reward] = Registry(
         "weather": "Core.rewards.weather:Weather",
         "object_detection": "Core.rewards.object_detection:ObjectDetection",
         "vjepa": "Core.rewards.vjepa:VJepa",
+        "videoalign": "Core.rewards.videoalign:VideoAlign",
         "motion": "Core.rewards.guards:Motion",
         "sharpness": "Core.rewards.guards:Sharpness",
         "saturation": "Core.rewards.guards:Saturation",

@@ -88,10 +88,11 @@ class Validation:
     def _score(self, video: Video) -> dict[str, float]:
         """Reward, its parts, the monitors, and ``motion`` unless a scorer of that name gives it."""
         pixels, prompt = video.pixels[None].to(self.distributed.device), [video.sample.prompt]
-        output = score_videos(self.reward, pixels, prompt)
+        fps = self.config.video.file_fps
+        output = score_videos(self.reward, pixels, prompt, fps)
         values = {"reward": output.score.item()} | {name: part.item() for name, part in output.parts.items()}
         for name, monitor in self.monitors.items():
-            values[name] = score_videos(monitor, pixels, prompt).score.item()
+            values[name] = score_videos(monitor, pixels, prompt, fps).score.item()
         if pixels.shape[2] > 1:
             values.setdefault("motion", motion(pixels).item())
         return values

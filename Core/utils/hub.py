@@ -16,13 +16,18 @@ from typing import Literal
 import torch
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
-WEIGHT_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt"}
+FILE_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".txt", ".py", ".whl"}  # not of hub ids
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
 PICKLED_MODEL_FILES = (*TOKENIZER_FILES, "pytorch_model*.bin")
 PROCESSOR_FILES = ("preprocessor_config.json", "video_preprocessor_config.json", "processor_config.json")
 REASON_LIMIT = 300  # characters of what the hub's client says
-KINDS = {"model": "a model folder", "tokenizer": "a tokenizer folder", "file": "a weights file"}
+KINDS = {
+    "model": "a model folder",
+    "tokenizer": "a tokenizer folder",
+    "checkpoint": "a folder of checkpoints",
+    "file": "a file",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,14 +35,16 @@ class Weight:
     """One published artefact.
 
     source: hub id, https address, or local path. kind: ``model`` (folder in the transformers layout),
-    ``tokenizer`` (the same without weights) or ``file`` (a single one, ``file`` in its repository). parts: what a
-    model folder must hold beside the network. size: approximate download in bytes. sha256: of a pinned file.
-    licence: of the weights.
+    ``tokenizer`` (the same without weights), ``checkpoint`` (folder of another layout, see ``layouts``) or ``file`` (a
+    single one, ``file`` in its repository). parts: what a model folder must hold beside the network. layouts: what a
+    checkpoint folder may hold, alternatives in order, each a set of patterns. size: approximate download in bytes.
+    sha256: of a pinned file. licence: of the weights.
     """
 
     source: str
-    kind: Literal["model", "tokenizer", "file"] = "model"
+    kind: Literal["model", "tokenizer", "checkpoint", "file"] = "model"
     parts: tuple[Literal["tokenizer", "processor"], ...] = ()
+    layouts: tuple[tuple[str, ...], ...] = ()
     file: str = ""
     size: int = 0
     sha256: str = ""
@@ -57,7 +64,7 @@ class Weight:
         if self.source.startswith("https://"):
             return False
         path = Path(self.source).expanduser()
-        return path.exists() or path.suffix in WEIGHT_SUFFIXES or not HUB_ID.fullmatch(self.source)
+        return path.exists() or path.suffix in FILE_SUFFIXES or not HUB_ID.fullmatch(self.source)
 
     @property
     def name(self) -> str:
@@ -69,6 +76,8 @@ class Weight:
         """Files to fetch from a repository, alternatives in order: pickled ones only if there are no others."""
         if self.kind == "file":
             return ((self.file,),)
+        if self.kind == "checkpoint":
+            return self.layouts
         return (TOKENIZER_FILES,) if self.kind == "tokenizer" else (MODEL_FILES, PICKLED_MODEL_FILES)
 
     def lacks(self, folder: Path) -> str:
@@ -77,6 +86,11 @@ class Weight:
             return "" if (folder / self.file).is_file() else f"it has no file {self.file!r}"
         if self.kind == "tokenizer":
             return _lacks_tokenizer(folder)
+        if self.kind == "checkpoint":
+            lacking = [[p for p in patterns if not any(folder.glob(p))] for patterns in self.layouts]
+            return (
+                "" if [] in lacking else f"it has no {' or '.join(' with '.join(names) for names in lacking)}"
+            )
         if not (folder / "config.json").is_file():
             return "it has no config.json"
         whole = any((folder / name).is_file() for name in ("model.safetensors", "pytorch_model.bin"))

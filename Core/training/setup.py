@@ -101,7 +101,7 @@ def build_scorers(
 
 
 def scorer_dtype(base: torch.dtype, mixed_precision: str) -> torch.dtype:
-    """The frozen weights' own, except float16: the gradient of a pixel is often below its smallest number.
+    """The frozen weights' own, except float16, in which small gradients of a pixel round to zero.
 
     Autocast to bf16 shows that the device has it; any other takes float32.
     """

@@ -18,6 +18,7 @@ from Core.sampling.euler import DenoisingStep, RectifiedFlow, run_steps
 from Core.sampling.gradient_window import first_gradient_step
 from Core.sampling.kept_frames import keep_frames
 from opensora.registry import SCHEDULERS
+from opensora.schedulers.rf.rectified_flow import RFlowScheduler, timestep_transform
 
 from .base import PredictionObserver
 
@@ -31,8 +32,6 @@ def rflow_timesteps(
     discrete: bool = False,
 ) -> Tensor:
     """[steps, batch] from ``num_timesteps`` down, shifted by ``info`` (height, width, num_frames) if given."""
-    from opensora.schedulers.rf.rectified_flow import timestep_transform
-
     t = torch.tensor([(1.0 - i / steps) * num_timesteps for i in range(steps)])
     t = (t.round() if discrete else t)[:, None].expand(steps, batch)
     if info is None:
@@ -147,8 +146,6 @@ class RFLOW:
         use_timestep_transform: bool = False,
         **kwargs,
     ):
-        from opensora.schedulers.rf.rectified_flow import RFlowScheduler
-
         unknown = sorted(kwargs.keys() - inspect.signature(RFlowScheduler).parameters.keys())
         if unknown:
             raise ValueError(f"unknown keys in `scheduler`: {', '.join(unknown)}")

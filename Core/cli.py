@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from Core.config import Config, ConfigError, load_config
+from Core.config.checks import OPTIONAL_KEYS
 from Core.utils.errors import IncompleteError
 from Core.utils.terminal import ConsoleHandler
 
@@ -51,8 +52,7 @@ def exit_code(action: Callable[[], object]) -> int:
         action()
     except ConfigError as error:
         return answer(2, error.errors if os.environ.get("LOCAL_RANK", "0") == "0" else [])
-    except (ValueError, FileNotFoundError, PermissionError) as error:
-        logger.debug("stopped by", exc_info=True)
+    except (ValueError, OSError) as error:
         return answer(2, [str(error)])
     except IncompleteError as error:
         return answer(1, [str(error)])
@@ -87,6 +87,9 @@ def run(config: Config) -> Path:
         (train if training else sample)(config, distributed, folder)
     except torch.OutOfMemoryError as error:
         raise MemoryError(memory_advice(config, str(error))) from error
+    except Exception:
+        logger.debug("stopped by", exc_info=True)  # in log.txt alone
+        raise
     finally:
         stop_log()
     distributed.close()
@@ -139,6 +142,7 @@ def memory_advice(config: Config, error: str) -> str:
     )  # any one frame costs the same
     if config.models.compile_blocks or config.models.base_quant != "none":
         same.add("dtype")  # would be refused beside them
+    same |= set(OPTIONAL_KEYS) - config.backbone.obeys
     known = {key: value for key, value in savers.items() if key in values and key not in same}
     unused = [f"{key}={value!r}" for key, value in known.items() if values[key] != value]
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)

@@ -69,9 +69,10 @@ class OneJump(Objective):
         clean = backbone.process.step(z, predict(z, t), t, torch.zeros_like(t))
         timer.lap("gradient_steps")
         index = torch.full((len(samples), 1), self.settings.frame)
-        self.frames = backbone.decode_frames(clean, index)
+        frames = backbone.decode_frames(clean, index)
         timer.lap("decode")
-        reward = self.reward(self.frames, [text.prompt.reward_text for text in prompts])
+        self.frames = frames.detach()
+        reward = self.reward(frames, [text.prompt.reward_text for text in prompts])
         timer.lap("reward")
         return reward
 

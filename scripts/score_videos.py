@@ -53,15 +53,16 @@ def score_folder(
     refuse(check_scorers(rewards, arguments))
     scorers = Scorers(rewards, arguments, "cuda" if torch.cuda.is_available() else "cpu")
     rows, failed = [], 0
-    for group in progress_bar().track(list(by_prompt(clips)), description="scoring"):
-        try:
-            scores = scorers(group)
-        except ValueError as error:
-            failed += len(group)
-            logger.error("no score for %s: %s", [clip.path.name for clip in group], error)
-            continue
-        for clip, values in zip(group, scores, strict=True):
-            rows.append(({"file": clip.path.name, "prompt": clip.prompt.reward_text}, values))
+    with progress_bar() as bar:
+        for group in bar.track(list(by_prompt(clips)), description="scoring"):
+            try:
+                scores = scorers(group)
+            except ValueError as error:
+                failed += len(group)
+                logger.error("no score for %s: %s", [clip.path.name for clip in group], error)
+                continue
+            for clip, values in zip(group, scores, strict=True):
+                rows.append(({"file": clip.path.name, "prompt": clip.prompt.reward_text}, values))
     found = means([scores for _, scores in rows])
     if rows:
         out.mkdir(parents=True, exist_ok=True)

@@ -53,7 +53,7 @@ class ModelEntry:
     type: Literal["STDiT3-XL/2", "STDiT3-3B/2"] = option("STDiT3-XL/2", "size of the denoiser")
     from_pretrained: str | None = option(None, "hub id or local path of the weights")
     force_huggingface: bool = option(False, "upstream's name for a hub id; has no effect here")
-    enable_sequence_parallelism: bool = option(False, "upstream's key; must be False")
+    enable_sequence_parallelism: Literal[False] = option(False, "upstream's key; must be False")
     enable_flash_attn: bool = option(False, "upstream's key; PyTorch picks the kernel")
     enable_layernorm_kernel: bool = option(False, "upstream's key; PyTorch picks the kernel")
     input_size: list[int | None] = option([None, None, None], "upstream's key")

@@ -75,6 +75,8 @@ def _training_errors(config: Config) -> list[str]:
         errors.append(
             "base_quant='nf4' and dtype='fp8' both say how weights are stored; set dtype='bf16' with nf4"
         )
+    if config.adapter.lora_targets == []:
+        errors.append("lora_targets is empty; name layers, or set None for the family's own")
     if isinstance(config.adapter.lora_ckpt_path, list):
         errors.append(
             f"lora_ckpt_path must be one adapter in training, got {config.adapter.lora_ckpt_path!r}"
@@ -113,6 +115,8 @@ def _early_stop_errors(config: Config) -> list[str]:
         return [f"early_stop must have the key monitor, and may have fall and patience; got {dict(rule)!r}"]
     if rule["monitor"] not in known:
         return [f"early_stop.monitor must be one of {', '.join(known)}, got {rule['monitor']!r}"]
+    if rule["monitor"] == "diversity" and config.validation.num_val_seeds < 2:
+        return ["early_stop.monitor='diversity' is measured from num_val_seeds=2 on; raise num_val_seeds"]
     return []
 
 

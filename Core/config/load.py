@@ -21,7 +21,7 @@ from .schema import Config, keys_of, sections_of
 # Keys that choose a section of the configuration.
 CHOICES: dict[str, Registry[Any]] = {"backbone": BACKBONES, "objective": OBJECTIVES}
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
-EXPONENT = re.compile(r"[-+]?\d+[eE][-+]?\d+")
+EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 # Keys of earlier versions, with the value that meant "off": a config file may still hold that.
 RETIRED = {"prefix_cache": 1, "noise_repeats": 1}
 
@@ -122,11 +122,17 @@ def read_file(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
         ) from error
     values = file.to_dict()
     if Path(path).suffix in (".yaml", ".yml"):
-        # YAML 1.1 takes 1e-3 for text: a number needs its point there.
-        values = {
-            k: float(v) if isinstance(v, str) and EXPONENT.fullmatch(v) else v for k, v in values.items()
-        }
+        values = _with_exponents(values)
     return {key: value for key, value in values.items() if not isinstance(value, ModuleType)}
+
+
+def _with_exponents(value: Any) -> Any:
+    """YAML 1.1 takes 1e-3 and 1.5e3 for text, since it wants a point and a sign in the exponent."""
+    if isinstance(value, dict):
+        return {key: _with_exponents(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_with_exponents(inner) for inner in value]
+    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
 
 
 def read_saved(path: Path) -> dict[str, Any]:
@@ -159,8 +165,9 @@ def build_config(values: Mapping[str, Any], flags: Mapping[str, Any] | None = No
     nested = schemas["family"].nested_flags  # type: ignore[attr-defined]
     for flag in set(nested) & set(flags or {}):
         entry, inner = nested[flag]
-        if (value := values.pop(flag)) is not None:
-            values[entry] = {**(values.get(entry) or {}), inner: value}
+        given = values.get(entry) or {}
+        if (value := values.pop(flag)) is not None and isinstance(given, Mapping):
+            values[entry] = {**given, inner: value}
     if isinstance(values.get("prompt"), str):
         values["prompt"] = [values["prompt"]]
     for key, table in CHOICES.items():

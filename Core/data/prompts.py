@@ -57,8 +57,8 @@ def prompt_file_errors(settings: PromptSettings, training: bool) -> list[str]:
                 read_lines(path)
         except (OSError, ValueError) as error:
             errors.append(f"{key}: {error}")
-    if settings.prompt is not None and not any(text.strip() for text in settings.prompt):
-        errors.append("prompt is empty; give at least one prompt")
+    if settings.prompt is not None and not (settings.prompt and all(t.strip() for t in settings.prompt)):
+        errors.append("prompt is empty or holds an empty prompt; give at least one prompt, and no empty ones")
     start, end = settings.start_index or 0, settings.end_index
     if end is not None and end <= start:
         errors.append(f"end_index ({end}) must be above start_index ({start})")

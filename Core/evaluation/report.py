@@ -172,9 +172,10 @@ def headline(
     """What the run achieved, on held-out prompts where there are any."""
     if result:
         measure = main_measure(result)
+        sign = -1 if measure in result["lower_is_better"] else 1
         rows = [row for row in result["summary"] if row["measure"] == measure]
         held_out = [row for row in rows if row["prompts_are"] == "held-out"]
-        best = max(held_out or rows, key=lambda row: row["gain"] or -math.inf)
+        best = max(held_out or rows, key=lambda row: -math.inf if row["gain"] is None else sign * row["gain"])
         up = (best["gain"] or 0) > 0
         good = None if not best["significant"] else up != (measure in result["lower_is_better"])
         return best | {"good": good, "source": "evaluation.json"}
@@ -198,7 +199,10 @@ def facts(metrics: Sequence[Mapping[str, float]], values: Mapping[str, Any]) -> 
     if values:
         found += [("reward", reward_name(values)), ("adapter rank", str(values.get("lora_rank")))]
         mode, steps = values.get("backprop_mode"), values.get("backprop_steps")
-        found.append(("gradient window", f"last {steps}" if mode == "last" else str(mode)))
+        if mode:
+            found.append(("gradient window", f"last {steps}" if mode == "last" else str(mode)))
+        else:
+            found.append(("objective", str(values.get("objective"))))
     return found
 
 

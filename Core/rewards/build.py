@@ -18,8 +18,10 @@ RewardFn = str | Mapping[str, float]
 RewardArgs = Mapping[str, Any] | None
 
 
-def check_reward_config(reward_fn: RewardFn, reward_args: RewardArgs = None) -> list[str]:
+def check_reward_config(reward_fn: RewardFn, reward_args: Any = None) -> list[str]:
     """All that is wrong with a reward configuration, one sentence each, without loading any weights."""
+    if not isinstance(reward_args or {}, Mapping):
+        return [f"the arguments of reward {reward_fn!r} must be a dict, got {reward_args!r}"]
     args = dict(reward_args or {})
     if isinstance(reward_fn, Mapping):
         return mixture_errors(reward_fn, args)

@@ -10,6 +10,8 @@ import torch
 from rich.progress import track
 from torch import Tensor
 
+from Core.utils.terminal import console
+
 # (latent before step i, i) → latent after it
 Step = Callable[..., Tensor]
 
@@ -67,6 +69,6 @@ class DenoisingStep:
 
 def run_steps(step: Step, z: Tensor, start: int, stop: int, progress: bool = False) -> Tensor:
     """Sampling steps ``start`` to before ``stop``, from latent ``z``."""
-    for i in track(range(start, stop), "sampling", transient=True, disable=not progress):
+    for i in track(range(start, stop), "sampling", console=console, transient=True, disable=not progress):
         z = step(z, i)
     return z

@@ -40,6 +40,12 @@ class ValidationHistory:
         values = [sign * result.get(name, math.nan) for result in self.results]
         return [value for value in values if not math.isnan(value)]
 
+    def score_at(self, step: int) -> float | None:
+        """The reward of the validation at ``step``, higher being better; None where there is none."""
+        latest = self.results[-1] if self.results else {}
+        value = latest.get("reward", math.nan) if latest.get("step") == step else math.nan
+        return None if math.isnan(value) else -value if "reward" in self.lower_is_better else value
+
     def warnings(self, monitors: Sequence[str]) -> list[str]:
         """Sentences on monitors that fell since the first validation while the trained reward rose."""
         reward = self.goodness("reward")
@@ -49,7 +55,9 @@ class ValidationHistory:
         return [self._warning(name) for name, history in values.items() if _fallen(history)]
 
     def _warning(self, name: str) -> str:
-        first, last = self.results[0], self.results[-1]
+        # A validation that a full disk cut short lacks values.
+        whole = [result for result in self.results if name in result and "reward" in result]
+        first, last = whole[0], whole[-1]
         return (
             f"the trained reward went from {first['reward']:.4g} to {last['reward']:.4g} since step "
             f"{first['step']} while {name} went from {first[name]:.4g} to {last[name]:.4g}: the adapter may be "

@@ -1,4 +1,4 @@
-"""A panel in the terminal while training runs: reward, what is held out, where the time goes, what comes next.
+"""A panel in the terminal while training runs: reward, validation, where the time goes, what comes next.
 
 Where the output is no terminal, plain lines say the same now and then.
 """
@@ -107,7 +107,7 @@ class ProgressPanel:
         rows.add_column()
         rows.add_row("reward", self._reward_text())
         if self.validations:
-            rows.add_row("held out", self._validation_text())
+            rows.add_row("validation", self._validation_text())
         rows.add_row("next", self._next_text())
         rows.add_row("now", Text("  ".join(f"{k} {v:.4g}" for k, v in self.metrics.items())))
         rows.add_row("memory", memory_text())

@@ -8,11 +8,15 @@ from pathlib import Path
 
 from Core.backbones import Prompt
 from Core.config import Config
+from Core.config.load import RETIRED
 from Core.training.checkpoint import Checkpoint, Checkpoints
 
 logger = logging.getLogger("vader")
 GLOBAL_BATCH = "global batch"
-RUN_FILES = ("checkpoints", "samples", "adapter", "metrics.csv", "validation.csv", "config.py", "tensorboard")
+RUN_FILES = (
+    *("checkpoints", "samples", "adapter", "metrics.csv", "validation.csv", "config.py", "tensorboard"),
+    *("evaluation", "report.html", "environment.json", "wandb_id.txt", "wandb"),
+)
 
 
 def choose_checkpoint(
@@ -94,6 +98,8 @@ def refuse_contradiction(
     fixed = config.fixed_keys()
     free = config.flat().keys() - fixed
     changed = [key for key in now if key not in free and before[key] != now[key]]
+    changed += [key for key, off in RETIRED.items() if before.get(key, off) != off]
+    now |= RETIRED
     if changed:
         listed = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
         raise ValueError(

@@ -36,7 +36,9 @@ class RolloutSettings(ObjectiveSettings):
     )
     detach_input: bool = option(False, "stop the gradient at each step's latent input (DRTune)")
     kl_weight: float = option(
-        0.0, "weight of the squared difference between the velocities with and without the adapter", minimum=0
+        0.0,
+        "weight of the squared difference between the predictions with and without the adapter",
+        minimum=0,
     )
     decode_frame: str | int = option(
         -1,

@@ -73,6 +73,7 @@ class Trainer:
         self.stop = StopRequest()
         self.step = self.bad_steps = self.skipped_steps = 0
         self.recent_rewards: list[float] = []
+        self.save_fault = ""  # why the last save failed
 
     @property
     def total_steps(self) -> int:
@@ -142,6 +143,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Train until the last step; validate, log and save on the way."""
+        stopped = False
         with self.stop, self.progress.begin(self.step):
             if self.validation_is_due():
                 self.validate()
@@ -152,9 +154,15 @@ class Trainer:
                 lr = self.optimizer.param_groups[0]["lr"]
                 numbers = {"loss": metrics.loss, "grad norm": metrics.grad_norm, "lr": lr}
                 self.progress.update(self.step, metrics.reward, metrics.timings, numbers)
-                if self.after_step(metrics.stopping):
-                    logger.warning("stopped after step %d; the same command continues from there", self.step)
+                if stopped := self.after_step(metrics.stopping):
                     break
+        if self.save_fault:
+            raise ValueError(
+                f"step {self.step} could not be saved: {self.save_fault}; make room and repeat the command, which "
+                "continues from the last checkpoint"
+            )
+        if stopped:
+            logger.warning("stopped after step %d; the same command continues from there", self.step)
 
     def advance(self) -> StepMetrics:
         """One optimiser step, counted and logged."""
@@ -182,8 +190,9 @@ class Trainer:
         if stopping or exhausted or self.finished() or regular:
             self.save()
         if exhausted:
+            kept = f"not saved ({self.save_fault})" if self.save_fault else "saved"
             raise ValueError(
-                f"{self.bad_steps} steps in a row had no finite reward and gradient; the run is saved at step "
+                f"{self.bad_steps} steps in a row had no finite reward and gradient; the run is {kept} at step "
                 f"{self.step}; lower lr, or set mixed_precision='bf16'"
             )
         return stopping
@@ -215,8 +224,7 @@ class Trainer:
             self.save_preview(folder)
 
     def report_validation(self, result: ValidationResult, values: Mapping[str, float]) -> None:
-        if "reward" in values:
-            self.progress.validated(self.step, values["reward"])
+        self.progress.validated(self.step, values["reward"])
         self.trackers.log({f"validation/{name}": value for name, value in values.items()}, self.step)
         if result.videos:
             paths, captions = zip(*result.videos, strict=True)
@@ -230,31 +238,31 @@ class Trainer:
 
     def save_preview(self, folder: Path) -> None:
         if self.config.validation.is_sample_preview and self.objective.frames is not None:
-            for number, frames in enumerate(self.objective.frames.float().cpu()):
-                save_video(frames.transpose(0, 1), folder / f"trained_on_{number}", fps=8)
+            try:
+                for number, frames in enumerate(self.objective.frames.float().cpu()):
+                    save_video(frames.transpose(0, 1), folder / f"trained_on_{number}", fps=8)
+            except OSError as error:
+                logger.error("the preview of step %d was not saved: %s; training goes on", self.step, error)
 
     def save(self) -> None:
         """Write the run's adapter and a checkpoint, after checking that all processes hold the same."""
         averages = self.ema.average.values() if self.ema else ()
         refuse_divergence(self.distributed, self.step, [*self.parameters, *averages])
+        fault = ""
         if self.distributed.is_main:
             try:
                 with self.averaged():
                     lora.save(self.backbone.denoiser, self.folder / "adapter")
-                score = self.validation_score()
+                score = self.history.score_at(self.step)
                 model = self.backbone.denoiser
                 self.checkpoints.save(self.step, model, self.state(), dict(self.identity), score)
             except OSError as error:
+                fault = str(error)
                 logger.error(
                     "checkpoint of step %d was not saved: %s; earlier ones are untouched, and training goes on",
                     self.step, error,
                 )  # fmt: skip
-        self.distributed.barrier()
-
-    def validation_score(self) -> float | None:
-        """The current step's validation reward, higher being better; None without a validation."""
-        good = self.history.goodness("reward")
-        return good[-1] if good and self.history.last_step == self.step else None
+        self.save_fault = self.distributed.broadcast(fault)
 
     def state(self) -> dict:
         """All that continuing needs beside the adapter and the configuration.

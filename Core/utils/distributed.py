@@ -19,11 +19,6 @@ PATIENCE = timedelta(hours=6)
 SCALE_FLOOR = 1.0  # a gradient that overflows fp16 without any scaling overflows by itself
 
 
-def speaks_for_machine() -> bool:
-    """Whether this process is the first of its machine, by what the launcher told it: nothing is set up for it."""
-    return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 class Distributed:
     """The processes of a run and what they do together.
 

@@ -16,10 +16,10 @@ import matplotlib  # noqa: E402
 from importlinter.api import read_configuration  # noqa: E402
 
 matplotlib.use("Agg")
-matplotlib.rcParams |= {"svg.hashsalt": "imports", "svg.fonttype": "none"}  # small, and the same every time
 import matplotlib.pyplot as plt  # noqa: E402
 from matplotlib.patches import FancyArrowPatch  # noqa: E402
 
+STYLE = {"svg.hashsalt": "imports", "svg.fonttype": "none"}  # small, and the same every time
 COLUMNS = 3
 WIDTH, HEIGHT = 0.76, 0.66  # of a box; columns and rows are one unit apart
 INCHES = (2.5, 0.7)  # a unit across and down
@@ -123,6 +123,7 @@ def passes(start: tuple[float, float], end: tuple[float, float], place: tuple[fl
     return min(xs) < x + 0.6 * WIDTH and max(xs) > x - 0.6 * WIDTH
 
 
+@matplotlib.rc_context(STYLE)
 def draw(path: Path) -> None:
     imports = graph()
     rows, box_of = boxes(imports.modules)

@@ -7,7 +7,6 @@ train_t2v_lora.py, such as --num-sample 4 or --seed 7. Run it again to resume an
 """
 
 import argparse
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +17,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 from Core.cli import exit_code, start_log, stop_log  # noqa: E402
-from Core.config import Config, ConfigError, load_config  # noqa: E402
+from Core.config import Config, load_config  # noqa: E402
 from Core.evaluation.compare import compare, read_training_prompts  # noqa: E402
-from Core.evaluation.score_videos import check_scorers, refuse  # noqa: E402
+from Core.evaluation.score_videos import check_scorers, parse_reward_arguments, refuse  # noqa: E402
 from Core.utils.distributed import Distributed  # noqa: E402
 from Core.utils.environment import record_environment  # noqa: E402
 
@@ -57,10 +56,7 @@ def chosen_rewards(own: argparse.Namespace, config: Config) -> dict[str, Mapping
     """Rewards by name with their arguments; those of the config hold for the config's own reward."""
     known = config.reward.parts
     names = own.rewards.split(",") if own.rewards else list(known)
-    try:
-        given = json.loads(own.reward_arguments)
-    except json.JSONDecodeError as error:
-        raise ConfigError([f"--reward-arguments is no JSON ({error}): {own.reward_arguments!r}"]) from error
+    given = parse_reward_arguments(own.reward_arguments)
     rewards = {name: {**known.get(name, {}), **given.get(name, {})} for name in names}
     refuse(check_scorers(names, rewards | given))
     return rewards

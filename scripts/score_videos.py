@@ -7,7 +7,6 @@ file, sorted by name; .jsonl or .csv with file and prompt), the folder's prompts
 """
 
 import argparse
-import json
 import logging
 import sys
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from Core.evaluation.score_videos import (  # noqa: E402
     by_prompt,
     check_scorers,
     find_clips,
+    parse_reward_arguments,
     refuse,
     write_csv,
     write_json,
@@ -86,10 +86,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="folder for the tables (default: FOLDER)")
     flags = parser.parse_args()
     logger.addHandler(logging.StreamHandler())
-    try:
-        arguments = json.loads(flags.reward_arguments)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"--reward-arguments is no JSON ({error}): {flags.reward_arguments!r}") from error
+    arguments = parse_reward_arguments(flags.reward_arguments)
     rewards = [name for name in flags.rewards.split(",") if name]
     out = flags.out or flags.folder
     for name, mean in score_folder(flags.folder, rewards, arguments, flags.prompts, out).items():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import twin_runs
 from safetensors.torch import load_file
 from twins import config_file, settings
 
@@ -318,3 +319,18 @@ def test_two_torchrun_agents_on_the_loopback_interface_train_as_one(configured, 
 def largest_difference(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     return max(float((a[key] - b[key]).abs().max()) for key in a)
+
+
+def test_a_last_save_that_fails_is_not_announced_as_done(twin, tmp_path, monkeypatch, capsys):
+    """Exit status 2 and a sentence; the same command then finishes the run."""
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "save", full)
+        assert twin_runs.start(twin, tmp_path / "run", max_train_steps=2) == 2
+    told = capsys.readouterr().err
+    assert "step 2 could not be saved" in told and "No space left on device" in told
+    assert twin_runs.start(twin, tmp_path / "run", max_train_steps=2) == 0
+    assert (tmp_path / "run" / "adapter" / "adapter_model.safetensors").is_file()

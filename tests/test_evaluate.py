@@ -22,7 +22,7 @@ from Core.evaluation import compare as comparison
 from Core.evaluation import metrics
 from Core.evaluation.compare import Row, per_prompt, summary, training_prompts
 from Core.evaluation.metrics import diversity, motion, paired_gain
-from Core.evaluation.score_videos import Clip, Scorers, find_clips, prompt_from_name
+from Core.evaluation.score_videos import Clip, Scorers, find_clips, parse_reward_arguments, prompt_from_name
 from Core.rewards import build_reward
 from Core.training import validation
 from Core.utils.distributed import Distributed
@@ -362,3 +362,9 @@ def test_an_empty_folder_is_refused(tmp_path):
         find_clips(tmp_path)
     with pytest.raises(FileNotFoundError, match="there is no folder"):
         find_clips(tmp_path / "nowhere")
+
+
+@pytest.mark.parametrize("given", ["[]", '{"hps": 3}', "{"])
+def test_reward_arguments_of_another_form_are_refused(given):
+    with pytest.raises(ConfigError, match="--reward-arguments"):
+        parse_reward_arguments(given)

@@ -78,6 +78,21 @@ class Scorers:
         return rows
 
 
+def parse_reward_arguments(text: str) -> dict[str, Any]:
+    """``--reward-arguments``: JSON of {reward: {argument: value}}.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    try:
+        given = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise ConfigError([f"--reward-arguments is no JSON ({error}): {text!r}"]) from error
+    if not isinstance(given, dict) or not all(isinstance(value, dict) for value in given.values()):
+        raise ConfigError([f"--reward-arguments must be {{reward: {{argument: value}}}}, got {text!r}"])
+    return given
+
+
 def check_scorers(names: Sequence[str], args: Mapping[str, Mapping[str, Any]]) -> list[str]:
     """What is wrong with rewards and their arguments, without loading any."""
     errors = [error for name in names for error in check_reward_config(name, args.get(name, {}))]

@@ -167,6 +167,17 @@ def test_another_objective_does_not_continue_a_run(finished, tmp_path, monkeypat
     assert "objective was 'reward_gradient' and is 'another'" in capsys.readouterr().err
 
 
+def test_a_run_that_used_a_removed_option_is_not_continued_without_it(finished, tmp_path, capsys):
+    config, run = finished
+    run = shutil.copytree(run, tmp_path / "run")
+    file = run / "checkpoints" / "step_000002" / "manifest.json"
+    manifest = json.loads(file.read_text())
+    manifest["config"]["noise_repeats"] = 4
+    file.write_text(json.dumps(manifest))
+    assert main([str(config), "--project-dir", str(run)]) == 2
+    assert "noise_repeats was 4 and is 1" in capsys.readouterr().err
+
+
 def test_a_check_leaves_a_save_in_the_making_alone(finished, tmp_path):
     config, run = finished
     run = shutil.copytree(run, tmp_path / "run")
@@ -188,9 +199,11 @@ def test_never_begins_anew_and_keeps_the_old_run(finished, configured):
     config, run = configured("anew")
     for flags in ([], ["--resume", "never", "--lr", "0.5"]):
         assert main([str(config), *flags]) == 0
+        (run / "evaluation").mkdir(exist_ok=True)
     assert [row["step"] for row in rows(run / "metrics.csv")] == ["1", "2"]
     assert (run / "previous_1" / "checkpoints" / "step_000002" / "manifest.json").is_file()
     assert (run / "previous_1" / "metrics.csv").is_file()
+    assert (run / "previous_1" / "evaluation").is_dir()  # its results are not shown as the new run's
 
 
 def test_going_back_to_an_earlier_checkpoint_moves_the_later_ones_aside(configured):

@@ -308,3 +308,13 @@ def test_a_missing_process_is_an_error(monkeypatch):
     monkeypatch.setenv("VADER_NUM_PROCESSES", "4")
     with pytest.raises(ValueError, match="4 processes were asked for but 1 started"):
         Distributed()
+
+
+def test_a_validation_cut_short_has_no_score_and_is_left_out_of_warnings():
+    history = ValidationHistory(None, lower_is_better=["compression"])
+    history.add({"step": 0, "reward": 1.0, "motion": 0.4})
+    history.add({"step": 10, "reward": 5.0, "motion": 0.2, "diversity": 0.3})
+    history.add({"step": 20, "reward": float("nan")})
+    assert history.score_at(20) is None and history.score_at(10) == 5.0 and history.score_at(5) is None
+    (warning,) = history.warnings(["motion", "diversity"])
+    assert "from 1 to 5 since step 0 while motion went from 0.4 to 0.2" in warning

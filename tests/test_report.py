@@ -12,7 +12,7 @@ from sampling_runs import picture
 
 from Core.data.video import read_video
 from Core.evaluation.charts import Line, line_chart, moving_average
-from Core.evaluation.report import VideoBudget, main_measure, write_report
+from Core.evaluation.report import VideoBudget, headline, main_measure, write_report
 
 HEADLINE = re.compile(r"took\s+<b>hps</b> from (\S+) to <b class=\"up\">(\S+)</b>")
 
@@ -216,3 +216,12 @@ def test_readable_at_phone_width_in_both_schemes(opened, colors):
     )
     assert page.evaluate(f"Math.min(...{sizes})") >= 12
     assert complaints == []
+
+
+@pytest.mark.parametrize(("lower", "shown"), [([], 3.0), (["size"], -5.0)])
+def test_the_headline_is_the_best_adapter(lower, shown):
+    row = dict(measure="size", prompts_are="all", significant=True)
+    rows = [row | {"gain": gain} for gain in (-5.0, 0.0, 3.0)]
+    result = {"rewards": {"size": {}}, "summary": rows, "lower_is_better": lower}
+    found = headline(result, [], [])
+    assert (found["gain"], found["good"]) == (shown, True)

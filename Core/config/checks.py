@@ -115,9 +115,18 @@ def _early_stop_errors(config: Config) -> list[str]:
         return [f"early_stop must have the key monitor, and may have fall and patience; got {dict(rule)!r}"]
     if rule["monitor"] not in known:
         return [f"early_stop.monitor must be one of {', '.join(known)}, got {rule['monitor']!r}"]
+    if rule["monitor"] == "motion" and "motion" not in config.validation.monitors and _is_image(config):
+        return ["early_stop.monitor='motion' needs videos of more than one frame; raise num_frames"]
     if rule["monitor"] == "diversity" and config.validation.num_val_seeds < 2:
         return ["early_stop.monitor='diversity' is measured from num_val_seeds=2 on; raise num_val_seeds"]
     return []
+
+
+def _is_image(config: Config) -> bool:
+    try:
+        return config.video_spec.num_frames == 1
+    except ValueError:  # said of the video itself
+        return False
 
 
 def _objective_errors(config: Config) -> list[str]:

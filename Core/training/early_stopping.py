@@ -36,28 +36,33 @@ class ValidationHistory:
 
     def goodness(self, name: str) -> list[float]:
         """A value at each validation that has it, higher being better."""
-        sign = -1 if name in self.lower_is_better else 1
-        values = [sign * result.get(name, math.nan) for result in self.results]
-        return [value for value in values if not math.isnan(value)]
+        return [self._good(result, name) for result in self._with(name)]
+
+    def _with(self, *names: str) -> list[dict[str, float]]:
+        """Results that have these values; a validation that a full disk cut short lacks some."""
+        return [r for r in self.results if not any(math.isnan(r.get(name, math.nan)) for name in names)]
+
+    def _good(self, result: Mapping[str, float], name: str) -> float:
+        return -result[name] if name in self.lower_is_better else result[name]
 
     def score_at(self, step: int) -> float | None:
         """The reward of the validation at ``step``, higher being better; None where there is none."""
-        latest = self.results[-1] if self.results else {}
-        value = latest.get("reward", math.nan) if latest.get("step") == step else math.nan
-        return None if math.isnan(value) else -value if "reward" in self.lower_is_better else value
+        found = [self._good(result, "reward") for result in self._with("reward") if result["step"] == step]
+        return found[-1] if found else None
 
     def warnings(self, monitors: Sequence[str]) -> list[str]:
         """Sentences on monitors that fell since the first validation while the trained reward rose."""
-        reward = self.goodness("reward")
-        if len(reward) < 2 or not reward[-1] > reward[0]:
-            return []
-        values = {name: self.goodness(name) for name in monitors}
-        return [self._warning(name) for name, history in values.items() if _fallen(history)]
+        return [warning for name in monitors if (warning := self._warning(name))]
 
     def _warning(self, name: str) -> str:
-        # A validation that a full disk cut short lacks values.
-        whole = [result for result in self.results if name in result and "reward" in result]
+        whole = self._with("reward", name)
+        if len(whole) < 2:
+            return ""
         first, last = whole[0], whole[-1]
+        rose = self._good(last, "reward") > self._good(first, "reward")
+        fall = self._good(first, name) - self._good(last, name)
+        if not rose or fall <= NOTABLE * abs(first[name]):
+            return ""
         return (
             f"the trained reward went from {first['reward']:.4g} to {last['reward']:.4g} since step "
             f"{first['step']} while {name} went from {first[name]:.4g} to {last[name]:.4g}: the adapter may be "
@@ -79,7 +84,3 @@ class ValidationHistory:
         name = rule.monitor
         below = f"more than {rule.fall:.0%} below" if rule.fall else "no better than"
         return f"{name} has been {below} its best, {abs(best):.4g}, for {rule.patience} validations"
-
-
-def _fallen(values: Sequence[float]) -> bool:
-    return len(values) > 1 and values[0] - values[-1] > NOTABLE * abs(values[0])

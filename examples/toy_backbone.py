@@ -83,7 +83,7 @@ class Toy(Backbone):
         raise ValueError("the toy knows no named resolutions; set image_size=(height, width)")
 
     @classmethod
-    def frame_count(cls, num_frames: str | int) -> int:
+    def frame_count(cls, num_frames: str | int, fps: float) -> int:
         if not isinstance(num_frames, int):
             raise ValueError(f"the toy knows no durations such as {num_frames!r}; set num_frames to a number")
         return num_frames
@@ -149,7 +149,7 @@ class Toy(Backbone):
     def decode(self, z: Tensor) -> Tensor:
         return F.interpolate(z, scale_factor=(1, SHRINK, SHRINK), mode="nearest")
 
-    def decode_frames(self, z: Tensor, index: Tensor, context: str = "isolated") -> Tensor:
+    def decode_frames(self, z: Tensor, index: Tensor, context: str = "isolated", reach: int = 1) -> Tensor:
         return self.decode(gather_frames(z, index)).squeeze(2).unflatten(0, index.shape)
 
 

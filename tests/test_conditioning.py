@@ -40,7 +40,7 @@ class CountingEncoder(TextEncoder):
 @pytest.fixture
 def backbone() -> SimpleNamespace:
     """A stand-in whose encoder gives each caption as many tokens as letters; ``built`` holds the encoders."""
-    family = SimpleNamespace(text_identity="letters", seen=[], built=[], caption=str)
+    family = SimpleNamespace(text_identity="letters", seen=[], built=[], caption=str, negative_caption=None)
 
     def text_encoder() -> CountingEncoder:
         encoder = CountingEncoder(family.seen)

@@ -59,7 +59,7 @@ class Plain(Backbone):
     settings_class = FamilySettings
 
     frame_size = classmethod(lambda cls, resolution, aspect_ratio: (32, 32))
-    frame_count = classmethod(lambda cls, num_frames: 17)
+    frame_count = classmethod(lambda cls, num_frames, fps: 17)
     count_latent_frames = classmethod(lambda cls, num_frames, settings: 5)
     num_sampling_steps = classmethod(lambda cls, settings: 4)
 
@@ -255,7 +255,7 @@ def test_all_errors_come_at_once(values):
         (dict(decode_frame="some"), "decode_frame must be -1, fml, all, alt or the number"),
         (dict(backprop_steps=5), r"backprop_steps must be between 1 and num_sampling_steps \(4\), got 5"),
         (dict(backprop_mode="specific"), "keeps gradients from step 15, but num_sampling_steps is 4"),
-        (dict(backbone="wan"), "backbone must be one of opensora, got 'wan'"),
+        (dict(backbone="sora"), "backbone must be one of opensora, wan, got 'sora'"),
         (dict(vae={}), "vae must be an entry with a type"),
         (dict(mixed_precision="fp8"), "mixed_precision='fp8' is not supported.*dtype='fp8'"),
         (dict(lora_dropout=1.0), "lora_dropout must be below 1, got 1.0"),

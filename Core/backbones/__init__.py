@@ -14,7 +14,9 @@ from .base import (
     VideoSpec,
 )
 
-BACKBONES: Registry[Backbone] = Registry("backbone", {"opensora": "Core.backbones.opensora:OpenSora"})
+BACKBONES: Registry[Backbone] = Registry(
+    "backbone", {"opensora": "Core.backbones.opensora:OpenSora", "wan": "Core.backbones.wan:Wan"}
+)
 
 __all__ = [
     "BACKBONES",

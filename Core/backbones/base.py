@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from Core.modules.frozen_conv import forget_conv_inputs
 from Core.modules.quantization import store_linears_in_fp8, store_linears_in_nf4
 from Core.sampling.euler import DenoisingStep, Predict, RectifiedFlow, Step
+from Core.sampling.guidance import PredictionObserver
 from Core.sampling.no_grad_steps import lean_steps
 from Core.utils.hub import Weight, locate
 from Core.utils.options import free_option, option, video_option
@@ -25,8 +26,6 @@ from Core.utils.options import free_option, option, video_option
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 # What a text encoder makes of one caption: tensors by name, without a batch axis.
 Features = Mapping[str, Tensor]
-# (latent [B, C, T, h, w], timesteps [B], prediction for the captions without guidance, shaped as the latent)
-PredictionObserver = Callable[[Tensor, Tensor, Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -185,12 +184,14 @@ class Backbone(ABC):
         text_weights: those of ``weights`` that only the text encoder needs.
         lora_targets: suffixes of the linear layers adapted by default.
         obeys: optional common keys that have an effect on it; others are refused by name.
+        decode_contexts: values of ``decode_context`` that have a meaning for it.
 
     Attributes:
         denoiser: the network adapters attach to; set by ``load``, replaced by the adapter's wrapper.
         vae: the network that ``decode`` uses, or None.
         device, dtype: of the frozen networks.
         process: noise levels and deterministic step of the diffusion process.
+        negative: features of ``negative_prompt``; set when captions are encoded.
         compiled: whether the denoiser's blocks are compiled.
     """
 
@@ -199,9 +200,11 @@ class Backbone(ABC):
     text_weights: ClassVar[tuple[str, ...]] = ()
     lora_targets: ClassVar[tuple[str, ...]] = ()
     obeys: ClassVar[frozenset[str]] = frozenset()
+    decode_contexts: ClassVar[tuple[str, ...]] = ("isolated",)
 
     denoiser: nn.Module
     vae: Any = None
+    negative: Features | None = None
 
     def __init__(
         self, settings: FamilySettings, models: ModelSettings, video: VideoSpec, device: torch.device
@@ -220,7 +223,7 @@ class Backbone(ABC):
 
     @classmethod
     @abstractmethod
-    def frame_count(cls, num_frames: str | int) -> int:
+    def frame_count(cls, num_frames: str | int, fps: float) -> int:
         """Frames of a named duration, or the number itself; ValueError names the durations."""
 
     @classmethod
@@ -231,7 +234,7 @@ class Backbone(ABC):
             ValueError: no such resolution, aspect ratio or duration.
         """
         size = video.image_size or cls.frame_size(str(video.resolution), str(video.aspect_ratio))
-        return VideoSpec(int(size[0]), int(size[1]), cls.frame_count(video.num_frames), video.fps)
+        return VideoSpec(int(size[0]), int(size[1]), cls.frame_count(video.num_frames, video.fps), video.fps)
 
     @classmethod
     @abstractmethod
@@ -294,9 +297,18 @@ class Backbone(ABC):
         """The text the model is conditioned on, from one of a prompt's ``texts``."""
         return text
 
+    @property
+    def negative_caption(self) -> str | None:
+        """The caption that guidance leads away from; None where the family has no such caption or uses none."""
+        return None
+
     @abstractmethod
     def text_encoder(self) -> TextEncoder:
         """Load the text encoder."""
+
+    def features(self, encoded: EncodedPrompt, clip: int = 0) -> Features:
+        """All that conditions one clip of a prompt's video."""
+        return encoded.features_of(clip)
 
     # Networks
 
@@ -377,6 +389,10 @@ class Backbone(ABC):
             observe: sees the captions' own prediction at every step that keeps its graph.
         """
 
+    def inference_step(self, predict: Predict, batch: int) -> Any:
+        """The sampling step of finished videos, with ``timesteps`` [N, batch]."""
+        return DenoisingStep(predict, self.process, self.timesteps(batch))
+
     def no_grad_steps(self) -> AbstractContextManager:
         """Context of sampling steps without a gradient, which leave out what is there for one."""
         # The compiler fuses PEFT's layer itself, which needs autocast.
@@ -393,13 +409,19 @@ class Backbone(ABC):
         """Latents [B, C, T, h, w] → video [B, 3, frames, H, W], about [-1, 1]."""
 
     @abstractmethod
-    def decode_frames(self, z: Tensor, index: Tensor, context: str = "isolated") -> Tensor:
+    def decode_frames(self, z: Tensor, index: Tensor, context: str = "isolated", reach: int = 1) -> Tensor:
         """Latents and latent frame numbers [B, F] → frames [B, F, 3, H, W], differentiable.
 
         Args:
             context: what a frame is decoded from: its latent frame alone (``isolated``), or what it depends on in
-                the finished video (``causal``).
+                the finished video, with a gradient to some of that (``causal``) or to all (``whole``).
+            reach: latent frames that the gradient of a ``causal`` frame reaches, its own and those before it.
         """
+
+    def decode_at(self, z: Tensor, frames: Tensor, context: str = "whole", reach: int = 1) -> Tensor:
+        """Latents and frame numbers [B, F] of the video → those frames [B, F, 3, H, W], differentiable."""
+        rows = torch.arange(len(frames), device=z.device)[:, None]
+        return self.decode(z).transpose(1, 2)[rows, frames.to(z.device)]
 
 
 def _value_at(settings: FamilySettings, key: str) -> Any:

@@ -198,6 +198,7 @@ class OpenSora(Backbone):
         ["dtype", "base_quant", "text_encoding", "compile_blocks", "grad_checkpoint"]
         + ["guidance_grad", "decode_context"]
     )
+    decode_contexts = ("isolated", "causal")
 
     settings: OpenSoraSettings
 
@@ -217,7 +218,7 @@ class OpenSora(Backbone):
             ) from error
 
     @classmethod
-    def frame_count(cls, num_frames: str | int) -> int:
+    def frame_count(cls, num_frames: str | int, fps: float) -> int:
         return get_num_frames(num_frames)
 
     @classmethod
@@ -264,7 +265,7 @@ class OpenSora(Backbone):
     def _loop_errors(cls, settings: OpenSoraSettings, video: VideoSettings) -> list[str]:
         """Whether a clip can take over ``condition_frame_length`` latent frames and still make some of its own."""
         try:
-            count = cls.count_latent_frames(cls.frame_count(video.num_frames), settings)
+            count = cls.count_latent_frames(cls.frame_count(video.num_frames, video.fps), settings)
         except ValueError:
             return []  # said of num_frames itself
         if settings.loop == 1 or settings.condition_frame_length < count:
@@ -301,7 +302,7 @@ class OpenSora(Backbone):
             prompts,
             loops=settings.loop,
             align=settings.align,
-            clip_latents=count(cls.frame_count(video.num_frames)),
+            clip_latents=count(cls.frame_count(video.num_frames, video.fps)),
             count_latents=count,
         )
 
@@ -427,7 +428,7 @@ class OpenSora(Backbone):
     def decode(self, z: Tensor) -> Tensor:
         return self._decode(z, self.video.num_frames)
 
-    def decode_frames(self, z: Tensor, index: Tensor, context: str = "isolated") -> Tensor:
+    def decode_frames(self, z: Tensor, index: Tensor, context: str = "isolated", reach: int = 1) -> Tensor:
         if context == "causal":
             return self._in_vae_dtype(z, lambda z: self._decode_in_chunks(z, index)).unflatten(0, index.shape)
         return self._decode(gather_frames(z, index), 1).squeeze(2).unflatten(0, index.shape)

@@ -7,20 +7,19 @@ N sampling steps.
 """
 
 import inspect
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from Core.sampling.euler import DenoisingStep, RectifiedFlow, run_steps
+from Core.sampling import guidance
+from Core.sampling.euler import DenoisingStep, Predict, RectifiedFlow, run_steps
 from Core.sampling.gradient_window import first_gradient_step
+from Core.sampling.guidance import PredictionObserver
 from Core.sampling.kept_frames import keep_frames
 from opensora.registry import SCHEDULERS
 from opensora.schedulers.rf.rectified_flow import RFlowScheduler, timestep_transform
-
-from .base import PredictionObserver
 
 
 def rflow_timesteps(
@@ -90,38 +89,21 @@ def guided_velocity(
     checkpoint_steps: bool = False,
     null_grad: bool = True,
     observe: PredictionObserver | None = None,
-) -> Callable[..., Tensor]:
+) -> Predict:
     """v_null + scale · (v_text − v_null), both branches in one batch; the text branch alone at scale 1.
 
     Args:
         y, y_null: text features [B, 1, L, D]; mask [B, L].
         info, checkpoint_steps: see ``Branch``.
-        null_grad: False leaves the null branch out of the graph: it runs by itself, without one.
-        observe: called with the text branch's velocity at every step that keeps its graph.
+        null_grad, observe: see ``guided``.
     """
     text = Branch(model, y, mask, info, checkpoint_steps)
     null = Branch(model, y_null, mask, info, checkpoint_steps)
     doubled = {key: value.repeat(2) for key, value in info.items()}
     both = Branch(model, torch.cat([y, y_null]), mask, doubled, checkpoint_steps)
 
-    def branches(z: Tensor, t: Tensor, generated: Tensor | None) -> tuple[Tensor, Tensor]:
-        if guidance_scale == 1:
-            v_text = text(z, t, generated)
-            return v_text, v_text
-        if torch.is_grad_enabled() and not null_grad:
-            v_text = text(z, t, generated)
-            with torch.no_grad():
-                return v_text, null(z, t, generated)
-        frames = None if generated is None else generated.repeat(2, 1)
-        return both(z.repeat(2, 1, 1, 1, 1), t.repeat(2), frames).chunk(2)
-
-    def velocity(z: Tensor, t: Tensor, generated: Tensor | None = None) -> Tensor:
-        v_text, v_null = branches(z, t, generated)
-        if observe and torch.is_grad_enabled():
-            observe(z, t, v_text)
-        return v_text if guidance_scale == 1 else v_null + guidance_scale * (v_text - v_null)
-
-    return velocity
+    combine = guidance.linear(guidance_scale)
+    return guidance.guided(text, null, both, combine, null_grad=null_grad, observe=observe)
 
 
 @SCHEDULERS.register_module("rflow", force=True)

@@ -48,6 +48,18 @@ def _obeyed_errors(config: Config) -> list[str]:
     ]
 
 
+def _decode_errors(config: Config) -> list[str]:
+    """A way of decoding that the family has not."""
+    context = getattr(config.objective, "decode_context", None)
+    known = config.backbone.decode_contexts
+    if context is None or context in known or "decode_context" not in config.backbone.obeys:
+        return []
+    return [
+        f"decode_context={context!r} has no meaning for backbone={config.models.backbone!r}; set it to "
+        f"{' or '.join(map(repr, known))}"
+    ]
+
+
 def _video_errors(config: Config) -> list[str]:
     video = config.video
     if video.image_size is None and (video.resolution is None or video.aspect_ratio is None):
@@ -81,7 +93,13 @@ def _training_errors(config: Config) -> list[str]:
         errors.append(
             f"lora_ckpt_path must be one adapter in training, got {config.adapter.lora_ckpt_path!r}"
         )
-    return errors + _compile_errors(config) + _monitor_errors(config) + _objective_errors(config)
+    return (
+        errors
+        + _decode_errors(config)
+        + _compile_errors(config)
+        + _monitor_errors(config)
+        + _objective_errors(config)
+    )
 
 
 def _compile_errors(config: Config) -> list[str]:

@@ -24,7 +24,9 @@ def encode_prompts(backbone: Backbone, prompts: Sequence[Prompt], cache: str | P
     cache that cannot be written costs a warning, and the encoding anew next time.
     """
     captions = {text: backbone.caption(text) for prompt in prompts for text in prompt.texts}
-    features = _embed(backbone, captions.values(), cache)
+    features = _embed(backbone, _needed(backbone, captions.values()), cache)
+    if backbone.negative_caption is not None:
+        backbone.negative = features[backbone.negative_caption]
     return [
         EncodedPrompt(prompt, tuple(features[captions[text]] for text in prompt.texts)) for prompt in prompts
     ]
@@ -51,10 +53,15 @@ def _embed(backbone: Backbone, captions: Iterable[str], cache: str | Path) -> di
     return found
 
 
+def _needed(backbone: Backbone, captions: Iterable[str]) -> list[str]:
+    """The captions, and the one that guidance leads away from."""
+    return [*captions, *([] if backbone.negative_caption is None else [backbone.negative_caption])]
+
+
 def all_cached(backbone: Backbone, prompts: Sequence[Prompt], cache: str | Path) -> bool:
     """Whether the prompts can be encoded without the text encoder."""
     identity = backbone.text_identity
-    captions = {backbone.caption(text) for prompt in prompts for text in prompt.texts}
+    captions = _needed(backbone, {backbone.caption(text) for prompt in prompts for text in prompt.texts})
     return all(_is_whole(_cache_file(cache, identity, caption)) for caption in captions)
 
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from Core.backbones import Backbone, EncodedPrompt, VideoSettings
 from Core.data.video import animated_gif, save_video
 from Core.generation.manifest import MANIFEST, PARTIAL, Sample, append_line
-from Core.sampling.euler import DenoisingStep, run_steps
+from Core.sampling.euler import run_steps
 from Core.utils import rng
 
 logger = logging.getLogger("vader")
@@ -43,8 +43,8 @@ def generate(
             conditions.follow(clips[-1], clip)
         z = rng.noise([s.generator("noise", clip) for s in samples], backbone.latent_shape())
         z = z.to(backbone.device)
-        predict = backbone.predictor([text.features_of(clip) for text in texts])
-        step: Any = DenoisingStep(predict, backbone.process, backbone.timesteps(len(samples)))
+        predict = backbone.predictor([backbone.features(text, clip) for text in texts])
+        step: Any = backbone.inference_step(predict, len(samples))
         count = len(step.timesteps)
         if conditions:
             step = conditions.condition(step, z, clip, _condition_noise(samples, clip))

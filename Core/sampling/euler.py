@@ -30,7 +30,12 @@ class RectifiedFlow:
 
     Args:
         num_timesteps: n, the length of the time axis.
+
+    Attributes:
+        end: the timestep of data, which the last step leads to.
     """
+
+    end = 0
 
     def __init__(self, num_timesteps: int = 1000):
         self.num_timesteps = num_timesteps
@@ -58,7 +63,7 @@ class DenoisingStep:
         self, predict: Predict, process: RectifiedFlow, timesteps: Tensor, detach_input: bool = False
     ):
         self.predict, self.process, self.timesteps = predict, process, timesteps
-        self.next_timesteps = torch.cat([timesteps[1:], torch.zeros_like(timesteps[:1])])
+        self.next_timesteps = torch.cat([timesteps[1:], torch.full_like(timesteps[:1], process.end)])
         self.detach_input = detach_input
 
     def __call__(self, z: Tensor, i: int, generated: Tensor | None = None) -> Tensor:

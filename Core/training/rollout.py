@@ -123,7 +123,7 @@ class Rollout:
         return z, kl.per_sample() if kl else None
 
     def features(self, prompts: Sequence[EncodedPrompt]) -> list[Features]:
-        return [encoded.features_of() for encoded in prompts]
+        return [self.backbone.features(encoded) for encoded in prompts]
 
     def noise(self, samples: Sequence[int]) -> Tensor:
         """[B, C, T, h, w], each video's own."""

@@ -26,6 +26,7 @@ KINDS = {
     "model": "a model folder",
     "tokenizer": "a tokenizer folder",
     "checkpoint": "a folder of checkpoints",
+    "pipeline": "a pipeline in the layout of diffusers",
     "file": "a file",
 }
 
@@ -42,7 +43,7 @@ class Weight:
     """
 
     source: str
-    kind: Literal["model", "tokenizer", "checkpoint", "file"] = "model"
+    kind: Literal["model", "tokenizer", "checkpoint", "pipeline", "file"] = "model"
     parts: tuple[Literal["tokenizer", "processor"], ...] = ()
     layouts: tuple[tuple[str, ...], ...] = ()
     file: str = ""
@@ -164,6 +165,14 @@ def _find(weight: Weight, into: Path | None) -> Path:
         return _from_address(weight, into)
     folder = Path(weight.source).expanduser() if weight.is_local else _from_hub(weight, into)
     return folder / weight.file if weight.kind == "file" and folder.is_dir() else folder
+
+
+def present(weight: Weight) -> Path | None:
+    """``locate`` without the network: None where the artefact is not on this machine."""
+    if weight.is_local:
+        return None if missing_local(weight) else Path(weight.source).expanduser()
+    folder = _cached_snapshot(weight.source)
+    return None if folder is None or weight.lacks(folder) else folder
 
 
 def prefetch(weights: Iterable[Weight], into: Path | None = None) -> dict[Weight, Path]:

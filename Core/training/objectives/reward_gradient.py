@@ -22,10 +22,10 @@ from .base import Objective
 class RewardGradientSettings(RolloutSettings):
     """Keys of the reward-gradient objective."""
 
-    decode_context: Literal["isolated", "causal"] = option(
+    decode_context: Literal["isolated", "causal", "whole"] = option(
         "isolated",
         "decode a scored frame from its latent frame alone (`isolated`, as in the reference), or as a frame of the "
-        "finished video (`causal`)",
+        "finished video, with a gradient to its own latent frame (`causal`) or to all it depends on (`whole`)",
     )
 
 

@@ -1,0 +1,84 @@
+"""Pipelines on disk, in the layout of ``DiffusionPipeline.save_pretrained``: a folder per component, and an index."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from Core.utils.hub import Weight
+
+INDEX = "model_index.json"
+SMALL_FILES = ("*.json", "*.txt", "*.model")
+NETWORK_STEMS = ("diffusion_pytorch_model", "model")
+# Components without weights, with the file that each must have.
+MARKERS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class PipelineWeight(Weight):
+    """Some components of a published pipeline.
+
+    components: their folders. variant: of the weight files, such as ``fp16``; '' for the plain ones.
+    """
+
+    kind: Any = "pipeline"
+    components: tuple[str, ...] = ()
+    variant: str = ""
+
+    @property
+    def patterns(self) -> tuple[tuple[str, ...], ...]:
+        dot = f".{self.variant}" if self.variant else ""
+        weights = [
+            f"{stem}{dot}{end}" for stem in NETWORK_STEMS for end in (".safetensors", "-*.safetensors")
+        ]
+        files = [f"{component}/{name}" for component in self.components for name in (*SMALL_FILES, *weights)]
+        return ((INDEX, *files),)
+
+    def lacks(self, folder: Path) -> str:
+        if not (folder / INDEX).is_file():
+            return f"it has no {INDEX}"
+        lacking = (lack for name in self.components if (lack := self._component_lacks(folder / name)))
+        return next(lacking, "")
+
+    def _component_lacks(self, folder: Path) -> str:
+        marker = next((file for name, file in MARKERS.items() if folder.name.startswith(name)), "config.json")
+        if not (folder / marker).is_file():
+            return f"its component {folder.name!r} has no {marker}"
+        if marker == "config.json" and not self._has_weights(folder):
+            wanted = f" of variant {self.variant!r}" if self.variant else ""
+            return f"its component {folder.name!r} has no complete .safetensors{wanted}"
+        return ""
+
+    def _has_weights(self, folder: Path) -> bool:
+        dot = f".{self.variant}" if self.variant else ""
+        for stem in NETWORK_STEMS:
+            if (folder / f"{stem}{dot}.safetensors").is_file():
+                return True
+            index = folder / f"{stem}.safetensors.index{dot}.json"
+            if index.is_file():
+                shards = set(read_json(index)["weight_map"].values())
+                return all((folder / shard).is_file() for shard in shards)
+        return False
+
+
+def read_json(path: Path) -> Mapping[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ValueError: damaged, or another kind of JSON.
+        OSError: no such file.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} is no JSON or is damaged; fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object; fetch it again")
+    return content
+
+
+def component_config(folder: Path, component: str) -> Mapping[str, Any]:
+    """Configuration of one component of the pipeline in ``folder``."""
+    marker = next((file for name, file in MARKERS.items() if component.startswith(name)), "config.json")
+    return read_json(folder / component / marker)

@@ -1,0 +1,374 @@
+"""Wan 2.1 and 2.2 (Wan Team, 2025): text to video, and image to video where the checkpoint takes a first frame.
+
+Three kinds of checkpoint share one pipeline of diffusers: one denoiser (2.1; 2.2 TI2V-5B, with a finer VAE and a
+timestep per token), and two denoisers that take turns at a noise level (2.2 A14B).
+
+Axes: B batch, C channels, T latent frames, h, w latent rows and columns, F chosen frames, H, W pixels,
+L text tokens, D text width, S tokens of the denoiser.
+"""
+
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from Core.modules.video_decode import decode_chosen, decode_clip, decode_tiled, recomputed
+from Core.sampling import guidance
+from Core.sampling.euler import Predict
+from Core.sampling.guidance import Combine
+from Core.sampling.scheduler_step import SchedulerStep
+from Core.utils.options import option, video_option
+
+from .base import EncodedPrompt, Features, ModelSettings, TextEncoder, VideoSettings, VideoSpec, gather_frames
+from .diffusers_base import DiffusersBackbone, DiffusersSettings, Published, clean_caption, pad_features
+from .diffusers_files import INDEX, component_config, read_json
+from .image_prompts import ImagePrompt, first_frame, parse_image_prompts
+
+TEXT_SIZE = 22_700_000_000  # UMT5-XXL in float32
+EXPERTS = {"high_noise": "transformer", "low_noise": "transformer_2"}
+WIDE, TALL = "9:16", "16:9"  # height:width
+
+
+@dataclass(frozen=True, kw_only=True)
+class WanSettings(DiffusersSettings):
+    """Keys of Wan."""
+
+    model_path: str = video_option(
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
+        "hub id or local folder of the pipeline, in the layout of diffusers",
+    )
+    vae_dtype: Literal["bf16", "fp32"] = video_option("fp32", "dtype of the VAE's weights and arithmetic")
+    shift: float | None = video_option(
+        None,
+        "how far timesteps lean to noise: 3 suits 480p, 5 suits 720p; None = the checkpoint's own",
+        above=0,
+    )
+    sampler: Literal["euler", "unipc"] = video_option(
+        "euler", "sampler of finished videos; training and its validation take `euler`"
+    )
+    guidance_scale_2: float | None = video_option(
+        None, "guidance scale of A14B's low-noise expert; None = guidance_scale", minimum=1
+    )
+    train_experts: Literal["both", "high_noise", "low_noise"] = option(
+        "both", "experts of A14B that get an adapter"
+    )
+
+
+class Experts(nn.Module):
+    """Two denoisers that take turns: one above a noise level, the other below it."""
+
+    def __init__(self, high_noise: nn.Module, low_noise: nn.Module, boundary: float):
+        super().__init__()
+        self.high_noise, self.low_noise, self.boundary = high_noise, low_noise, boundary
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return [*self.high_noise.blocks, *self.low_noise.blocks]  # type: ignore[misc]
+
+    def forward(self, hidden_states: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
+        """hidden_states [B, C, T, h, w], timestep [B], conditions [B, …] → velocity [B, C', T, h, w]."""
+        high = timestep >= self.boundary
+        if bool(high.all()):
+            return self.high_noise(hidden_states, timestep, **condition)[0]
+        if not bool(high.any()):
+            return self.low_noise(hidden_states, timestep, **condition)[0]
+        rows = [torch.nonzero(high)[:, 0], torch.nonzero(~high)[:, 0]]
+        parts = [
+            expert(
+                hidden_states[own], timestep[own], **{key: value[own] for key, value in condition.items()}
+            )[0]
+            for expert, own in zip((self.high_noise, self.low_noise), rows, strict=True)
+        ]
+        return torch.cat(parts)[torch.cat(rows).argsort()]
+
+
+class WanText(TextEncoder):
+    """UMT5 features of captions: ``features`` [L, D]."""
+
+    def __init__(self, tokenizer: Any, network: nn.Module, length: int, device: torch.device):
+        self.tokenizer, self.network, self.length, self.device = tokenizer, network, length, device
+
+    @torch.no_grad()
+    def encode(self, captions: Sequence[str]) -> list[Features]:
+        tokens = self.tokenizer(
+            list(captions), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
+        ).to(self.device)
+        hidden = self.network(tokens.input_ids, tokens.attention_mask).last_hidden_state.cpu()
+        lengths = tokens.attention_mask.gt(0).sum(1).tolist()
+        return [{"features": row[:length]} for row, length in zip(hidden, lengths, strict=True)]
+
+
+class Wan(DiffusersBackbone):
+    """Wan 2.1 T2V, 2.2 TI2V and 2.2 A14B, in diffusers' layout."""
+
+    settings_class = WanSettings
+    pipelines = ("WanPipeline", "WanImageToVideoPipeline")
+    published = {
+        "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": Published("Apache-2.0", 6_200_000_000, TEXT_SIZE),
+        "Wan-AI/Wan2.1-T2V-14B-Diffusers": Published("Apache-2.0", 57_700_000_000, TEXT_SIZE),
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers": Published("Apache-2.0", 22_800_000_000, TEXT_SIZE),
+        "Wan-AI/Wan2.2-T2V-A14B-Diffusers": Published("Apache-2.0", 114_900_000_000, TEXT_SIZE),
+        "Wan-AI/Wan2.2-I2V-A14B-Diffusers": Published("Apache-2.0", 114_900_000_000, TEXT_SIZE),
+    }
+    sizes = {
+        "480p": {WIDE: (480, 832), TALL: (832, 480), "1:1": (624, 624)},
+        "704p": {WIDE: (704, 1280), TALL: (1280, 704)},
+        "720p": {WIDE: (720, 1280), TALL: (1280, 720), "1:1": (960, 960)},
+    }
+    decode_contexts = ("isolated", "causal", "whole")
+    lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+
+    settings: WanSettings
+
+    # Before anything loads
+
+    @classmethod
+    def config_errors(
+        cls, settings: WanSettings, models: ModelSettings, video: VideoSettings, training: bool
+    ) -> list[str]:
+        errors = super().config_errors(settings, models, video, training)
+        if training and settings.sampler != "euler":
+            errors.append("sampler='unipc' is for inference; remove it or set is_vader_training=False")
+        return errors
+
+    @classmethod
+    def folder_errors(cls, folder: Path, settings: WanSettings, video: VideoSpec) -> list[str]:
+        if errors := super().folder_errors(folder, settings, video):
+            return errors
+        if component_config(folder, "transformer").get("image_dim") is not None:
+            return [
+                f"model_path: {settings.model_path!r} is a Wan 2.1 image-to-video model, which is not supported; use "
+                "Wan 2.2 TI2V-5B or I2V-A14B"
+            ]
+        return []
+
+    @classmethod
+    def size_multiple(cls, folder: Path) -> int:
+        patch = component_config(folder, "transformer")["patch_size"][1]
+        return component_config(folder, "vae").get("scale_factor_spatial", 8) * patch
+
+    @classmethod
+    def parse_prompts(cls, texts: Sequence[str], settings: Any = None) -> list[ImagePrompt]:
+        return parse_image_prompts(texts)
+
+    # Networks
+
+    @property
+    def is_two_experts(self) -> bool:
+        return read_json(self.folder / INDEX).get("boundary_ratio") is not None
+
+    @property
+    def expands_timesteps(self) -> bool:
+        """Whether the denoiser takes a timestep per token, so that a given first frame has no noise."""
+        return bool(read_json(self.folder / INDEX).get("expand_timesteps"))
+
+    @property
+    def boundary(self) -> float:
+        """The timestep from which on the high-noise expert is asked."""
+        return read_json(self.folder / INDEX)["boundary_ratio"] * self.process.num_timesteps
+
+    def load_denoiser(self) -> nn.Module:
+        from diffusers import WanTransformer3DModel
+
+        names = EXPERTS.values() if self.is_two_experts else ("transformer",)
+        networks = [self.load_network(WanTransformer3DModel, name, self.dtype) for name in names]
+        return Experts(*networks, self.boundary) if self.is_two_experts else networks[0]
+
+    def load_vae(self) -> nn.Module:
+        from diffusers import AutoencoderKLWan
+
+        return self.load_network(AutoencoderKLWan, "vae", self.vae_dtype)
+
+    def load_text_encoder(self) -> nn.Module:
+        from transformers import UMT5EncoderModel
+
+        return self.load_text_model(UMT5EncoderModel)
+
+    def text_encoder(self) -> TextEncoder:
+        length = self.settings.max_sequence_length
+        return WanText(self.load_tokenizer(), self.load_text_encoder(), length, self.text_device)
+
+    def caption(self, text: str) -> str:
+        return clean_caption(text)
+
+    @property
+    def blocks(self) -> list[nn.Module]:
+        return list(self.denoiser.blocks)  # type: ignore[arg-type]
+
+    # Sampling
+
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        vae = self.read_config("vae")
+        scale = vae.get("scale_factor_spatial", 8)
+        frames = self.count_latent_frames(self.video.num_frames, self.settings)
+        return vae["z_dim"], frames, self.video.height // scale, self.video.width // scale
+
+    @functools.cached_property
+    def shift(self) -> float:
+        config = self.read_config("scheduler")
+        return self.settings.shift or config.get("flow_shift") or config.get("shift") or 1.0
+
+    def timesteps(self, batch: int) -> Tensor:
+        from diffusers import FlowMatchEulerDiscreteScheduler
+
+        scheduler = FlowMatchEulerDiscreteScheduler(self.process.num_timesteps, shift=self.shift)
+        scheduler.set_timesteps(self.settings.num_sampling_steps)
+        return scheduler.timesteps[:, None].expand(-1, batch).to(self.device)
+
+    def inference_step(self, predict: Predict, batch: int) -> Any:
+        if self.settings.sampler == "euler":
+            return super().inference_step(predict, batch)
+        from diffusers import UniPCMultistepScheduler
+
+        flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.shift}
+        scheduler = UniPCMultistepScheduler.from_config(dict(self.read_config("scheduler")), **flow)
+        scheduler.set_timesteps(self.settings.num_sampling_steps, device=self.device)
+        return SchedulerStep(predict, scheduler, batch)
+
+    @property
+    def combine(self) -> Combine | None:
+        high, low = self.settings.guidance_scale, self.settings.guidance_scale_2
+        if low is None or low == high or not self.is_two_experts:
+            return guidance.linear(high)
+
+        def by_expert(text: Tensor, null: Tensor, t: Tensor) -> Tensor:
+            scale = torch.where(t >= self.boundary, high, low).to(text.dtype)
+            return null + scale[:, None, None, None, None] * (text - null)
+
+        return by_expert
+
+    def features(self, encoded: EncodedPrompt, clip: int = 0) -> Features:
+        features = super().features(encoded, clip)
+        if encoded.prompt.reference is None:  # type: ignore[attr-defined]
+            return features
+        size = (self.video.height, self.video.width)
+        return {**features, "first_frame": first_frame(encoded.prompt.reference, size)}  # type: ignore[attr-defined]
+
+    def batch_text(self, text: Sequence[Features]) -> dict[str, Tensor]:
+        rows = [features["features"] for features in text]
+        batch = {"text": pad_features(rows, self.settings.max_sequence_length, self.device)}
+        if "first_frame" in text[0]:
+            pixels = torch.stack([features["first_frame"] for features in text]).to(self.device)
+            batch["image"] = self._image_condition(pixels)
+        return batch
+
+    @torch.no_grad()
+    def _image_condition(self, image: Tensor) -> Tensor:
+        """First frames [B, 3, H, W] in [-1, 1] → latents that hold them, [B, C, 1 or T, h, w]."""
+        frames = image[:, :, None]
+        if not self.expands_timesteps:
+            frames = torch.nn.functional.pad(frames, (0, 0, 0, 0, 0, self.video.num_frames - 1))
+        with torch.autocast(self.device.type, enabled=False):
+            z = self.vae.encode(frames.to(self.vae.dtype)).latent_dist.mode().float()
+        mean, std = self._latent_statistics(z)
+        return (z - mean) / std
+
+    def predict(self, z: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
+        if "image" in condition and self.expands_timesteps:
+            return self._predict_after_image(z, t, condition["text"], condition["image"])
+        x = z
+        if "image" in condition:
+            given = torch.zeros_like(z[:, :4])
+            given[:, :, 0] = 1
+            x = torch.cat([z, given, condition["image"].to(z)], dim=1)
+        return -self._denoise(x, t, condition["text"])
+
+    def _predict_after_image(self, z: Tensor, t: Tensor, text: Tensor, image: Tensor) -> Tensor:
+        """Velocity where the first latent frame is given: the network sees it without noise, and it is led to.
+
+        Its velocity goes straight from the latent to the image, so that sampling ends in the image exactly.
+        """
+        height, width = (side // 2 for side in z.shape[-2:])
+        tokens = t[:, None].repeat(1, z.shape[2])
+        tokens[:, 0] = 0
+        x = torch.cat([image.to(z), z[:, :, 1:]], dim=2)
+        velocity = -self._denoise(x, tokens.repeat_interleave(height * width, dim=1), text)
+        level = (t / self.process.num_timesteps)[:, None, None, None, None]
+        return torch.cat([(image.to(z) - z[:, :, :1]) / level, velocity[:, :, 1:]], dim=2)
+
+    def _denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
+        """The network's own velocity, noise − data."""
+        out = self.denoiser(x.to(self.dtype), t, encoder_hidden_states=text.to(self.dtype))
+        return out if isinstance(out, Tensor) else out[0]
+
+    # Pixels
+
+    def _latent_statistics(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        config = self.vae.config
+        return tuple(
+            torch.tensor(v).to(z).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)
+        )  # type: ignore[return-value]
+
+    def _decode_step(self, z: Tensor, cache: Any) -> tuple[Tensor, Any]:
+        """One latent frame's pixels, in the VAE's own patches, and the cache for the next."""
+        # The decoder writes into the list it is given; a copy leaves the caller's cache as it was.
+        kept = list(cache or [None] * self.vae._cached_conv_counts["decoder"])
+        pixels = self.vae.decoder(
+            self.vae.post_quant_conv(z), feat_cache=kept, feat_idx=[0], first_chunk=cache is None
+        )
+        return pixels, tuple(kept)
+
+    @property
+    def decode_step(self):
+        return recomputed(self._decode_step) if self.checkpointing else self._decode_step
+
+    def _decode(self, z: Tensor, decode) -> Tensor:
+        """``decode`` of latents as the VAE takes them, in its dtype; tiled where asked."""
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        latents = z.to(self.vae.dtype)
+        mean, std = self._latent_statistics(latents)
+        with torch.autocast(z.device.type, enabled=False):
+            pixels = self._tiled(decode, latents * std + mean)
+        # diffusers clamps here, where the gradient of a saturated pixel would end.
+        return unpatchify(pixels, self.vae.config.patch_size or 1).to(z.dtype)
+
+    def _tiled(self, decode, z: Tensor) -> Tensor:
+        if not self.settings.vae_tiling:
+            return decode(z)
+        scale = self.vae.spatial_compression_ratio
+        return decode_tiled(
+            decode, z, self.vae.tile_sample_min_height // scale, self.vae.tile_sample_stride_height // scale
+        )
+
+    def _decode_clip(self, z: Tensor) -> Tensor:
+        return torch.cat([pixels for pixels, _ in decode_clip(self.decode_step, z)], dim=2)
+
+    def decode(self, z: Tensor) -> Tensor:
+        return self._decode(z, self._decode_clip)
+
+    def decode_frames(self, z: Tensor, index: Tensor, context: str = "isolated", reach: int = 1) -> Tensor:
+        if context == "isolated":
+            frames = self._decode(gather_frames(z, index), self._decode_clip)
+            return frames.squeeze(2).unflatten(0, index.shape)
+        # Of each latent frame's four video frames the last, which is what it makes when alone.
+        return self.decode_at(z, index * self.time_factor, context, reach)
+
+    def decode_at(self, z: Tensor, frames: Tensor, context: str = "whole", reach: int = 1) -> Tensor:
+        """Latents and frame numbers [B, F] of the video → those frames [B, F, 3, H, W], differentiable."""
+        rows = frames.tolist()
+        same = all(row == rows[0] for row in rows)
+        parts = [(z, rows[0])] if same else list(zip(z.split(1), rows, strict=True))
+        reach = reach if context == "causal" else z.shape[2]
+        pixels = [
+            self._decode(part, functools.partial(self._pick, numbers=row, reach=reach)) for part, row in parts
+        ]
+        return torch.cat(pixels).transpose(1, 2)
+
+    def _pick(self, z: Tensor, numbers: Sequence[int], reach: int) -> Tensor:
+        """Frames of the video by number, from latents as the VAE takes them: [B, 3, F, H, W]."""
+        # The first latent frame makes one frame, each other four.
+        latents = [(number + self.time_factor - 1) // self.time_factor for number in numbers]
+        if reach >= z.shape[2]:
+            made = decode_clip(self.decode_step, z[:, :, : max(latents) + 1])
+            pixels = {latent: frames for latent, (frames, _) in enumerate(made)}
+        else:
+            pixels = decode_chosen(self.decode_step, z, latents, reach)
+        offsets = [(number - 1) % self.time_factor if number else 0 for number in numbers]
+        return torch.cat(
+            [pixels[latent][:, :, [offset]] for latent, offset in zip(latents, offsets, strict=True)], dim=2
+        )

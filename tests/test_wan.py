@@ -1,8 +1,31 @@
 """Wan through its own sampler and decoder equals the pipeline of diffusers."""
 
+import json
+import shutil
+
 import pytest
 import torch
-from pipelines import CAPTIONS, loaded, sample, save_wan
+from diffusers import AutoencoderKLWan, WanTransformer3DModel
+from PIL import Image
+from pipelines import (
+    CAPTIONS,
+    assert_learns_and_resumes,
+    config_for,
+    gradient_error,
+    in_float64,
+    loaded,
+    sample,
+    save_wan,
+    saved_bytes,
+    train,
+    with_adapter,
+)
+from safetensors.torch import load_file
+
+from Core.backbones import ModelSettings, VideoSpec
+from Core.backbones.wan import Wan, WanSettings
+from Core.config import ConfigError
+from Core.modules import lora
 
 KINDS = ("2.1", "ti2v", "a14b")
 
@@ -14,7 +37,7 @@ def folders(tmp_path_factory):
 
 def pipeline_video(folder, noise, *, shift=3.0, sampler="euler", **arguments):
     """Pixels [B, 3, F, H, W] in [0, 1] of the pipeline itself."""
-    from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+    from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
     cls = DiffusionPipeline
     if "image" in arguments:
@@ -23,6 +46,8 @@ def pipeline_video(folder, noise, *, shift=3.0, sampler="euler", **arguments):
     pipeline.set_progress_bar_config(disable=True)
     if sampler == "euler":
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
+    else:
+        pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, flow_shift=shift)
     frames = pipeline(latents=noise.clone(), output_type="pt", max_sequence_length=24, **arguments).frames
     return torch.as_tensor(frames).transpose(1, 2)
 
@@ -53,3 +78,169 @@ def test_videos_equal_the_pipelines(folders, kind, guidance):
         num_frames=9,
     )
     assert (video_of(backbone, encoded, noise) - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+def test_other_shapes_lengths_and_samplers(folders, sampler):
+    keys = {"image_size": (64, 32), "num_frames": 5, "sampler": sampler, "num_sampling_steps": 4}
+    backbone, encoded = loaded("wan", folders["2.1"], shift=5.0, **keys)
+    noise = noise_for(backbone, 2)
+    wanted = pipeline_video(
+        folders["2.1"],
+        noise,
+        shift=5.0,
+        prompt=list(CAPTIONS[:2]),
+        guidance_scale=5.0,
+        num_inference_steps=4,
+        height=64,
+        width=32,
+        num_frames=5,
+        sampler=sampler,
+    )
+    assert (video_of(backbone, encoded, noise) - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["ti2v", "i2v"])
+def test_a_first_frame_is_taken_as_the_pipelines_take_it(folders, kind, tmp_path):
+    picture = tmp_path / "fox.png"
+    Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 20).convert("RGB").save(picture)
+    prompt = f'{CAPTIONS[0]} {{"reference_path": "{picture}"}}'
+    backbone, encoded = loaded("wan", folders[kind], prompt=[prompt], guidance_scale=3.0)
+    noise = noise_for(backbone, 1)
+    wanted = pipeline_video(
+        folders[kind],
+        noise,
+        image=Image.open(picture),
+        prompt=CAPTIONS[0],
+        guidance_scale=3.0,
+        num_inference_steps=3,
+        height=32,
+        width=64,
+        num_frames=9,
+    )
+    assert (video_of(backbone, encoded, noise) - wanted).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("tiled", [False, True], ids=["whole frames", "tiles"])
+@pytest.mark.parametrize(
+    ("kind", "context", "reach"),
+    [("2.1", "isolated", 1), ("2.1", "causal", 1), ("2.1", "causal", 2), ("2.1", "whole", 1)]
+    + [("ti2v", "causal", 1), ("a14b", "isolated", 1)],
+)
+def test_gradients_equal_central_differences(folders, kind, context, reach, tiled, monkeypatch):
+    backbone, encoded = loaded("wan", folders[kind], vae_tiling=tiled, num_sampling_steps=2)
+    if tiled:
+        scale = backbone.vae.spatial_compression_ratio
+        backbone.vae.enable_tiling(3 * scale, 3 * scale, 2 * scale, 2 * scale)
+    with_adapter(in_float64(backbone, monkeypatch))
+    backbone.denoiser.double()
+    backbone.enable_checkpointing()
+    frames = torch.tensor([[2], [2]])
+    assert gradient_error(backbone, encoded, frames, context, reach) < 1e-4
+
+
+def test_training_raises_a_reward_and_resumes(folders, tmp_path):
+    assert_learns_and_resumes("wan", folders["2.1"], tmp_path, decode_context="causal", schedule="unipc")
+
+
+@pytest.mark.parametrize("experts", ["both", "high_noise", "low_noise"])
+def test_each_expert_can_have_the_adapter(folders, experts, tmp_path):
+    keys = {"train_experts": experts, "max_train_steps": 2}
+    train("wan", folders["a14b"], tmp_path / "run", **keys)
+    adapter = load_file(tmp_path / "run" / "adapter" / lora.WEIGHTS)
+    trained = {key.split(".")[2] for key, value in adapter.items() if "lora_B" in key and value.any()}
+    assert trained == ({"high_noise", "low_noise"} if experts == "both" else {experts})
+
+
+def channel_twin(frames: int) -> Wan:
+    """The family with a VAE of the real channel ratios."""
+    video = VideoSpec(32, 32, frames * 4 - 3, 16)
+    backbone = Wan(WanSettings(), ModelSettings(dtype="fp32"), video, torch.device("cpu"))
+    backbone.vae = AutoencoderKLWan(base_dim=8, z_dim=16).eval().requires_grad_(False)
+    return backbone
+
+
+def test_a_causal_frame_costs_the_same_memory_in_any_video():
+    kept = {}
+    for frames in (5, 21):
+        backbone = channel_twin(frames)
+        backbone.checkpointing = True
+        z = torch.randn(1, 16, frames, 2, 2, requires_grad=True)
+        index = torch.tensor([[frames - 1]])
+        # The latents themselves, and their gradient's shape, grow; what decoding keeps does not.
+        kept[frames] = saved_bytes(lambda: backbone.decode_frames(z, index, "causal"))[0]  # noqa: B023
+    assert kept[21] < 1.1 * kept[5]
+
+
+def test_a_whole_clip_is_recomputed_by_latent_frame():
+    backbone = channel_twin(21)
+    z = torch.randn(1, 16, 21, 2, 2, requires_grad=True)
+    plain, _ = saved_bytes(lambda: backbone.decode(z))
+    backbone.checkpointing = True
+    kept, _ = saved_bytes(lambda: backbone.decode(z))
+    assert kept < 0.2 * plain
+
+
+SIZES = {
+    # denoiser's configuration as published → parameters, and those of a rank-16 adapter
+    "Wan2.1-T2V-1.3B": (dict(num_attention_heads=12, ffn_dim=8960, num_layers=30), 1_418_996_800, 21_872_640),
+    "Wan2.1-T2V-14B": (dict(num_attention_heads=40, ffn_dim=13824, num_layers=40), 14_288_491_584, 76_677_120),
+    "Wan2.2-TI2V-5B": (
+        dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
+        4_999_787_712,
+        42_270_720,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_full_sizes_on_the_meta_device(name):
+    config, parameters, adapter = SIZES[name]
+    with torch.device("meta"):
+        network = WanTransformer3DModel(text_dim=4096, **config)
+        assert sum(p.numel() for p in network.parameters()) == parameters
+        wrapped = lora.attach(network, Wan.lora_targets, rank=16, alpha=16)
+    assert sum(p.numel() for p in lora.parameters(wrapped).values()) == adapter
+
+
+REFUSALS = [
+    (dict(num_frames=8), "num_frames must be a multiple of 4 plus 1, got 8; the nearest are 5 and 9"),
+    (
+        dict(image_size=(40, 64)),
+        "height and width must be multiples of 16, got (40, 64); the nearest are (32, 64)",
+    ),
+    (
+        dict(image_size=None, resolution="8k"),
+        "resolution '8k' with aspect_ratio '3:4' is not in this family's table",
+    ),
+    (dict(grad_checkpoint="keep_attention"), "grad_checkpoint='keep_attention' is for opensora"),
+    (
+        dict(sampler="unipc", is_vader_training=True, reward_fn="saturation"),
+        "sampler='unipc' is for inference",
+    ),
+    (dict(model_path=""), "model_path is missing"),
+    (dict(guidance_scale=0.5), "guidance_scale must be at least 1"),
+    (dict(num_frames="a while"), "num_frames must be a number or seconds such as '5s', got 'a while'"),
+    (dict(aes=6.5), "aes is a key of backbone 'opensora'"),
+]
+
+
+@pytest.mark.parametrize(("changes", "sentence"), REFUSALS, ids=lambda value: str(value)[:40])
+def test_wrong_values_are_refused_before_loading(folders, changes, sentence):
+    with pytest.raises(ConfigError) as refused:
+        config_for("wan", folders["2.1"], **changes)
+    assert any(sentence in error for error in refused.value.errors), refused.value.errors
+
+
+def test_wrong_repositories_are_refused(folders, tmp_path):
+    other = shutil.copytree(folders["2.1"], tmp_path / "other")
+    index = json.loads((other / "model_index.json").read_text())
+    (other / "model_index.json").write_text(json.dumps({**index, "_class_name": "LTXPipeline"}))
+    lacking = shutil.copytree(folders["2.1"], tmp_path / "lacking")
+    (lacking / "vae" / "diffusion_pytorch_model.safetensors").unlink()
+    for folder, words in [
+        (other, "holds a LTXPipeline, and this family needs a WanPipeline or WanImageToVideoPipeline"),
+        (lacking, "its component 'vae' has no complete .safetensors"),
+    ]:
+        with pytest.raises(ConfigError, match=words):
+            loaded("wan", folder)

@@ -325,6 +325,10 @@ class Backbone(ABC):
         """The denoiser's repeated blocks, which are compiled and whose linear layers are quantised."""
         return []
 
+    def adapter_targets(self, suffixes: Sequence[str]) -> list[str]:
+        """What ``lora.attach`` adapts where layers of these name suffixes are asked for."""
+        return list(suffixes)
+
     def load(self) -> None:
         """Bring the VAE and the denoiser to the device, frozen, and store them as ``dtype`` and ``base_quant`` say."""
         if (vae := self.load_vae()) is not None:

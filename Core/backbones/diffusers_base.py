@@ -21,7 +21,7 @@ from Core.modules.autocast import keep_out_of_autocast
 from Core.sampling import guidance
 from Core.sampling.euler import Predict
 from Core.sampling.guidance import Combine, PredictionObserver
-from Core.utils.hub import locate, present
+from Core.utils.hub import locate, missing_local, present
 from Core.utils.options import video_option
 
 from .base import (
@@ -171,8 +171,9 @@ class DiffusersBackbone(Backbone):
         cls, settings: Any, models: ModelSettings, video: VideoSettings, training: bool
     ) -> list[str]:
         errors = weight_errors("model_path", settings.model_path or None)
-        if settings.text_encoder_path is not None:
-            errors += weight_errors("text_encoder_path", settings.text_encoder_path)
+        if not errors:
+            weights = cls.weights_of(settings).items()
+            errors += [f"{key}: {lack}" for key, weight in weights if (lack := missing_local(weight))]
         if models.grad_checkpoint == "keep_attention":
             errors.append("grad_checkpoint='keep_attention' is for opensora; set True or False")
         try:

@@ -50,6 +50,11 @@ class WanSettings(DiffusersSettings):
     sampler: Literal["euler", "unipc"] = video_option(
         "euler", "sampler of finished videos; training and its validation take `euler`"
     )
+    schedule: Literal["euler", "unipc"] = video_option(
+        "euler",
+        "noise levels of `euler` steps: those of diffusers' Euler scheduler, whose last step is very short, or those "
+        "of its UniPC, evenly spread before the shift, which give the last steps more to do in training",
+    )
     guidance_scale_2: float | None = video_option(
         None, "guidance scale of A14B's low-noise expert; None = guidance_scale", minimum=1
     )
@@ -199,6 +204,14 @@ class Wan(DiffusersBackbone):
     def blocks(self) -> list[nn.Module]:
         return list(self.denoiser.blocks)  # type: ignore[arg-type]
 
+    def adapter_targets(self, suffixes: Sequence[str]) -> list[str]:
+        expert = self.settings.train_experts
+        if expert == "both" or not self.is_two_experts:
+            return list(suffixes)
+        endings = tuple(f".{suffix}" for suffix in suffixes)
+        linears = (name for name, module in self.denoiser.named_modules() if isinstance(module, nn.Linear))
+        return [name for name in linears if name.startswith(f"{expert}.") and name.endswith(endings)]
+
     # Sampling
 
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -213,21 +226,30 @@ class Wan(DiffusersBackbone):
         return self.settings.shift or config.get("flow_shift") or config.get("shift") or 1.0
 
     def timesteps(self, batch: int) -> Tensor:
+        return self._timesteps[:, None].expand(-1, batch)
+
+    @functools.cached_property
+    def _timesteps(self) -> Tensor:
         from diffusers import FlowMatchEulerDiscreteScheduler
 
+        if self.settings.schedule == "unipc":
+            return self._unipc().sigmas[:-1].to(self.device) * self.process.num_timesteps
         scheduler = FlowMatchEulerDiscreteScheduler(self.process.num_timesteps, shift=self.shift)
-        scheduler.set_timesteps(self.settings.num_sampling_steps)
-        return scheduler.timesteps[:, None].expand(-1, batch).to(self.device)
+        scheduler.set_timesteps(self.settings.num_sampling_steps, device=self.device)
+        return scheduler.timesteps
 
-    def inference_step(self, predict: Predict, batch: int) -> Any:
-        if self.settings.sampler == "euler":
-            return super().inference_step(predict, batch)
+    def _unipc(self) -> Any:
         from diffusers import UniPCMultistepScheduler
 
         flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": self.shift}
         scheduler = UniPCMultistepScheduler.from_config(dict(self.read_config("scheduler")), **flow)
         scheduler.set_timesteps(self.settings.num_sampling_steps, device=self.device)
-        return SchedulerStep(predict, scheduler, batch)
+        return scheduler
+
+    def inference_step(self, predict: Predict, batch: int) -> Any:
+        if self.settings.sampler == "euler":
+            return super().inference_step(predict, batch)
+        return SchedulerStep(predict, self._unipc(), batch)
 
     @property
     def combine(self) -> Combine | None:

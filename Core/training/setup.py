@@ -115,7 +115,7 @@ def adapt_for_training(config: Config, backbone: Backbone) -> None:
     settings = config.adapter
     backbone.denoiser = lora.attach(
         backbone.denoiser,
-        settings.lora_targets or backbone.lora_targets,
+        backbone.adapter_targets(settings.lora_targets or backbone.lora_targets),
         rank=settings.lora_rank,
         alpha=settings.lora_alpha,
         dropout=settings.lora_dropout,

@@ -188,7 +188,7 @@ SIZES = {
     "Wan2.2-TI2V-5B": (
         dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
         4_999_787_712,
-        42_270_720,
+        40_304_640,
     ),
 }
 

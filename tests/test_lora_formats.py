@@ -83,7 +83,9 @@ def test_a_denoiser_whose_pipeline_takes_no_lora_loads_it_itself(tmp_path):
     model = lora_twins.adapted("hunyuan_video15")
     denoiser = lora_twins.denoiser("hunyuan_video15")
     file = write(layers_of(model, tmp_path), "diffusers", "", tmp_path)
-    denoiser.load_lora_adapter(file, use_safetensors=True)  # without it, this method leaves the metadata unread
+    denoiser.load_lora_adapter(
+        file, use_safetensors=True
+    )  # without it, this method leaves the metadata unread
     assert_same("hunyuan_video15", model, denoiser)
 
 

@@ -188,7 +188,7 @@ def to_diffusers(layers: Layers, component: str) -> tuple[Tensors, dict[str, str
     }
     named = {f"{component}.{key}": value for key, value in settings.items()}
     metadata = {"format": "pt", METADATA: json.dumps(named, indent=2, sort_keys=True)}
-    state = {}
+    state: Tensors = {}
     for name, layer in layers.items():
         state |= _pair(f"{component}.{name}", layer, "lora_A", "lora_B")
     return state, metadata

@@ -145,6 +145,18 @@ def test_what_diffusers_saves_is_read(tmp_path):
         assert all(torch.equal(read[name].up, layer.up) for name, layer in layers.items())
 
 
+def test_original_names_without_a_prefix_are_read(tmp_path):
+    """As DiffSynth writes them."""
+    layers = layers_of(lora_twins.adapted("wan"), tmp_path)
+    state = lora_formats.to_comfyui(layers, lora_names.WAN)
+    bare = {
+        key.removeprefix("diffusion_model.").replace(".weight", ".default.weight"): v
+        for key, v in state.items()
+    }
+    save_file(bare, tmp_path / "bare.safetensors")
+    assert lora.read(tmp_path / "bare.safetensors", lora_names.WAN).layers.keys() == layers.keys()
+
+
 def test_files_without_alpha_scale_by_one(tmp_path):
     file = write(layers_of(lora_twins.adapted("ltx"), tmp_path), "diffusers", "ltx", tmp_path)
     save_file(load_file(file), file)
@@ -223,6 +235,11 @@ def test_convolutions_are_adapted(tmp_path):
     assert_same("modelscope", model, again)
 
 
+def test_diffusers_loads_no_adapter_into_the_network_of_modelscope():
+    """Once it does, the family can state its ``diffusers_component``."""
+    assert not hasattr(diffusers.UNet3DConditionModel, "load_lora_adapter")
+
+
 def test_dropout_of_a_convolution_thins_its_channels():
     model = lora_twins.adapted("modelscope", ["conv_in"], dropout=0.5)
     lora.set_dropout(model, True, 0, 0)
@@ -259,6 +276,30 @@ def test_what_is_more_than_plain_lora_is_refused(tmp_path, key, kind):
     file = write(layers_of(lora_twins.adapted("wan"), tmp_path), "comfyui", "wan", tmp_path)
     save_file({**load_file(file), key: torch.zeros(2)}, file)
     with pytest.raises(ValueError, match=f"holds {kind}, which is not supported: 1 keys such as '{key}'"):
+        lora.read(file, lora_names.WAN)
+
+
+@pytest.mark.parametrize("change", ["half a pair", "another rank"])
+def test_factors_that_make_no_pair_are_refused(tmp_path, change):
+    file = write(layers_of(lora_twins.adapted("wan"), tmp_path), "comfyui", "wan", tmp_path)
+    state = load_file(file)
+    key = next(key for key in state if "lora_B" in key)
+    state[key] = state[key][:, :1].contiguous()
+    if change == "half a pair":
+        del state[key]
+    save_file(state, file)
+    with pytest.raises(ValueError, match=r"is no LoRA adapter: it holds \d+ tensors, 20 of them lora_A"):
+        lora.read(file, lora_names.WAN)
+
+
+def test_a_file_of_two_denoisers_is_refused(tmp_path):
+    file = write(layers_of(lora_twins.adapted("wan"), tmp_path), "diffusers", "wan", tmp_path)
+    both = load_file(file)
+    both |= {key.replace("transformer.", "transformer_2."): value.clone() for key, value in both.items()}
+    save_file(both, file)
+    with pytest.raises(
+        ValueError, match="holds 40 keys beside one denoiser's adapter, such as 'transformer_2"
+    ):
         lora.read(file, lora_names.WAN)
 
 

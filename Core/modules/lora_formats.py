@@ -110,10 +110,15 @@ def read_layers(state: Mapping[str, Tensor], settings: Mapping[str, Any], names:
             foreign.append(key)
     _refuse_other_kinds(state, foreign, parts)
     own_name = _namer(prefix, names)
-    default = REFERENCE_ALPHA if prefix == PEFT_PREFIX else None
+    alpha_of = _alphas(settings, REFERENCE_ALPHA if prefix == PEFT_PREFIX else None)
+    named = {own_name(name): part for name, part in parts.items()}
     return {
-        module: LoraLayer(part["down"], part["up"], _alpha(module, part, settings, default))
-        for module, part in ((own_name(name), part) for name, part in parts.items())
+        name: LoraLayer(
+            part["down"],
+            part["up"],
+            float(part["alpha"]) if "alpha" in part else alpha_of(name, len(part["down"])),
+        )
+        for name, part in named.items()
     }
 
 
@@ -125,10 +130,21 @@ def _refuse_other_kinds(state: Mapping[str, Tensor], foreign: list[str], parts: 
                 f"holds {kind}, which is not supported: {len(found)} keys such as {found[0]!r}; give a plain LoRA "
                 "adapter, or merge it into its model and give the result as the model"
             )
-    whole = all({"down", "up"} <= part.keys() for part in parts.values())
-    if foreign or not parts or not whole:
+    if not parts or not all(map(_is_pair, parts.values())):
         downs = sum("down" in part for part in parts.values())
         raise ValueError(f"is no LoRA adapter: it holds {len(state)} tensors, {downs} of them lora_A")
+    if foreign:
+        raise ValueError(
+            f"holds {len(foreign)} keys beside one denoiser's adapter, such as {foreign[0]!r}; "
+            "give a file with that adapter alone"
+        )
+
+
+def _is_pair(part: Mapping[str, Tensor]) -> bool:
+    """Whether both factors are there and have one rank."""
+    if not {"down", "up"} <= part.keys() or min(part["down"].ndim, part["up"].ndim) < 2:
+        return False
+    return part["up"].shape[1] == part["down"].shape[0]
 
 
 def _namer(prefix: str, names: Mapping[str, str]) -> Callable[[str], str]:
@@ -145,17 +161,20 @@ def _namer(prefix: str, names: Mapping[str, str]) -> Callable[[str], str]:
     return lambda name: lora_names.from_original(name, names)
 
 
-def _alpha(
-    module: str, part: Mapping[str, Tensor], settings: Mapping[str, Any], default: float | None
-) -> float:
-    """Alpha of a layer: its own tensor, the settings' pattern for it, the settings', or the default, None being r."""
-    if "alpha" in part:
-        return float(part["alpha"])
-    patterns = settings.get("alpha_pattern") or {}
-    # As PEFT matches them.
-    found = next((key for key in patterns if re.match(rf"(.*\.)?({key})$", module)), None)
-    alpha = settings.get("lora_alpha", default) if found is None else patterns[found]
-    return float(part["down"].shape[0] if alpha is None else alpha)
+def _alphas(settings: Mapping[str, Any], default: float | None) -> Callable[[str, int], float]:
+    """Alpha of a layer by its name and rank: PEFT's pattern for it, or ``lora_alpha``, or the default, None being r."""
+    # As PEFT matches them; compiled here, since there may be one for each of hundreds of layers.
+    patterns = {
+        re.compile(rf"(.*\.)?({key})$"): alpha for key, alpha in (settings.get("alpha_pattern") or {}).items()
+    }
+    common_alpha = settings.get("lora_alpha", default)
+
+    def alpha_of(name: str, rank: int) -> float:
+        matching = (alpha for pattern, alpha in patterns.items() if pattern.match(name))
+        alpha = next(matching, common_alpha)
+        return float(rank if alpha is None else alpha)
+
+    return alpha_of
 
 
 def settings_in(metadata: str) -> dict[str, Any]:

@@ -15,8 +15,9 @@ from safetensors.torch import load_file, save_file
 from Core.backbones.opensora import OpenSora
 from Core.build import new_backbone
 from Core.config import load_config
+from Core.generation.export import write_for_others
 from Core.generation.manifest import read_manifest
-from Core.modules import base_adapters, lora, lora_formats
+from Core.modules import base_adapters, lora, lora_formats, lora_names
 
 ROOT = Path(__file__).resolve().parents[1]
 # One frame in two steps is enough for everything but the quality of a picture.
@@ -60,6 +61,17 @@ def test_merged_adapters_add_up_by_their_strengths(tmp_path, name):
     before = lora_twins.denoiser(name).state_dict()
     for key, value in merged.state_dict().items():
         torch.testing.assert_close(value, expected[0][key] + expected[1][key] - before[key])
+
+
+def test_an_adapter_is_merged_into_its_expert(tmp_path):
+    lora.save(lora_twins.adapted("wan"), tmp_path / "adapter")
+    model = torch.nn.ModuleDict({name: lora_twins.denoiser("wan") for name in ("high_noise", "low_noise")})
+    base_adapters.merge(model, [dict(path=str(tmp_path / "adapter"), expert="low_noise")])
+    alone = lora_twins.denoiser("wan")
+    for expert, entries in (("high_noise", []), ("low_noise", [str(tmp_path / "adapter")])):
+        base_adapters.merge(alone, entries)
+        merged = model[expert].state_dict()
+        assert all(torch.equal(merged[key], value) for key, value in alone.state_dict().items())
 
 
 def test_half_precision_is_rounded_once(tmp_path):
@@ -259,6 +271,28 @@ def test_exports_for_other_programs_follow_the_family_of_the_run(run, tmp_path, 
     config = run.with_suffix(".config.py")
     assert export(tmp_path / "k.safetensors", tmp_path / "peft", "--config", config) == 0
     assert lora.read(tmp_path / "peft").sizes == trained.sizes
+
+
+@pytest.mark.parametrize(
+    ("form", "out", "files"),
+    [
+        ("diffusers", "mine", [f"mine_{e}_noise/pytorch_lora_weights.safetensors" for e in ("high", "low")]),
+        ("comfyui", "mine.safetensors", [f"mine_{e}_noise.safetensors" for e in ("high", "low")]),
+    ],
+)
+def test_each_expert_has_a_file(tmp_path, form, out, files):
+    class Family:
+        original_names, diffusers_component = lora_names.WAN, "transformer"
+        experts = ("high_noise", "low_noise")
+
+    lora.save(lora_twins.adapted("wan"), tmp_path / "one")
+    layers = lora.read(tmp_path / "one").layers
+    both = {f"{expert}.{name}": layer for expert in Family.experts for name, layer in layers.items()}
+    write_for_others(lora.Adapter(both, ()), tmp_path / out, form, Family)
+    for file in files:
+        assert lora.read(tmp_path / file, lora_names.WAN).layers.keys() == layers.keys()
+    with pytest.raises(FileExistsError, match="mine_high_noise.* exists already"):
+        write_for_others(lora.Adapter(both, ()), tmp_path / out, form, Family)
 
 
 @pytest.mark.parametrize(

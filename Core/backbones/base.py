@@ -199,6 +199,7 @@ class Backbone(ABC):
         original_names: the denoiser's layers by their original names, a table of ``Core.modules.lora_names``;
             without one its adapters are neither read nor written as ComfyUI and kohya do.
         diffusers_component: the denoiser's name in diffusers' pipeline, for adapters that diffusers loads.
+        experts: names of the denoiser's parts that are denoisers of their own to other programs.
 
     Attributes:
         denoiser: the network adapters attach to; set by ``load``, replaced by the adapter's wrapper.
@@ -215,6 +216,7 @@ class Backbone(ABC):
     obeys: ClassVar[frozenset[str]] = frozenset()
     original_names: ClassVar[Mapping[str, str]] = {}
     diffusers_component: ClassVar[str] = ""
+    experts: ClassVar[tuple[str, ...]] = ()
 
     denoiser: nn.Module
     vae: Any = None

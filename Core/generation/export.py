@@ -152,14 +152,28 @@ def write_peft(adapter: lora.Adapter, out: Path) -> None:
 
 
 def write_for_others(adapter: lora.Adapter, out: Path, form: str, family: type[Backbone]) -> None:
-    """``pytorch_lora_weights.safetensors`` in a folder for diffusers, or one file for ComfyUI or kohya's programs."""
+    """A folder for diffusers, or one file for ComfyUI or kohya's programs; one for each expert, named after it, where
+    the denoiser holds several.
+
+    Raises:
+        FileExistsError: an expert's is there already.
+    """
+    parts = lora_formats.by_expert(adapter.layers, family.experts)
+    outs = {expert: out.with_name(f"{out.stem}_{expert}{out.suffix}") if expert else out for expert in parts}
+    if existing := [path for path in outs.values() if path.exists()]:
+        raise FileExistsError(f"{existing[0]} exists already; choose another path or remove it")
+    for expert, layers in parts.items():
+        _write_for_others(layers, outs[expert], form, family)
+
+
+def _write_for_others(layers: lora_formats.Layers, out: Path, form: str, family: type[Backbone]) -> None:
     if form == "diffusers":
-        state, metadata = lora_formats.to_diffusers(adapter.layers, family.diffusers_component)
+        state, metadata = lora_formats.to_diffusers(layers, family.diffusers_component)
         with _new_folder(out) as folder:
             (folder / DIFFUSERS_WEIGHTS).write_bytes(serialize(state, metadata=metadata))
         return
     write = lora_formats.to_comfyui if form == "comfyui" else lora_formats.to_kohya
-    write_whole(out, serialize(write(adapter.layers, family.original_names), metadata={"format": "pt"}))
+    write_whole(out, serialize(write(layers, family.original_names), metadata={"format": "pt"}))
 
 
 def write_merged(

@@ -21,6 +21,7 @@ class BaseAdapter:
 
     path: str = option("", "the adapter, in any format that lora_ckpt_path takes")
     strength: float = option(1.0, "factor on alpha / rank")
+    expert: str = option("", "the expert it is of, where the denoiser holds several")
 
     @classmethod
     def of(cls, entry: str | Mapping[str, Any]) -> "BaseAdapter":
@@ -64,7 +65,8 @@ def merge(
         ValueError: an adapter was made for another model; the message lists what differs.
     """
     for entry in map(BaseAdapter.of, entries):
-        layers = lora.read(entry.path, names).layers
+        prefix = f"{entry.expert}." if entry.expert else ""
+        layers = {prefix + name: layer for name, layer in lora.read(entry.path, names).layers.items()}
         weights = _weights(model, layers, entry.path)
         for name, weight in weights.items():
             delta = layers[name].delta().to(weight.device).view_as(weight)

@@ -9,7 +9,8 @@
 
 A model family (``Core.backbones.base.Backbone``) states two class attributes for them: ``original_names``, a table of
 ``Core.modules.lora_names``, for ComfyUI and kohya; and ``diffusers_component``, the part of diffusers' pipeline that
-holds the denoiser ("transformer"), for diffusers. Without them those formats are refused for it.
+holds the denoiser ("transformer"), for diffusers. Without them those formats are refused for it. One whose denoiser
+holds several, such as a high-noise and a low-noise one, names them in ``experts``: other programs have a file for each.
 
 Axes: r rank, k the kernel of a convolution, absent in a linear layer.
 """
@@ -192,6 +193,21 @@ def settings_in(metadata: str) -> dict[str, Any]:
 def common(values: Iterable[T]) -> T:
     """The value that most layers have; the others' become a pattern."""
     return Counter(values).most_common(1)[0][0]
+
+
+def by_expert(layers: Layers, experts: Iterable[str]) -> dict[str, Layers]:
+    """The layers of each expert by their names within it; all under "" where the denoiser is one network.
+
+    Args:
+        experts: names of the denoiser's parts that other programs take for denoisers of their own.
+    """
+    split = {
+        expert: {
+            n.removeprefix(f"{expert}."): layer for n, layer in layers.items() if n.startswith(f"{expert}.")
+        }
+        for expert in experts
+    }
+    return {expert: own for expert, own in split.items() if own} or {"": layers}
 
 
 def to_diffusers(layers: Layers, component: str) -> tuple[Tensors, dict[str, str]]:

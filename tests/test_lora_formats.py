@@ -157,6 +157,13 @@ def test_original_names_without_a_prefix_are_read(tmp_path):
     assert lora.read(tmp_path / "bare.safetensors", lora_names.WAN).layers.keys() == layers.keys()
 
 
+def test_a_layer_named_by_a_number_is_told_from_others(tmp_path):
+    """Without PEFT's settings: ``2`` names two kinds of layers of an image-to-video model of Wan."""
+    model = lora_twins.adapted("wan_image", ["blocks.0.ffn.net.2"])
+    save_file(dict(lora.parameters(model)), tmp_path / "adapter.safetensors")
+    assert lora.read(tmp_path / "adapter.safetensors").targets == ("blocks.0.ffn.net.2",)
+
+
 def test_files_without_alpha_scale_by_one(tmp_path):
     file = write(layers_of(lora_twins.adapted("ltx"), tmp_path), "diffusers", "ltx", tmp_path)
     save_file(load_file(file), file)

@@ -255,8 +255,11 @@ def _targets(state: Mapping[str, Tensor], settings: Mapping[str, Any], layers: L
     if not any(key.startswith(PEFT_PREFIX) for key in state):
         return list(layers)
     # A target may be longer than a layer's own name, which the keys alone do not tell.
-    named = settings.get("target_modules")
-    return named if named and isinstance(named, list) else list({name.split(".")[-1] for name in layers})
+    if (named := settings.get("target_modules")) and isinstance(named, list):
+        return named
+    short = {name.split(".")[-1] for name in layers}
+    # A number, as in to_out.0, would name layers of other kinds, too.
+    return list(layers) if any(name.isdigit() for name in short) else list(short)
 
 
 def _refuse_variants(path: Path, settings: Mapping[str, Any]) -> None:

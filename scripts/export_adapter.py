@@ -1,6 +1,7 @@
-"""Export a trained adapter: export_adapter.py ADAPTER OUT [--format peft|safetensors|merged --config CONFIG].
+"""Export a trained adapter: export_adapter.py ADAPTER OUT [--format peft|diffusers|comfyui|… --config CONFIG].
 
-ADAPTER: a run's or checkpoint's `adapter/`, a .safetensors file, or the reference's peft_model_<step>.pt.
+ADAPTER: a run's or checkpoint's `adapter/`, or an adapter of PEFT, diffusers, ComfyUI or kohya, or the reference's
+peft_model_<step>.pt.
 """
 
 import argparse
@@ -22,14 +23,21 @@ def main(argv: list[str] | None = None) -> int:
         "--format",
         choices=FORMATS,
         default="peft",
-        help="peft: a folder that PEFT loads; safetensors: one file; merged: full weights of the adapted model, in "
+        help="peft: a folder that PEFT loads; safetensors: the same as one file; diffusers: a folder for "
+        "`load_lora_weights`; comfyui, kohya: one file in their layout; merged: full weights of the adapted model, in "
         "the Hub's layout, for `model.from_pretrained`",
     )
-    parser.add_argument("--config", help="config file naming the base model, for --format merged")
+    parser.add_argument(
+        "--config",
+        help="config file naming the base model; an adapter in a run's folder needs it only for merged",
+    )
+    parser.add_argument(
+        "--with-base-adapters", action="store_true", help="merged: include the config's base_adapters"
+    )
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        export(args.adapter, args.out, args.format, args.config)
+        export(args.adapter, args.out, args.format, args.config, args.with_base_adapters)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

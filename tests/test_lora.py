@@ -228,8 +228,6 @@ def test_saving_over_an_adapter_replaces_it_whole(tmp_path):
     [
         dict(use_rslora=True),
         dict(use_dora=True),
-        dict(rank_pattern={"spatial_blocks.0.attn.qkv": 8}),
-        dict(alpha_pattern={"spatial_blocks.0.attn.qkv": 2}),
         dict(bias="lora_only"),
     ],
     ids=lambda variant: next(iter(variant)),
@@ -242,15 +240,20 @@ def test_what_is_more_than_plain_lora_is_refused(tmp_path, variant):
         lora.read(tmp_path)
 
 
-def test_layers_of_different_rank_are_refused(tmp_path):
-    """A file without settings beside it tells them by its shapes alone."""
-    state = {key: p.detach().clone() for key, p in lora.parameters(attached(rank=4)).items()}
-    first = next(iter(state)).rpartition(".lora_")[0]
-    for key in [key for key in state if key.startswith(first)]:
-        state[key] = state[key][:2] if "lora_A" in key else state[key][:, :2].contiguous()
-    save_file(state, tmp_path / "adapter.safetensors")
-    with pytest.raises(ValueError, match="has layers of rank 2, 4 and alpha 8; only one rank"):
-        lora.read(tmp_path / "adapter.safetensors")
+def test_layers_of_another_rank_or_alpha_are_read(tmp_path):
+    """PEFT's patterns are regular expressions that match the end of a name."""
+    patterns = dict(rank_pattern={"spatial_blocks.0.attn.qkv": 6}, alpha_pattern={r"temporal_blocks\.1.*": 2})
+    settings = LoraConfig(r=4, lora_alpha=8, target_modules=list(TARGETS), **patterns)
+    model = get_peft_model(copy.deepcopy(BASE), settings).eval()
+    for parameter in lora.parameters(model).values():
+        torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path)
+    adapter = lora.read(tmp_path)
+    assert (adapter.rank, adapter.alpha) == (4, 8)
+    assert {layer.rank for layer in adapter.layers.values()} == {4, 6}
+    again = lora.attach(copy.deepcopy(BASE), adapter.targets, **adapter.sizes)
+    lora.load(again, adapter, "theirs")
+    assert_same(again, model)
 
 
 @pytest.mark.parametrize("name", ["adapter_model.safetensors", "adapter_config.json"])

@@ -184,7 +184,11 @@ def test_a_whole_clip_is_recomputed_by_latent_frame():
 SIZES = {
     # denoiser's configuration as published → parameters, and those of a rank-16 adapter
     "Wan2.1-T2V-1.3B": (dict(num_attention_heads=12, ffn_dim=8960, num_layers=30), 1_418_996_800, 21_872_640),
-    "Wan2.1-T2V-14B": (dict(num_attention_heads=40, ffn_dim=13824, num_layers=40), 14_288_491_584, 76_677_120),
+    "Wan2.1-T2V-14B": (
+        dict(num_attention_heads=40, ffn_dim=13824, num_layers=40),
+        14_288_491_584,
+        76_677_120,
+    ),
     "Wan2.2-TI2V-5B": (
         dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
         4_999_787_712,

@@ -15,6 +15,8 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from Core.modules import base_adapters
+from Core.modules.base_adapters import BaseAdapter
 from Core.modules.frozen_conv import forget_conv_inputs
 from Core.modules.quantization import store_linears_in_fp8, store_linears_in_nf4
 from Core.sampling.euler import DenoisingStep, Predict, RectifiedFlow, Step
@@ -74,6 +76,10 @@ class ModelSettings:
         "none",
         "`nf4` stores the frozen denoiser's linear layers in 4 bits (bitsandbytes) and computes in dtype",
     )
+    base_adapters: list[str | dict] = video_option(
+        [],
+        "adapters merged into the frozen denoiser before anything else: paths, or dict(path=…, strength=1.0)",
+    )
     text_encoding: Literal["device", "8bit", "cpu"] = video_option(
         "device",
         "where captions are encoded: on the `device`, there in `8bit` (bitsandbytes), or on the `cpu`",
@@ -86,6 +92,11 @@ class ModelSettings:
         True,
         "recompute activations in the backward pass to save memory; `keep_attention` keeps those of attention",
     )
+
+    def base_adapter_contents(self) -> dict[str, list[str]]:
+        """What ``base_adapters`` hold, since a path may hold another adapter tomorrow; empty without any."""
+        paths = [BaseAdapter.of(entry).path for entry in self.base_adapters]
+        return {"content of base_adapters": [file_identity(path) for path in paths]} if paths else {}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -185,6 +196,10 @@ class Backbone(ABC):
         lora_targets: suffixes of the linear layers adapted by default.
         obeys: optional common keys that have an effect on it; others are refused by name.
         decode_contexts: values of ``decode_context`` that have a meaning for it.
+        original_names: the denoiser's layers by their original names, a table of ``Core.modules.lora_names``;
+            without one its adapters are neither read nor written as ComfyUI and kohya do.
+        diffusers_component: the denoiser's name in diffusers' pipeline, for adapters that diffusers loads.
+        experts: names of the denoiser's parts that are denoisers of their own to other programs.
 
     Attributes:
         denoiser: the network adapters attach to; set by ``load``, replaced by the adapter's wrapper.
@@ -201,6 +216,9 @@ class Backbone(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ()
     obeys: ClassVar[frozenset[str]] = frozenset()
     decode_contexts: ClassVar[tuple[str, ...]] = ("isolated",)
+    original_names: ClassVar[Mapping[str, str]] = {}
+    diffusers_component: ClassVar[str] = ""
+    experts: ClassVar[tuple[str, ...]] = ()
 
     denoiser: nn.Module
     vae: Any = None
@@ -330,12 +348,17 @@ class Backbone(ABC):
         return list(suffixes)
 
     def load(self) -> None:
-        """Bring the VAE and the denoiser to the device, frozen, and store them as ``dtype`` and ``base_quant`` say."""
+        """Bring the VAE and the denoiser to the device, frozen, and store them as ``dtype`` and ``base_quant`` say.
+
+        Base adapters are merged first, so that what is stored in fewer bits is the sum.
+        """
         if (vae := self.load_vae()) is not None:
             # An image VAE's activations overflow float16; diffusers, too, computes it in float32 then.
             self.vae = self._place(vae, torch.float32 if self.dtype == torch.float16 else self.dtype)
             forget_conv_inputs(self.vae)
-        self.denoiser = self._place(self.load_denoiser(), self.dtype)
+        denoiser = self.load_denoiser()
+        base_adapters.merge(denoiser, self.models.base_adapters, self.original_names)
+        self.denoiser = self._place(denoiser, self.dtype)
         if self.models.dtype == "fp8":
             store_linears_in_fp8(self.blocks)
         if self.models.base_quant == "nf4":

@@ -16,6 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from Core.modules import lora_names
 from Core.modules.video_decode import decode_chosen, decode_clip, decode_tiled, recomputed
 from Core.sampling import guidance
 from Core.sampling.euler import Predict
@@ -125,6 +126,9 @@ class Wan(DiffusersBackbone):
         "720p": {WIDE: (720, 1280), TALL: (1280, 720), "1:1": (960, 960)},
     }
     decode_contexts = ("isolated", "causal", "whole")
+    original_names = lora_names.WAN
+    diffusers_component = "transformer"
+    experts = tuple(EXPERTS)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 
     settings: WanSettings

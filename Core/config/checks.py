@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from Core.data.prompts import prompt_file_errors
-from Core.modules import lora
+from Core.modules import base_adapters, lora
 from Core.rewards import check_reward_config
 
 from .schema import BASE, Config
@@ -174,6 +174,7 @@ def _path_errors(config: Config) -> list[str]:
     for path in [paths] if isinstance(paths, str) else paths:
         if path != BASE:
             errors += _adapter_errors(config, path)
+    errors += base_adapters.errors(config.models.base_adapters, config.backbone.original_names)
     for key, value in (("project_dir", config.run.project_dir), ("text_cache", config.models.text_cache)):
         folder = Path(value).expanduser().absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
@@ -187,7 +188,7 @@ def _adapter_errors(config: Config, path: str) -> list[str]:
     if not Path(path).expanduser().exists():
         return [f"lora_ckpt_path: there is no file or folder {path!r}"]
     try:
-        adapter = lora.read(path)
+        adapter = lora.read(path, config.backbone.original_names)
     except (ValueError, OSError) as error:
         return [f"lora_ckpt_path: {error}"]
     given = {"lora_rank": config.adapter.lora_rank, "lora_alpha": config.adapter.lora_alpha}
@@ -199,7 +200,7 @@ def _adapter_errors(config: Config, path: str) -> list[str]:
     asked = " and ".join(f"{key}={given[key]}" for key in differing)
     return [
         f"lora_ckpt_path: the adapter {path!r} has {has}, but the configuration has {asked}; a loaded adapter keeps "
-        f"its rank, alpha and targets, so set {has}"
+        f"its rank and alpha, so set {has}"
     ]
 
 

@@ -38,10 +38,13 @@ class AdapterSettings:
     lora_alpha: int = option(8, "the adapter's output is scaled by lora_alpha / lora_rank", minimum=1)
     lora_dropout: float = option(0.0, "dropout of the adapter's input while training", minimum=0, below=1)
     lora_targets: list[str] | None = option(
-        None, "name suffixes of the linear layers to adapt; None = the family's own"
+        None,
+        "name suffixes of the layers to adapt, linear or convolution; None = those of lora_ckpt_path, or the family's",
     )
     lora_ckpt_path: str | list[str] | None = option(
-        None, "adapter to start from or to sample with; inference takes several, `base` being the plain model"
+        None,
+        "adapter to start from or to sample with (PEFT, diffusers, ComfyUI, kohya); inference takes several, `base` "
+        "being the plain model",
     )
     lora_scale: float = free_option(1.0, "strength of the adapter in inference; 0 turns it off", minimum=0)
 

@@ -72,7 +72,7 @@ def compare(
         ValueError, FileNotFoundError: an adapter that does not load or fit, weights that cannot be had.
         IncompleteError: videos could not be made.
     """
-    variants = read_variants([BASE, *adapters])
+    variants = read_variants([BASE, *adapters], config.backbone.original_names)
     # Loaded only when the videos are there, but missed before the hours it takes to make them.
     once_per_machine(distributed, lambda: fetch_scorers(rewards.items()))
     prompts = config.prompt_list

@@ -1,64 +1,190 @@
 """A trained adapter in the forms other programs read."""
 
+import contextlib
+import logging
+import shutil
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialize
 
+from Core.backbones import BACKBONES, Backbone, ModelSettings
 from Core.build import new_backbone
 from Core.config import load_config
-from Core.modules import lora
+from Core.config.load import read_file, read_saved
+from Core.modules import lora, lora_formats
+from Core.utils.files import write_whole
 
-FORMATS = ("peft", "safetensors", "merged")
+logger = logging.getLogger("vader")
+FORMATS = ("peft", "safetensors", "diffusers", "comfyui", "kohya", "merged")
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+# Where a run's settings lie above its adapters: beside adapter/, and above checkpoints/step_<n>/adapter/.
+RUN_DEPTH = 3
 
 
-def export(source: str, out: Path, form: str, config: str | None = None) -> None:
+def export(
+    source: str, out: Path, form: str, config: str | None = None, with_base_adapters: bool = False
+) -> None:
     """Write the adapter ``source`` to ``out``.
 
     Args:
-        form: ``peft`` a folder as PEFT saves it; ``safetensors`` one file, with alpha in its metadata;
-            ``merged`` the full weights of the adapted model.
-        config: config file naming the base model; for ``merged`` alone.
+        source: an adapter in any format that ``lora_ckpt_path`` takes.
+        form: ``peft`` a folder as PEFT saves it; ``safetensors`` one file, with alpha in its metadata; ``diffusers`` a
+            folder for ``load_lora_weights``; ``comfyui`` and ``kohya`` one file each; ``merged`` the full weights of
+            the adapted model.
+        config: config file naming the base model; by default that of the run ``source`` lies in, except for ``merged``.
+        with_base_adapters: ``merged`` includes the config's ``base_adapters``.
 
     Raises:
-        FileNotFoundError, FileExistsError, ValueError: nothing to read, something in the way, or no fit.
+        FileNotFoundError, FileExistsError, ValueError: nothing to read, something in the way, no fit, or a format that
+            the model family does not have.
     """
     if out.exists():
         raise FileExistsError(f"{out} exists already; choose another path or remove it")
-    if (form == "merged") != (config is not None):
-        raise ValueError("--config names the base model and goes with --format merged, and only with it")
-    adapter = lora.read(source)
+    _refuse_options(out, form, config, with_base_adapters)
+    settings = read_file(config) if config else _settings_of_run(Path(source).expanduser())
+    family = _family(form, settings)
+    adapter = lora.read(source, family.original_names if family else lora.NOTHING)
     out.parent.mkdir(parents=True, exist_ok=True)
-    if config is not None:
-        write_merged(adapter, source, out, config)
+    if form == "merged":
+        write_merged(adapter, source, out, str(config), with_base_adapters)
     elif form == "peft":
         write_peft(adapter, out)
-    else:
+    elif form == "safetensors":
         write_file(adapter, out)
+    else:
+        assert family  # _family has refused these formats without one
+        write_for_others(adapter, out, form, family)
+    if (merged := settings.get("base_adapters")) and not with_base_adapters:
+        logger.info("base_adapters of its base are not included; load them beside it: %s", merged)
+
+
+def _refuse_options(out: Path, form: str, config: str | None, with_base_adapters: bool) -> None:
+    """Raise ValueError for options that do not go together."""
+    if form == "merged" and config is None:
+        raise ValueError("--format merged needs the base model: name its config file with --config")
+    if with_base_adapters and form != "merged":
+        raise ValueError(
+            "--with-base-adapters goes with --format merged; other formats hold the adapter alone"
+        )
+    if form in ("comfyui", "kohya") and out.suffix != ".safetensors":
+        raise ValueError(f"--format {form} writes one file: give a path that ends in .safetensors, not {out}")
+
+
+def _settings_of_run(source: Path) -> Mapping[str, Any]:
+    """The configuration of the run an adapter lies in; empty where it lies in none."""
+    for folder in source.absolute().parents[:RUN_DEPTH]:
+        if (folder / "config.py").is_file():
+            with contextlib.suppress(ValueError, OSError):  # another program's
+                return read_saved(folder / "config.py")
+    return {}
+
+
+def _family(form: str, settings: Mapping[str, Any]) -> type[Backbone] | None:
+    """The model family of an adapter; None where nothing names it and ``form`` does without.
+
+    Raises:
+        ValueError: ``form`` needs one, or the family does not have it.
+    """
+    if not settings:
+        if form in ("diffusers", "comfyui", "kohya"):
+            raise ValueError(
+                f"--format {form} depends on the model family, and no run's config.py lies above the adapter; name a "
+                "config of the family with --config"
+            )
+        return None
+    name = settings.get("backbone", ModelSettings().backbone)
+    family = BACKBONES.resolve(name)
+    lacking = {} if family.diffusers_component else {"diffusers": "diffusers loads no adapters of it"}
+    if not family.original_names:
+        lacking |= dict.fromkeys(("comfyui", "kohya"), "the original names of its layers are not known")
+    if form in lacking:
+        others = ", ".join(other for other in FORMATS if other not in lacking)
+        raise ValueError(
+            f"--format {form} does not exist for backbone={name!r}: {lacking[form]}; there are {others}"
+        )
+    return family
+
+
+@contextlib.contextmanager
+def _new_folder(out: Path) -> Iterator[Path]:
+    """A hidden folder to write to, which becomes ``out`` unless the block raises."""
+    partial = out.with_name(f".{out.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir()
+        yield partial
+        partial.rename(out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def write_file(adapter: lora.Adapter, out: Path) -> None:
-    """One file, which ``lora_ckpt_path`` reads again with its scaling."""
+    """One file, which ``lora_ckpt_path`` reads again with its scaling.
+
+    Raises:
+        ValueError: layers differ in alpha, which this format has one of.
+    """
+    if adapter.sizes["alphas"]:
+        raise ValueError(
+            "--format safetensors holds one alpha, and the adapter's layers have several; choose peft"
+        )
     metadata = {"format": "pt", lora.ALPHA_NOTE: str(adapter.alpha)}
-    save_file(adapter.state, out, metadata=metadata)
+    write_whole(out, serialize(adapter.state, metadata=metadata))
 
 
 def write_peft(adapter: lora.Adapter, out: Path) -> None:
     """``adapter_model.safetensors`` and ``adapter_config.json``."""
-    out.mkdir()
-    save_file(adapter.state, out / lora.WEIGHTS, metadata={"format": "pt"})
     from peft import LoraConfig
 
-    settings = LoraConfig(r=adapter.rank, lora_alpha=adapter.alpha, target_modules=list(adapter.targets))
+    settings = LoraConfig(
+        r=adapter.rank,
+        lora_alpha=adapter.alpha,
+        target_modules=list(adapter.targets),
+        **lora.patterns(adapter.sizes["ranks"], adapter.sizes["alphas"]),
+    )
     settings.inference_mode = True
-    settings.save_pretrained(str(out))
+    with _new_folder(out) as folder:
+        (folder / lora.WEIGHTS).write_bytes(serialize(adapter.state, metadata={"format": "pt"}))
+        settings.save_pretrained(str(folder))
 
 
-def write_merged(adapter: lora.Adapter, source: str, out: Path, config_file: str) -> None:
+def write_for_others(adapter: lora.Adapter, out: Path, form: str, family: type[Backbone]) -> None:
+    """A folder for diffusers, or one file for ComfyUI or kohya's programs; one for each expert, named after it, where
+    the denoiser holds several.
+
+    Raises:
+        FileExistsError: an expert's is there already.
+    """
+    parts = lora_formats.by_expert(adapter.layers, family.experts)
+    outs = {expert: out.with_name(f"{out.stem}_{expert}{out.suffix}") if expert else out for expert in parts}
+    if existing := [path for path in outs.values() if path.exists()]:
+        raise FileExistsError(f"{existing[0]} exists already; choose another path or remove it")
+    for expert, layers in parts.items():
+        _write_for_others(layers, outs[expert], form, family)
+
+
+def _write_for_others(layers: lora_formats.Layers, out: Path, form: str, family: type[Backbone]) -> None:
+    if form == "diffusers":
+        state, metadata = lora_formats.to_diffusers(layers, family.diffusers_component)
+        with _new_folder(out) as folder:
+            (folder / DIFFUSERS_WEIGHTS).write_bytes(serialize(state, metadata=metadata))
+        return
+    write = lora_formats.to_comfyui if form == "comfyui" else lora_formats.to_kohya
+    write_whole(out, serialize(write(layers, family.original_names), metadata={"format": "pt"}))
+
+
+def write_merged(
+    adapter: lora.Adapter, source: str, out: Path, config_file: str, with_base_adapters: bool
+) -> None:
     """The base model's layout with W + alpha / rank · B A in place of each adapted W, computed in float32."""
-    config = load_config([config_file, "--dtype", "fp32", "--base-quant", "none"])
+    flags = ["--dtype", "fp32", "--base-quant", "none"]
+    config = load_config([config_file, *flags, *([] if with_base_adapters else ["--base-adapters", "[]"])])
     backbone = new_backbone(config, torch.device("cpu"))
     backbone.load()
-    model = lora.attach(backbone.denoiser, adapter.targets, rank=adapter.rank, alpha=adapter.alpha)
+    model = lora.attach(backbone.denoiser, adapter.targets, **adapter.sizes)
     lora.load(model, adapter, source)
-    model.merge_and_unload().save_pretrained(out)
+    with _new_folder(out) as folder:
+        model.merge_and_unload().save_pretrained(folder)

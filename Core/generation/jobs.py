@@ -38,12 +38,14 @@ class Variant:
         if self.adapter:
             scale = config.adapter.lora_scale
             of_adapter |= {"adapter_sha256": fingerprint(self.adapter), "lora_scale": scale}
-        return of_adapter | config.video_settings()
+        return of_adapter | config.video_settings() | config.models.base_adapter_contents()
 
 
 def fingerprint(adapter: lora.Adapter) -> str:
     """Digest of an adapter's weights and scaling: the same path may hold another adapter tomorrow."""
     digest = hashlib.sha256(f"{adapter.rank} {adapter.alpha}".encode())
+    if alphas := adapter.sizes["alphas"]:
+        digest.update(repr(sorted(alphas.items())).encode())
     for key in sorted(adapter.state):
         digest.update(key.encode())
         digest.update(adapter.state[key].contiguous().numpy().tobytes())
@@ -67,8 +69,11 @@ def _telling_parts(path: str) -> list[str]:
     return [part for part in parts if part not in GENERIC_FOLDERS] or ["adapter"]
 
 
-def read_variants(paths: Sequence[str | None]) -> list[Variant]:
+def read_variants(paths: Sequence[str | None], names: Mapping[str, str] = lora.NOTHING) -> list[Variant]:
     """Variants of adapter paths, read; ``base`` or None is the base model.
+
+    Args:
+        names: the model family's table of original names.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, no adapter, or the same one twice.
@@ -77,8 +82,11 @@ def read_variants(paths: Sequence[str | None]) -> list[Variant]:
     if doubled:
         raise ValueError(f"lora_ckpt_path names {doubled[0]!r} twice; name each adapter once")
     named = [path for path in paths if path not in (None, BASE)]
-    names = dict(zip(named, adapter_names(named), strict=True))
-    return [Variant(names[path], path, lora.read(path)) if path in names else Variant(BASE) for path in paths]
+    labels = dict(zip(named, adapter_names(named), strict=True))
+    return [
+        Variant(labels[path], path, lora.read(path, names)) if path in labels else Variant(BASE)
+        for path in paths
+    ]
 
 
 @contextmanager
@@ -94,7 +102,7 @@ def adapted(backbone: Backbone, variant: Variant, scale: float) -> Iterator[None
     adapter = variant.adapter
     base = backbone.denoiser
     try:
-        backbone.denoiser = lora.attach(base, adapter.targets, rank=adapter.rank, alpha=adapter.alpha)
+        backbone.denoiser = lora.attach(base, adapter.targets, **adapter.sizes)
     except ValueError as error:
         raise ValueError(f"the adapter {variant.path} does not fit the model: {error}") from None
     try:
@@ -108,9 +116,10 @@ def adapted(backbone: Backbone, variant: Variant, scale: float) -> Iterator[None
 def chosen_variants(config: Config) -> list[Variant]:
     """Variants that ``lora_ckpt_path`` and ``lora_scale`` ask for."""
     paths = config.adapter.lora_ckpt_path
+    names = config.backbone.original_names
     if isinstance(paths, str):
-        return read_variants([paths if config.adapter.lora_scale > 0 else BASE])
-    return read_variants(paths or [BASE])
+        return read_variants([paths if config.adapter.lora_scale > 0 else BASE], names)
+    return read_variants(paths or [BASE], names)
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,9 @@ import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -15,6 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
+from Core.modules import lora_formats
+from Core.modules.lora_formats import PEFT_PREFIX, Layers
 from Core.utils import rng
 from Core.utils.state_dict import describe_mismatch, load_state
 
@@ -24,20 +28,51 @@ if TYPE_CHECKING:  # imported where it is used: reading an adapter file must not
 ADAPTER = "default"
 WEIGHTS = "adapter_model.safetensors"
 ALPHA_NOTE = "lora_alpha"  # in the metadata of an adapter that is one file
-REFERENCE_ALPHA = 8  # PEFT's default, which the reference implementation left as it was
+ADAPTED = (nn.Linear, nn.Conv2d, nn.Conv3d)
+NOTHING: Mapping[str, Any] = MappingProxyType({})
 # Settings of PEFT that make other functions of the same weights; these of their values leave plain LoRA.
 PLAIN: tuple[Any, ...] = (None, False, "none", {}, [])
-VARIANTS = ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "bias", "lora_bias", "modules_to_save")
+VARIANTS = ("use_rslora", "use_dora", "bias", "lora_bias", "modules_to_save")
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter read from disk: its weights by PEFT key, and what it takes to attach it."""
+    """An adapter read from disk.
 
-    state: dict[str, Tensor]
-    rank: int
-    alpha: int
+    Attributes:
+        layers: by name of the adapted layer; float32, alpha a whole number above zero.
+        targets: suffixes that name these layers.
+    """
+
+    layers: Layers
     targets: tuple[str, ...]
+
+    @cached_property
+    def rank(self) -> int:
+        """Rank of most layers."""
+        return lora_formats.common(layer.rank for layer in self.layers.values())
+
+    @cached_property
+    def alpha(self) -> int:
+        """Alpha of most layers."""
+        return int(lora_formats.common(layer.alpha for layer in self.layers.values()))
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """Rank and alpha of most layers, and by name those of the others, as ``attach`` takes them."""
+        ranks = {name: layer.rank for name, layer in self.layers.items() if layer.rank != self.rank}
+        alphas = {name: int(layer.alpha) for name, layer in self.layers.items() if layer.alpha != self.alpha}
+        return {"rank": self.rank, "alpha": self.alpha, "ranks": ranks, "alphas": alphas}
+
+    @cached_property
+    def state(self) -> dict[str, Tensor]:
+        """The weights by PEFT key."""
+        named = {f"{PEFT_PREFIX}{name}": layer for name, layer in self.layers.items()}
+        return {
+            f"{name}.lora_{factor}.weight": value
+            for name, layer in named.items()
+            for factor, value in (("A", layer.down), ("B", layer.up))
+        }
 
 
 def attach(
@@ -46,34 +81,54 @@ def attach(
     *,
     rank: int,
     alpha: int,
+    ranks: Mapping[str, int] = NOTHING,
+    alphas: Mapping[str, int] = NOTHING,
     dropout: float = 0.0,
     seed: int = 0,
 ) -> "PeftModel":
-    """Wrap ``model`` with a float32 adapter on every linear layer whose name ends in one of ``targets``.
+    """Wrap ``model`` with a float32 adapter on every linear layer or convolution whose name ends in one of ``targets``.
 
     Only the adapter requires gradients, and only its dropout ever leaves eval mode.
+
+    Args:
+        ranks, alphas: by name, of the layers that have others than ``rank`` and ``alpha``.
 
     Raises:
         ValueError: a target matches no layer.
     """
     from peft import LoraConfig, get_peft_model
 
-    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    names = [name for name, module in model.named_modules() if isinstance(module, ADAPTED)]
     for target in targets:
         if not any(name == target or name.endswith("." + target) for name in names):
             last = sorted({name.rpartition(".")[2] for name in names})
             raise ValueError(
                 f"lora_targets: no linear layer is named {target!r}; there are {', '.join(last)}"
             )
-    settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
+    settings = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=list(targets),
+        **patterns(ranks, alphas),
+    )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, settings)
     if dropout:
         for layer in lora_layers(wrapped).values():
-            mask_device = layer.lora_A[ADAPTER].weight.device
-            layer.lora_dropout[ADAPTER] = StepDropout(dropout, layer.in_features).to(mask_device)
+            weight = layer.lora_A[ADAPTER].weight
+            shape = (weight.shape[1], *[1] * (weight.ndim - 2))
+            layer.lora_dropout[ADAPTER] = StepDropout(dropout, shape).to(weight.device)
     return wrapped.eval()
+
+
+def patterns(ranks: Mapping[str, int], alphas: Mapping[str, int]) -> dict[str, dict[str, int]]:
+    """PEFT's settings for layers of another rank or alpha; ``^`` makes it the whole name."""
+    return {
+        "rank_pattern": {f"^{name}": rank for name, rank in ranks.items()},
+        "alpha_pattern": {f"^{name}": alpha for name, alpha in alphas.items()},
+    }
 
 
 class StepDropout(nn.Module):
@@ -85,10 +140,10 @@ class StepDropout(nn.Module):
 
     mask: Tensor
 
-    def __init__(self, p: float, features: int):
+    def __init__(self, p: float, shape: tuple[int, ...]):
         super().__init__()
         self.p = p
-        self.register_buffer("mask", torch.ones(features), persistent=False)
+        self.register_buffer("mask", torch.ones(shape), persistent=False)
 
     def draw(self, generator: torch.Generator) -> None:
         """Take the mask of a new step from ``generator``."""
@@ -172,33 +227,39 @@ def save(model: "PeftModel", folder: Path) -> None:
     shutil.rmtree(replaced, ignore_errors=True)
 
 
-def read(path: str | Path) -> Adapter:
-    """An adapter folder in PEFT's layout, one ``.safetensors``, or the reference's ``peft_model_<step>.pt``.
+def read(path: str | Path, names: Mapping[str, str] = NOTHING) -> Adapter:
+    """An adapter in any format: PEFT's folder, one file as ``lora_formats`` lists them, or the reference's
+    ``peft_model_<step>.pt``.
+
+    Args:
+        names: the model family's table of original names.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, damaged, not an adapter, or not a plain LoRA.
     """
     path = Path(path).expanduser()
     file = _weights_file(path)
-    state = {key.replace(f".{ADAPTER}.", "."): value.float() for key, value in load_state(file).items()}
+    state = load_state(file)
     settings = _settings(file)
     _refuse_variants(path, settings)
-    downs = [key for key in state if key.endswith("lora_A.weight")]
-    if not downs or len(state) != 2 * len(downs):
-        raise ValueError(
-            f"{path} is no LoRA adapter: it holds {len(state)} tensors, {len(downs)} of them lora_A"
-        )
-    ranks = {state[key].shape[0] for key in downs}
-    alpha = float(settings.get("lora_alpha", REFERENCE_ALPHA))
-    if len(ranks) > 1 or not alpha.is_integer():
-        raise ValueError(
-            f"the adapter {path} has layers of rank {', '.join(map(str, sorted(ranks)))} and alpha {alpha:g}; "
-            "only one rank and a whole alpha for all layers are supported"
-        )
+    try:
+        layers = lora_formats.read_layers(state, settings, names)
+    except ValueError as error:
+        raise ValueError(f"{path} {error}") from None
+    layers = {name: layer.in_float32().with_whole_alpha() for name, layer in layers.items()}
+    return Adapter(layers, tuple(sorted(_targets(state, settings, layers))))
+
+
+def _targets(state: Mapping[str, Tensor], settings: Mapping[str, Any], layers: Layers) -> Sequence[str]:
+    """Suffixes that name the adapted layers; of another program's file their whole names, which mean no others."""
+    if not any(key.startswith(PEFT_PREFIX) for key in state):
+        return list(layers)
     # A target may be longer than a layer's own name, which the keys alone do not tell.
-    named = settings.get("target_modules")
-    targets = named if named and isinstance(named, list) else {key.split(".")[-3] for key in downs}
-    return Adapter(state, ranks.pop(), int(alpha), tuple(sorted(targets)))
+    if (named := settings.get("target_modules")) and isinstance(named, list):
+        return named
+    short = {name.split(".")[-1] for name in layers}
+    # A number, as in to_out.0, would name layers of other kinds, too.
+    return list(layers) if any(name.isdigit() for name in short) else list(short)
 
 
 def _refuse_variants(path: Path, settings: Mapping[str, Any]) -> None:
@@ -212,18 +273,21 @@ def _refuse_variants(path: Path, settings: Mapping[str, Any]) -> None:
 
 
 def _settings(file: Path) -> dict[str, Any]:
-    """What a note in the file says, or else the configuration beside it; the reference's files have neither."""
+    """What the file's metadata say, or else the configuration beside it; the reference's files have neither."""
     config = file.with_name("adapter_config.json")
     if file.suffix != ".safetensors":
         return {}
     with safe_open(file, "pt") as content:
-        noted = (content.metadata() or {}).get(ALPHA_NOTE)
-    if noted:
-        return {ALPHA_NOTE: noted}
+        noted = content.metadata() or {}
+    if ALPHA_NOTE in noted:
+        return {ALPHA_NOTE: noted[ALPHA_NOTE]}
+    source = file if lora_formats.METADATA in noted else config
     try:
+        if lora_formats.METADATA in noted:
+            return lora_formats.settings_in(noted[lora_formats.METADATA])
         return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
     except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{config} is no JSON or is damaged; export the adapter again") from error
+        raise ValueError(f"{source} is no JSON or is damaged; export the adapter again") from error
 
 
 def _weights_file(path: Path) -> Path:

@@ -25,12 +25,16 @@ def lean_steps(denoiser: nn.Module, device: torch.device, dtype: torch.dtype) ->
 
 @contextmanager
 def fused_adapter(model: nn.Module) -> Iterator[None]:
-    """Within this context every adapted layer of ``model`` computes W x + s B (A x) without a gradient.
+    """Within this context every adapted linear layer of ``model`` computes W x + s B (A x) without a gradient.
 
     Products are in the dtype of the layer's output, as they are under autocast. Scale, dropout mask and weights
     are those at entry. A model without an adapter is left alone.
     """
-    layers = [layer for layer in lora_layers(model).values() if ADAPTER in layer.lora_A]
+    layers = [
+        layer
+        for layer in lora_layers(model).values()
+        if ADAPTER in layer.lora_A and isinstance(layer.base_layer, nn.Linear)
+    ]
     try:
         for layer in layers:
             # On the instance, where it hides the class's own until it is removed.

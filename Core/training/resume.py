@@ -85,6 +85,7 @@ def identity(config: Config, prompts: Sequence[Prompt], global_batch: int) -> di
     texts = "\n".join(prompt.text for prompt in prompts)
     digest = hashlib.sha256(texts.encode()).hexdigest()
     settings = json.loads(json.dumps(config.flat()))
+    settings |= config.models.base_adapter_contents()
     return settings | {GLOBAL_BATCH: global_batch, "text of the prompts (sha256)": digest[:16]}
 
 
@@ -97,11 +98,11 @@ def refuse_contradiction(
     now = identity(config, prompts, global_batch or before[GLOBAL_BATCH])
     fixed = config.fixed_keys()
     free = config.flat().keys() - fixed
-    changed = [key for key in now if key not in free and before[key] != now[key]]
+    changed = [key for key in now if key not in free and before.get(key) != now[key]]
     changed += [key for key, off in RETIRED.items() if before.get(key, off) != off]
     now |= RETIRED
     if changed:
-        listed = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
+        listed = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
         raise ValueError(
             f"the run in {config.run.project_dir!r} was made with other settings: {listed}; restore them, choose "
             "another project_dir, or set resume='never'"

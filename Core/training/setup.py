@@ -113,17 +113,19 @@ def scorer_dtype(base: torch.dtype, mixed_precision: str) -> torch.dtype:
 def adapt_for_training(config: Config, backbone: Backbone) -> None:
     """Attach the trainable adapter, new or read from ``lora_ckpt_path``, and switch checkpointing and compiling on."""
     settings = config.adapter
+    path = str(settings.lora_ckpt_path or "")
+    adapter = lora.read(path, backbone.original_names) if path else None
     backbone.denoiser = lora.attach(
         backbone.denoiser,
-        backbone.adapter_targets(settings.lora_targets or backbone.lora_targets),
-        rank=settings.lora_rank,
-        alpha=settings.lora_alpha,
+        backbone.adapter_targets(
+            settings.lora_targets or (adapter.targets if adapter else backbone.lora_targets)
+        ),
+        **(adapter.sizes if adapter else {"rank": settings.lora_rank, "alpha": settings.lora_alpha}),
         dropout=settings.lora_dropout,
         seed=config.run.seed,
     )
-    if settings.lora_ckpt_path:
-        path = str(settings.lora_ckpt_path)
-        lora.load(backbone.denoiser, lora.read(path), path)
+    if adapter:
+        lora.load(backbone.denoiser, adapter, path)
     if config.models.grad_checkpoint:
         backbone.enable_checkpointing(keep_attention=config.models.grad_checkpoint == "keep_attention")
     if config.models.compile_blocks:

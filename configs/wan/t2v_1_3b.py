@@ -10,7 +10,9 @@ shift = 3.0
 schedule = "unipc"
 num_sampling_steps = 30
 guidance_scale = 5.0
-negative_prompt = "blurred, overexposed, static, worst quality, low quality, jpeg artifacts, deformed, subtitles"
+negative_prompt = (
+    "blurred, overexposed, static, worst quality, low quality, jpeg artifacts, deformed, subtitles"
+)
 dtype = "bf16"
 
 prompt_path = "{{fileDirname}}/../../assets/prompts/animals.txt"

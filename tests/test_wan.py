@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 from Core.backbones import ModelSettings, VideoSpec
 from Core.backbones.wan import Wan, WanSettings
 from Core.config import ConfigError
+from Core.generation.export import export
 from Core.modules import lora
 
 KINDS = ("2.1", "ti2v", "a14b")
@@ -35,7 +36,10 @@ def folders(tmp_path_factory):
     return {kind: save_wan(tmp_path_factory.mktemp("wan") / kind, kind) for kind in (*KINDS, "i2v")}
 
 
-def pipeline_video(folder, noise, *, shift=3.0, sampler="euler", **arguments):
+SHAPE = {"height": 32, "width": 64, "num_frames": 9, "num_inference_steps": 3}
+
+
+def pipeline_video(folder, noise, *, shift=3.0, sampler="euler", lora=None, **arguments):
     """Pixels [B, 3, F, H, W] in [0, 1] of the pipeline itself."""
     from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler, UniPCMultistepScheduler
 
@@ -48,6 +52,8 @@ def pipeline_video(folder, noise, *, shift=3.0, sampler="euler", **arguments):
         pipeline.scheduler = FlowMatchEulerDiscreteScheduler(shift=shift)
     else:
         pipeline.scheduler = UniPCMultistepScheduler.from_config(pipeline.scheduler.config, flow_shift=shift)
+    if lora:
+        pipeline.load_lora_weights(lora)
     frames = pipeline(latents=noise.clone(), output_type="pt", max_sequence_length=24, **arguments).frames
     return torch.as_tensor(frames).transpose(1, 2)
 
@@ -72,10 +78,7 @@ def test_videos_equal_the_pipelines(folders, kind, guidance):
         prompt=list(CAPTIONS[:2]),
         negative_prompt=[CAPTIONS[3]] * 2,
         guidance_scale=guidance,
-        num_inference_steps=3,
-        height=32,
-        width=64,
-        num_frames=9,
+        **SHAPE,
     )
     assert (video_of(backbone, encoded, noise) - wanted).abs().max() < 1e-4
 
@@ -113,10 +116,7 @@ def test_a_first_frame_is_taken_as_the_pipelines_take_it(folders, kind, tmp_path
         image=Image.open(picture),
         prompt=CAPTIONS[0],
         guidance_scale=3.0,
-        num_inference_steps=3,
-        height=32,
-        width=64,
-        num_frames=9,
+        **SHAPE,
     )
     assert (video_of(backbone, encoded, noise) - wanted).abs().max() < 1e-4
 
@@ -248,3 +248,20 @@ def test_wrong_repositories_are_refused(folders, tmp_path):
     ]:
         with pytest.raises(ConfigError, match=words):
             loaded("wan", folder)
+
+
+@pytest.mark.parametrize("form", ["diffusers", "comfyui", "kohya"])
+def test_an_exported_adapter_makes_the_same_video_in_diffusers(folders, form, tmp_path):
+    train("wan", folders["2.1"], tmp_path / "run", max_train_steps=2, lora_rank=4)
+    out = tmp_path / ("exported" if form == "diffusers" else "exported.safetensors")
+    export(str(tmp_path / "run" / "adapter"), out, form)
+    backbone, encoded = loaded("wan", folders["2.1"])
+    adapter = lora.read(str(out), Wan.original_names)
+    backbone.denoiser = lora.attach(backbone.denoiser, adapter.targets, **adapter.sizes)
+    lora.load(backbone.denoiser, adapter, str(out))
+    noise = noise_for(backbone, 1)
+    plain = video_of(loaded("wan", folders["2.1"])[0], encoded[:1], noise)
+    ours = video_of(backbone, encoded[:1], noise)
+    theirs = pipeline_video(folders["2.1"], noise, lora=out, prompt=CAPTIONS[0], **SHAPE)
+    assert (ours - theirs).abs().max() < 1e-5
+    assert (ours - plain).abs().max() > 1e-3

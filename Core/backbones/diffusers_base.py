@@ -11,10 +11,12 @@ import html
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 
 from Core.modules.autocast import keep_out_of_autocast
@@ -36,6 +38,7 @@ from .base import (
 )
 from .diffusers_files import INDEX, PipelineWeight, component_config, read_json
 
+DIFFUSERS = "0.42"  # the oldest with every family's pipeline
 VAE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -170,6 +173,8 @@ class DiffusersBackbone(Backbone):
     def config_errors(
         cls, settings: Any, models: ModelSettings, video: VideoSettings, training: bool
     ) -> list[str]:
+        if Version(installed := version("diffusers")) < Version(DIFFUSERS):
+            return [f"backbone={models.backbone!r} needs diffusers {DIFFUSERS}, and {installed} is installed; upgrade"]
         errors = weight_errors("model_path", settings.model_path or None)
         if not errors:
             weights = cls.weights_of(settings).items()

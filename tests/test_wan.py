@@ -1,6 +1,7 @@
 """Wan through its own sampler and decoder equals the pipeline of diffusers."""
 
 import json
+import math
 import shutil
 
 import pytest
@@ -265,3 +266,20 @@ def test_an_exported_adapter_makes_the_same_video_in_diffusers(folders, form, tm
     theirs = pipeline_video(folders["2.1"], noise, lora=out, prompt=CAPTIONS[0], **SHAPE)
     assert (ours - theirs).abs().max() < 1e-5
     assert (ours - plain).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("stored", [{"dtype": "bf16"}, {"dtype": "fp8"}, {"dtype": "bf16", "base_quant": "nf4"}])
+def test_training_with_weights_in_fewer_bits(folders, stored, tmp_path):
+    rows = train("wan", folders["2.1"], tmp_path / "run", max_train_steps=1, mixed_precision="bf16", **stored)
+    assert all(math.isfinite(float(row["reward"])) for row in rows)
+    assert load_file(tmp_path / "run" / "adapter" / lora.WEIGHTS)
+
+
+def test_the_time_embedder_stays_in_float32(folders):
+    """As diffusers keeps it, also where autocast would have it in bf16."""
+    backbone, _ = loaded("wan", folders["2.1"], dtype="bf16")
+    embedder = backbone.denoiser.condition_embedder.time_embedder
+    with torch.autocast("cpu", torch.bfloat16):
+        assert embedder(torch.ones(1, 16)).dtype == torch.float32
+    assert backbone.denoiser.proj_out.weight.dtype == torch.bfloat16
+    assert backbone.vae.dtype == torch.float32

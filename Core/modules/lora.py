@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from Core.utils import rng
+from Core.utils.files import replacing_folder
 from Core.utils.state_dict import describe_mismatch, load_state
 
 if TYPE_CHECKING:  # imported where it is used: reading an adapter file must not wait for PEFT
@@ -148,28 +148,23 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def save(model: "PeftModel", folder: Path) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT reads them.
-
-    An adapter that lies there is replaced only when the new one is whole.
+    """Write an adapter folder as PEFT reads it; one that lies there is replaced only when the new one is whole.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    # Through bytes, since safetensors' own writer reports a full disk as an error of its own kind.
+    with replacing_folder(folder) as partial:
+        write_into(partial, model)
+
+
+def write_into(folder: Path, model: "PeftModel") -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` into an empty folder."""
     state = {key: p.detach().cpu().contiguous() for key, p in parameters(model).items()}
-    (partial / WEIGHTS).write_bytes(serialize(state, metadata={"format": "pt"}))
     settings = copy.copy(model.peft_config[ADAPTER])
     settings.inference_mode = True
-    settings.save_pretrained(str(partial))
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    # Through bytes, since safetensors' own writer reports a full disk as an error of its own kind.
+    (folder / WEIGHTS).write_bytes(serialize(state, metadata={"format": "pt"}))
+    settings.save_pretrained(str(folder))
 
 
 def read(path: str | Path) -> Adapter:

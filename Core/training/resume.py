@@ -94,14 +94,14 @@ def refuse_contradiction(
     """Raise ValueError, naming the keys, where the run would not continue what the checkpoint began."""
     # A key that came with a later version stood at its default, whose meaning is what went before.
     before = json.loads(json.dumps(config.defaults())) | checkpoint.manifest()["config"]
-    now = identity(config, prompts, global_batch or before[GLOBAL_BATCH])
+    now = identity(config, prompts, global_batch or before.get(GLOBAL_BATCH, 0))
     fixed = config.fixed_keys()
     free = config.flat().keys() - fixed
-    changed = [key for key in now if key not in free and before[key] != now[key]]
+    changed = [key for key in now if key not in free and before.get(key) != now[key]]
     changed += [key for key, off in RETIRED.items() if before.get(key, off) != off]
     now |= RETIRED
     if changed:
-        listed = ", ".join(f"{key} was {before[key]!r} and is {now[key]!r}" for key in changed)
+        listed = ", ".join(f"{key} was {before.get(key)!r} and is {now[key]!r}" for key in changed)
         raise ValueError(
             f"the run in {config.run.project_dir!r} was made with other settings: {listed}; restore them, choose "
             "another project_dir, or set resume='never'"

@@ -180,6 +180,13 @@ def memory_advice(config: Config, error: str) -> str:
     )
 
 
+class LogFile(logging.FileHandler):
+    """A log file that a full disk costs lines, and the terminal nothing."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Leave the line out."""
+
+
 def start_log(folder: Path, distributed: "Distributed", verbose: int) -> None:
     """Messages of the main process go to the console and, in full, to ``log.txt``."""
     logger.setLevel(logging.DEBUG)
@@ -187,7 +194,7 @@ def start_log(folder: Path, distributed: "Distributed", verbose: int) -> None:
     logger.addHandler(ConsoleHandler(logging.INFO if verbose and distributed.is_main else logging.WARNING))
     if distributed.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
+        file = LogFile(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
 

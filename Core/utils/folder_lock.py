@@ -21,15 +21,12 @@ NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP, errno.EINVAL)
 
 
 @contextmanager
-def folder_lock(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
-    """Hold ``folder`` for this process alone; it is made where it is missing.
+def folder_lock(folder: Path) -> Iterator[None]:
+    """Hold ``folder`` for this process alone; it is made where it is missing, and waited for where it is held.
 
     The lock is ``flock`` on the file ``.lock``, which stays there. Linux passes it on to an NFS server, so it holds
     between machines unless the mount says ``nolock`` or ``local_lock``; a server frees the lock of a machine that
     vanished once its lease ends. A file system without locks costs a warning.
-
-    Args:
-        patience: seconds to wait for an owner that is about to end.
 
     Raises:
         BlockingIOError: another process holds it; the message says which.
@@ -37,13 +34,13 @@ def folder_lock(folder: Path, patience: float = PATIENCE) -> Iterator[None]:
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / LOCK, "a+", encoding="utf-8") as file:
-        _acquire(file, folder, patience)
+        _acquire(file, folder)
         _sign(file)
         yield
 
 
-def _acquire(file: IO[str], folder: Path, patience: float) -> None:
-    end = time.monotonic() + patience
+def _acquire(file: IO[str], folder: Path) -> None:
+    end = time.monotonic() + PATIENCE
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

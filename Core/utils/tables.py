@@ -36,7 +36,7 @@ class CsvTable:
         if path.is_file():
             rows = [row for row in _sound_rows(path) if int(row["step"]) <= resume_step]
             self._set(list(rows[0]) if rows else [], rows)
-            self._save()
+            self.save()
 
     def append(self, row: Mapping[str, Any]) -> None:
         if new := [name for name in row if name not in self.columns]:
@@ -44,9 +44,10 @@ class CsvTable:
             self._written = None
         else:
             self.content += self._lines([row])
-        self._save()
+        self.save()
 
-    def _save(self) -> None:
+    def save(self) -> None:
+        """Bring the file to what the table holds; where that fails, the next row tries again."""
         try:
             self._write()
         except OSError as error:

@@ -27,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora"), str(ROOT / "tests")]
 
 import twins  # noqa: E402
-from disk_faults import DELETED, FAULTS  # noqa: E402
+from disk_faults import FAULTS  # noqa: E402
 from forks import ForkServer  # noqa: E402
 from same_run import assert_same_training, largest_difference, rows  # noqa: E402
 
@@ -67,17 +67,22 @@ class Bench:
         assert not any(codes), log
         return log
 
-    def reference(self, name: str, **overrides) -> Path:
+    def reference(self, name: str, processes: int = 1, **overrides) -> Path:
         """An undisturbed run, made once."""
         config, run = self.config(name, **overrides)
         if not (run / "adapter").is_dir():
-            self.finish(config)
+            self.finish(config, processes=processes)
         return run
 
 
 def soak(bench: Bench, steps: int, spacing: tuple[int, int] = SPACING) -> dict[str, Any]:
     """Kill a run of ``steps`` again and again, in the middle of a step; its kills."""
-    keys = {**KILLING, "max_train_steps": steps, "checkpointing_steps": max(1, spacing[0] // 5), "ema_decay": 0.9}
+    keys = {
+        **KILLING,
+        "max_train_steps": steps,
+        "checkpointing_steps": max(1, spacing[0] // 5),
+        "ema_decay": 0.9,
+    }
     keys |= {"train_batch_size": 1, "validation_steps": steps}
     undisturbed = bench.reference("undisturbed", **keys)
     config, run = bench.config("killed", **keys)
@@ -96,7 +101,9 @@ def soak(bench: Bench, steps: int, spacing: tuple[int, int] = SPACING) -> dict[s
 
 def memory(bench: Bench, steps: int) -> dict[str, Any]:
     """Resident memory, in MB, of one process after a tenth of its steps and at the end."""
-    config, run = bench.config("memory", **KILLING, train_batch_size=1, max_train_steps=steps, validation_steps=steps)
+    config, run = bench.config(
+        "memory", **KILLING, train_batch_size=1, max_train_steps=steps, validation_steps=steps
+    )
     shutil.rmtree(run, ignore_errors=True)
     process = start(config)
     seen: dict[int, float] = {}
@@ -129,7 +136,7 @@ def steps_done(run: Path) -> int:
 def race(bench: Bench, number: int, starts: int, processes: int = 1) -> dict[str, Any]:
     """Start one run ``starts`` times at once: one trains, the others are refused and told who does."""
     keys = {"max_train_steps": 4, "train_batch_size": 2 // processes}
-    undisturbed = bench.reference("alone" if processes == 1 else f"alone_{processes}", **keys)
+    undisturbed = bench.reference(f"alone_{processes}", processes, **keys)
     config, run = bench.config(f"race_{number}", **keys)
     options = {"starts": starts, "processes": processes}
     codes, log = bench.server.run(config, **options, IMPATIENT="yes")
@@ -142,9 +149,15 @@ def race(bench: Bench, number: int, starts: int, processes: int = 1) -> dict[str
 
 def start(config: Path, processes: int = 1) -> subprocess.Popen:
     """The training command as a user gives it."""
-    environment = os.environ | {"NUM_PROCESSES": str(processes), "OMP_NUM_THREADS": "1", "PYTHON": sys.executable}
+    environment = os.environ | {
+        "NUM_PROCESSES": str(processes),
+        "OMP_NUM_THREADS": "1",
+        "PYTHON": sys.executable,
+    }
     command = ["sh", str(LAUNCH), str(config)]
-    return subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    return subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
 
 
 def kill_in_launch(bench: Bench, number: int, victim: str) -> dict[str, Any]:
@@ -189,7 +202,7 @@ def fail_save(bench: Bench, fault: str, number: int) -> dict[str, Any]:
     Returns:
         Where the fault came; without ``call`` if the save makes fewer calls.
     """
-    keys = {"max_train_steps": 2, "checkpointing_steps": 1, "keep_checkpoints": 1, "ema_decay": 0.9}
+    keys = {"max_train_steps": 2, "checkpointing_steps": 1, "ema_decay": 0.9}
     undisturbed = bench.reference("saved", **keys)
     begun = half_way(bench, **keys)
     config, run = bench.config(f"{fault}_{number}", **keys)
@@ -204,21 +217,22 @@ def fail_save(bench: Bench, fault: str, number: int) -> dict[str, Any]:
     come = [line.rpartition("at ")[2] for line in log.splitlines() if "the fault came at" in line]
     log = bench.finish(config)
     assert "Traceback" not in log, log
-    if fault == DELETED and codes == [2]:
-        assert largest_difference(undisturbed, run) == 0
-    else:
-        assert_same_training(undisturbed, run)
+    assert_same_training(undisturbed, run)
     shutil.rmtree(run)
-    return {"fault": fault, "number": number, "exit": codes[0]} | ({"call": come[0]} if come != ["[]"] else {})
+    return {"fault": fault, "number": number, "exit": codes[0]} | (
+        {"call": come[0]} if come != ["[]"] else {}
+    )
 
 
 def half_way(bench: Bench, **keys) -> Path:
-    """A run with its first step saved, in the folder whose name its config does not hold."""
+    """A run whose second and last step was not saved."""
     config, run = bench.config("half_way", **keys)
     if not run.is_dir():
         bench.finish(config)
-        later = Checkpoints(run / "checkpoints", 1).newest()
-        shutil.rmtree(later.folder)
+        first, last = Checkpoints(run / "checkpoints", 2).all()
+        shutil.rmtree(last.folder)
+        shutil.rmtree(run / "adapter")
+        shutil.copytree(first.adapter, run / "adapter")
     return run
 
 

@@ -10,13 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from Core.utils import rng
 from Core.utils.files import replacing_folder
-from Core.utils.state_dict import describe_mismatch, load_state
+from Core.utils.state_dict import describe_mismatch, load_state, read_metadata
 
 if TYPE_CHECKING:  # imported where it is used: reading an adapter file must not wait for PEFT
     from peft import PeftModel
@@ -211,9 +210,7 @@ def _settings(file: Path) -> dict[str, Any]:
     config = file.with_name("adapter_config.json")
     if file.suffix != ".safetensors":
         return {}
-    with safe_open(file, "pt") as content:
-        noted = (content.metadata() or {}).get(ALPHA_NOTE)
-    if noted:
+    if noted := read_metadata(file).get(ALPHA_NOTE):
         return {ALPHA_NOTE: noted}
     try:
         return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}

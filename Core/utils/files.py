@@ -1,5 +1,6 @@
 """Files and folders that appear under their name only when they are whole."""
 
+import errno
 import json
 import os
 import shutil
@@ -23,9 +24,11 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file in one go; text as UTF-8."""
+    """Write a file in one go; text as UTF-8, with what is no text, as in some paths, escaped."""
     with replacing(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(
+            content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        )
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -56,7 +59,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     between two renames it lies under ``hidden(folder, "replaced")``.
 
     Raises:
-        OSError: the disk is full or not writable.
+        OSError: the disk is full or not writable, or the folder was deleted meanwhile.
     """
     partial = hidden(folder, "partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -84,6 +87,8 @@ def _swap(partial: Path, folder: Path) -> None:
         raise
     _sync(folder.parent)
     shutil.rmtree(replaced, ignore_errors=True)
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "it was deleted while it was written", str(folder))
 
 
 def _sync(path: Path) -> None:

@@ -133,7 +133,8 @@ def _sound_row(header: str, line: str) -> dict[str, str]:
         [int(row["step"]), *(float(cell) for cell in row.values() if cell)]
     except (KeyError, TypeError, ValueError, csv.Error):
         return {}
-    return row if _is_whole(row) else {}
+    # Numbers are never quoted; an open quote would take in the next line.
+    return row if _is_whole(row) and '"' not in line else {}
 
 
 def inert(cell: Any) -> Any:

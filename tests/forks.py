@@ -51,7 +51,13 @@ class ForkServer:
 def serve() -> None:
     import torch
 
-    import Core.cli  # noqa: F401 (what every child needs)
+    # What every child needs.
+    import Core.cli
+    import Core.evaluation.report
+    import Core.generation.jobs
+    import Core.rewards.pick_score
+    import Core.training.setup
+    import opensora.models.vae.vae  # noqa: F401
 
     torch.set_num_threads(1)
     port = 20000 + os.getpid() % 20000

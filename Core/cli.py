@@ -7,7 +7,8 @@ import logging
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ import torch
 from Core.config import Config, ConfigError, load_config
 from Core.config.checks import OPTIONAL_KEYS
 from Core.utils.errors import IncompleteError
+from Core.utils.folder_lock import folder_lock
+from Core.utils.process import INTERRUPTED
 from Core.utils.terminal import ConsoleHandler
 
 if TYPE_CHECKING:
@@ -43,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(action: Callable[[], object]) -> int:
     """Exit code of ``action``: 2 when the user has something to change, 1 when videos are missing, 3 when the
-    memory is too small.
+    memory is too small, 130 after Ctrl-C.
 
     Each is explained on the standard error stream, one sentence per problem; what is wrong with a configuration
     by one process of a machine.
@@ -58,6 +61,8 @@ def exit_code(action: Callable[[], object]) -> int:
         return answer(1, [str(error)])
     except (MemoryError, torch.OutOfMemoryError) as error:
         return answer(3, [str(error)])
+    except KeyboardInterrupt:
+        return answer(130, [INTERRUPTED] if os.environ.get("LOCAL_RANK", "0") == "0" else [])
     return 0
 
 
@@ -82,18 +87,40 @@ def run(config: Config) -> Path:
     if config.run.check_only:
         check(config, distributed, folder)
         return folder
-    start_log(folder, distributed, config.run.verbose)
-    try:
-        (train if training else sample)(config, distributed, folder)
-    except torch.OutOfMemoryError as error:
-        raise MemoryError(memory_advice(config, str(error))) from error
-    except Exception:
-        logger.debug("stopped by", exc_info=True)  # in log.txt alone
-        raise
-    finally:
-        stop_log()
-    distributed.close()
+    with sole_owner(folder, distributed) if training else nullcontext():
+        start_log(folder, distributed, config.run.verbose)
+        try:
+            (train if training else sample)(config, distributed, folder)
+        except torch.OutOfMemoryError as error:
+            raise MemoryError(memory_advice(config, str(error))) from error
+        except Exception:
+            logger.debug("stopped by", exc_info=True)  # in log.txt alone
+            raise
+        finally:
+            stop_log()
+        distributed.close()
     return folder
+
+
+@contextmanager
+def sole_owner(folder: Path, distributed: "Distributed") -> Iterator[None]:
+    """Within this context no other run trains in ``folder``.
+
+    Raises:
+        ConfigError: one does, or the folder cannot be written to; on every process.
+    """
+    refusal = ""
+    with ExitStack() as stack:
+        if distributed.is_main:
+            try:
+                stack.enter_context(folder_lock(folder))
+            except BlockingIOError as error:
+                refusal = f"{error}; wait until it ends, stop it, or choose another project_dir"
+            except OSError as error:
+                refusal = f"project_dir {str(folder)!r} cannot be used: {error}"
+        if refusal := distributed.broadcast(refusal):
+            raise ConfigError([refusal])
+        yield
 
 
 def check(config: Config, distributed: "Distributed", folder: Path) -> None:
@@ -153,6 +180,13 @@ def memory_advice(config: Config, error: str) -> str:
     )
 
 
+class LogFile(logging.FileHandler):
+    """A log file that a full disk costs lines, and the terminal nothing."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Leave the line out."""
+
+
 def start_log(folder: Path, distributed: "Distributed", verbose: int) -> None:
     """Messages of the main process go to the console and, in full, to ``log.txt``."""
     logger.setLevel(logging.DEBUG)
@@ -160,7 +194,7 @@ def start_log(folder: Path, distributed: "Distributed", verbose: int) -> None:
     logger.addHandler(ConsoleHandler(logging.INFO if verbose and distributed.is_main else logging.WARNING))
     if distributed.is_main:
         folder.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(folder / "log.txt", encoding="utf-8")
+        file = LogFile(folder / "log.txt", encoding="utf-8", errors="backslashreplace")
         file.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
         logger.addHandler(file)
 

@@ -23,20 +23,25 @@ class ForkServer:
             [sys.executable, __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
 
-    def run(self, config: Path, *flags: str, processes: int = 1, kill_after=None, kill_in_save=None, **env):
+    def run(
+        self, config: Path, *flags: str, processes: int = 1, starts: int = 1, kill_after=None, kill_in_save=None,
+        **env,
+    ):  # fmt: skip
         """Exit codes by rank, and everything the processes printed.
 
         Args:
+            starts: how often to start it, all at once; the codes are those of the first start, the second, …
             kill_after: seconds until rank 0 receives SIGKILL.
             kill_in_save: number of the call to fsync or rename at which rank 0 kills itself.
             env: environment variables of the run.
         """
         job = {"argv": [str(config), *flags], "processes": processes, "env": env, "log": str(config) + ".log"}
-        job |= {"kill_after": kill_after, "kill_in_save": kill_in_save}
+        job |= {"kill_after": kill_after, "kill_in_save": kill_in_save, "starts": starts}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         codes = json.loads(self.process.stdout.readline())
-        return codes, "".join(Path(f"{job['log']}{rank}").read_text() for rank in range(processes))
+        logs = [Path(f"{job['log']}{start}.{rank}") for start in range(starts) for rank in range(processes)]
+        return codes, "".join(log.read_text() for log in logs)
 
     def close(self):
         self.process.stdin.close()
@@ -46,28 +51,32 @@ class ForkServer:
 def serve() -> None:
     import torch
 
-    import Core.cli  # noqa: F401 (what every child needs)
+    # What every child needs.
+    import opensora.models.vae.vae  # noqa: F401
 
     torch.set_num_threads(1)
     port = 20000 + os.getpid() % 20000
-    for number, line in enumerate(sys.stdin):
-        print(json.dumps(run_job(json.loads(line), port + number)), flush=True)
+    for line in sys.stdin:
+        job = json.loads(line)
+        print(json.dumps(run_job(job, port)), flush=True)
+        port += job["starts"]
 
 
 def run_job(job: dict, port: int) -> list[int]:
-    children = [fork(job, rank, port) for rank in range(job["processes"])]
+    ranks = [(start, rank) for start in range(job["starts"]) for rank in range(job["processes"])]
+    children = [fork(job, start, rank, port + start) for start, rank in ranks]
     if job["kill_after"] is not None:
         time.sleep(job["kill_after"])
         os.kill(children[0], signal.SIGKILL)
     return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
-def fork(job: dict, rank: int, port: int) -> int:
+def fork(job: dict, start: int, rank: int, port: int) -> int:
     child = os.fork()
     if child:
         return child
     signal.alarm(TIME_LIMIT)
-    log = os.open(f"{job['log']}{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    log = os.open(f"{job['log']}{start}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
     # What torchrun tells its workers.
@@ -81,6 +90,10 @@ def fork(job: dict, rank: int, port: int) -> int:
         corrupt_the_optimizer()
     if os.environ.get("IN_FLOAT64"):
         compute_in_float64()
+    if fault := os.environ.get("FAULT"):
+        fail_in_last_save(*fault.split("@"))
+    if os.environ.get("IMPATIENT"):
+        refuse_at_once()
     code = 70
     try:
         from Core.cli import main
@@ -120,6 +133,31 @@ def corrupt_the_optimizer() -> None:
         return metrics
 
     Trainer.train_step = faulty
+
+
+def fail_in_last_save(fault: str, number: str) -> None:
+    """Let the disk fail as ``failing_disk`` does, from a call of the run's last save on, and say so."""
+    from disk_faults import failing_disk
+
+    from Core.training.trainer import Trainer
+
+    save = Trainer.save
+
+    def faulty(trainer, *args, **kwargs):
+        if not trainer.finished():
+            return save(trainer, *args, **kwargs)
+        with failing_disk(fault, int(number), trainer.folder) as failed:
+            save(trainer, *args, **kwargs)
+        print("the fault came at", failed[:1])
+
+    Trainer.save = faulty
+
+
+def refuse_at_once() -> None:
+    """Do not wait for another run to leave the folder."""
+    from Core.utils import folder_lock
+
+    folder_lock.PATIENCE = 0.0
 
 
 def compute_in_float64() -> None:

@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from Core.evaluation.score_videos import write_csv
 from Core.modules import lora
 from Core.training.checkpoint import Checkpoint, Checkpoints
-from Core.utils.tables import CsvTable, read_table
+from Core.utils.tables import CsvTable, read_table, read_text_table
 
 
 def small_model(seed: int = 0):
@@ -61,6 +62,23 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_it_used(tmp_path, capl
     monkeypatch.setattr(logging.getLogger("vader"), "propagate", True)
     assert checkpoints.newest().step == 1
     assert "step_000002 is damaged" in caplog.text and Path(file).name in caplog.text
+
+
+@pytest.mark.parametrize(
+    "manifest",
+    [b"[]", b"{}", b"3", b"\xff", b"[" * 100_000, b'{"step": 2, "config": {}, "sha256": {}}',
+     b'{"step": 2, "config": [], "sha256": {}}'],
+)  # fmt: skip
+def test_a_manifest_of_another_form_is_damage(tmp_path, caplog, monkeypatch, manifest):
+    checkpoints = Checkpoints(tmp_path, keep=3)
+    save(checkpoints, 1)
+    (save(checkpoints, 2).folder / "manifest.json").write_bytes(manifest)
+    monkeypatch.setattr(logging.getLogger("vader"), "propagate", True)
+    assert checkpoints.newest().step == 1
+    assert "its manifest.json cannot be read" in caplog.text and "begins at step 0" not in caplog.text
+    checkpoints.prune()
+    (tmp_path / "step_000001" / "manifest.json").write_bytes(manifest)
+    assert checkpoints.newest() is None and "begins at step 0" in caplog.text
 
 
 def test_a_checkpoint_replaced_when_the_power_failed_is_still_there(tmp_path, monkeypatch):
@@ -141,6 +159,56 @@ def test_a_table_drops_the_rows_of_steps_that_are_done_again_and_half_rows(tmp_p
     CsvTable(path, resume_step=3).append({"step": 4, "reward": 0.0})
     assert [row["step"] for row in read_table(path)] == [1, 2, 3, 4]
     assert path.read_text().splitlines()[0] == "step,reward"
+
+
+@pytest.mark.parametrize("harm", ["deleted", "replaced", "folder deleted"])
+def test_a_table_that_was_deleted_or_replaced_comes_back_whole(tmp_path, harm):
+    path = tmp_path / "run" / "metrics.csv"
+    path.parent.mkdir()
+    table = CsvTable(path)
+    for step in (1, 2):
+        table.append({"step": step, "reward": 0.5})
+    shutil.rmtree(path.parent) if harm == "folder deleted" else path.unlink()
+    if harm == "replaced":
+        path.write_text("somebody else's\n")
+    table.append({"step": 3, "reward": 0.25})
+    assert path.read_text() == "step,reward\n1,0.5\n2,0.5\n3,0.25\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "kept", "lines"),
+    [
+        (b"step,reward\n1,0.5\n2,0.2\xff\n3\n4,1\n", ["1", "4"], "lines 3, 4"),
+        (b'step,reward\n1,"0.5\n2,0.5\n', ["2"], "lines 2"),
+        (b"step,reward\n1,0.5\n2,0\x00.5\n", ["1"], "lines 3"),
+        (b"stop,reward\n1,0.5\n2,0.5\n", [], "lines 2, 3"),
+        (b"\x00\xff\n\n", [], "lines 2"),
+    ],
+)
+def test_rows_that_are_damaged_when_a_run_continues_are_named_and_kept_aside(
+    tmp_path, caplog, monkeypatch, content, kept, lines
+):
+    monkeypatch.setattr(logging.getLogger("vader"), "propagate", True)
+    path = tmp_path / "metrics.csv"
+    path.write_bytes(content)
+    CsvTable(path, resume_step=9).append({"step": 10, "reward": 0.0})
+    assert [row["step"] for row in read_rows(path)] == [*kept, "10"]
+    assert f"are left out ({lines})" in caplog.text
+    assert (tmp_path / "metrics.csv.damaged").read_bytes() == content
+
+
+@pytest.mark.parametrize(
+    ("cell", "written"),
+    [
+        ("=cmd|'/C calc'!A0", "'=cmd|'/C calc'!A0"), ("@sum", "'@sum"), ("- a fox", "'- a fox"), ("+x", "'+x"),
+        ("'=x", "''=x"), ("-1.5", "-1.5"), ("'tis", "'tis"), ("a fox, running", "a fox, running"),
+    ],
+)  # fmt: skip
+def test_text_that_a_spreadsheet_would_run_is_inert_and_read_back_as_it_was(tmp_path, cell, written):
+    path = tmp_path / "videos.csv"
+    write_csv(path, [{"prompt": cell, "reward": -1.5}])
+    assert read_rows(path) == [{"prompt": written, "reward": "-1.5"}]
+    assert read_text_table(path) == [{"prompt": cell, "reward": "-1.5"}]
 
 
 def test_a_new_column_appears_in_the_middle_of_a_table(tmp_path):

@@ -268,7 +268,9 @@ def test_an_exported_adapter_makes_the_same_video_in_diffusers(folders, form, tm
     assert (ours - plain).abs().max() > 1e-3
 
 
-@pytest.mark.parametrize("stored", [{"dtype": "bf16"}, {"dtype": "fp8"}, {"dtype": "bf16", "base_quant": "nf4"}])
+@pytest.mark.parametrize(
+    "stored", [{"dtype": "bf16"}, {"dtype": "fp8"}, {"dtype": "bf16", "base_quant": "nf4"}]
+)
 def test_training_with_weights_in_fewer_bits(folders, stored, tmp_path):
     rows = train("wan", folders["2.1"], tmp_path / "run", max_train_steps=1, mixed_precision="bf16", **stored)
     assert all(math.isfinite(float(row["reward"])) for row in rows)

@@ -174,7 +174,9 @@ class DiffusersBackbone(Backbone):
         cls, settings: Any, models: ModelSettings, video: VideoSettings, training: bool
     ) -> list[str]:
         if Version(installed := version("diffusers")) < Version(DIFFUSERS):
-            return [f"backbone={models.backbone!r} needs diffusers {DIFFUSERS}, and {installed} is installed; upgrade"]
+            return [
+                f"backbone={models.backbone!r} needs diffusers {DIFFUSERS}, and {installed} is installed; upgrade"
+            ]
         errors = weight_errors("model_path", settings.model_path or None)
         if not errors:
             weights = cls.weights_of(settings).items()

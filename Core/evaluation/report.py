@@ -4,7 +4,6 @@ Everything shown is read from files of the run folder, and the page names the fi
 """
 
 import base64
-import csv
 import json
 import logging
 import math
@@ -23,7 +22,7 @@ from Core.evaluation.charts import Line, line_chart, stack_chart
 from Core.generation.manifest import read_manifest
 from Core.utils.environment import read_starts
 from Core.utils.files import write_whole
-from Core.utils.tables import read_table
+from Core.utils.tables import read_table, read_text_table
 
 logger = logging.getLogger("vader")
 REPORT = "report.html"
@@ -353,11 +352,6 @@ class EvaluationPairs:
         scores = {(row["variant"], row["seed"]): float(row[self.measure]) for row in rows}
         seeds = dict.fromkeys(row["seed"] for row in rows)
         return min(seeds, key=lambda seed: abs(scores[adapter, seed] - scores[BASE, seed] - mean))
-
-
-def read_text_table(path: Path) -> list[dict[str, str]]:
-    with open(path, encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def validation_groups(run: Path, videos: VideoBudget) -> list[tuple[str, str, list[Pair]]]:

@@ -21,6 +21,7 @@ from Core.generation.manifest import read_manifest
 from Core.rewards import Reward, build_reward, check_reward_config
 from Core.utils.errors import ConfigError
 from Core.utils.files import write_whole
+from Core.utils.tables import inert, read_text_table
 
 logger = logging.getLogger("vader")
 # Measured for every video, needing no weights; a reward of that name takes the measure's place.
@@ -172,7 +173,7 @@ def _listed_prompts(path: Path, files: Sequence[Path]) -> dict[str, Prompt]:
         return {file.name: Prompt(line) for file, line in zip(files, lines, strict=True)}
     try:
         if path.suffix == ".csv":
-            rows = list(csv.DictReader(text.splitlines()))
+            rows = read_text_table(path)
         else:
             rows = [json.loads(line) for line in text.splitlines() if line.strip()]
         return {Path(row["file"]).name: Prompt(row["prompt"]) for row in rows}
@@ -191,12 +192,12 @@ def by_prompt(clips: Sequence[Clip]) -> Iterator[list[Clip]]:
 
 
 def write_csv(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Rows as a table, with an empty cell where a row lacks a key."""
+    """Rows as a table, with an empty cell where a row lacks a key; text that would be a formula is made inert."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
     text = io.StringIO()
     writer = csv.DictWriter(text, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows(rows)
+    writer.writerows({key: inert(cell) for key, cell in row.items()} for row in rows)
     write_whole(path, text.getvalue())
 
 

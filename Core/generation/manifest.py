@@ -89,17 +89,19 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return []
-    lines = manifest.read_text(encoding="utf-8").splitlines()
+    lines = manifest.read_text(encoding="utf-8", errors="replace").splitlines()
     newest = {entry["name"]: entry for entry in map(_parse_line, lines) if entry}
     return [newest[name] for name in sorted(newest) if (folder / newest[name]["file"]).is_file()]
 
 
 def _parse_line(line: str) -> dict[str, Any]:
-    """An entry, or nothing where a crash cut the line short."""
+    """An entry, or nothing where a crash cut the line short or something else damaged it."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
         return {}
+    whole = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "file"))
+    return entry if whole else {}
 
 
 def tidy_manifest(folder: Path) -> None:

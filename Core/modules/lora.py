@@ -3,7 +3,6 @@
 import copy
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +12,14 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from Core.modules import lora_formats
 from Core.modules.lora_formats import PEFT_PREFIX, Layers
 from Core.utils import rng
-from Core.utils.state_dict import describe_mismatch, load_state
+from Core.utils.files import replacing_folder
+from Core.utils.state_dict import describe_mismatch, load_state, read_metadata
 
 if TYPE_CHECKING:  # imported where it is used: reading an adapter file must not wait for PEFT
     from peft import PeftModel
@@ -203,28 +202,23 @@ def digest(tensors: Iterable[Tensor]) -> str:
 
 
 def save(model: "PeftModel", folder: Path) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, as PEFT reads them.
-
-    An adapter that lies there is replaced only when the new one is whole.
+    """Write an adapter folder as PEFT reads it; one that lies there is replaced only when the new one is whole.
 
     Raises:
         OSError: the disk is full or not writable.
     """
-    partial = folder.with_name(f".{folder.name}.partial")
-    replaced = folder.with_name(f".{folder.name}.replaced")
-    for leftover in (partial, replaced):
-        shutil.rmtree(leftover, ignore_errors=True)
-    partial.mkdir(parents=True)
-    # Through bytes, since safetensors' own writer reports a full disk as an error of its own kind.
+    with replacing_folder(folder) as partial:
+        write_into(partial, model)
+
+
+def write_into(folder: Path, model: "PeftModel") -> None:
+    """Write ``adapter_model.safetensors`` and ``adapter_config.json`` into an empty folder."""
     state = {key: p.detach().cpu().contiguous() for key, p in parameters(model).items()}
-    (partial / WEIGHTS).write_bytes(serialize(state, metadata={"format": "pt"}))
     settings = copy.copy(model.peft_config[ADAPTER])
     settings.inference_mode = True
-    settings.save_pretrained(str(partial))
-    if folder.exists():
-        folder.rename(replaced)
-    partial.rename(folder)
-    shutil.rmtree(replaced, ignore_errors=True)
+    # Through bytes, since safetensors' own writer reports a full disk as an error of its own kind.
+    (folder / WEIGHTS).write_bytes(serialize(state, metadata={"format": "pt"}))
+    settings.save_pretrained(str(folder))
 
 
 def read(path: str | Path, names: Mapping[str, str] = NOTHING) -> Adapter:
@@ -277,8 +271,7 @@ def _settings(file: Path) -> dict[str, Any]:
     config = file.with_name("adapter_config.json")
     if file.suffix != ".safetensors":
         return {}
-    with safe_open(file, "pt") as content:
-        noted = content.metadata() or {}
+    noted = read_metadata(file)
     if ALPHA_NOTE in noted:
         return {ALPHA_NOTE: noted[ALPHA_NOTE]}
     source = file if lora_formats.METADATA in noted else config

@@ -3,7 +3,6 @@
 import io
 import json
 import logging
-import os
 import re
 import shutil
 from collections.abc import Iterable
@@ -16,6 +15,7 @@ from torch import Tensor, nn
 
 from Core.modules import lora
 from Core.utils.distributed import Distributed
+from Core.utils.files import hidden, read_object, replacing_folder
 from Core.utils.hub import sha256
 
 logger = logging.getLogger("vader")
@@ -41,21 +41,33 @@ class Checkpoint:
         return self.folder / ADAPTER
 
     def manifest(self) -> dict[str, Any]:
-        return json.loads((self.folder / MANIFEST).read_text(encoding="utf-8"))
+        """What ``Checkpoints.save`` recorded.
+
+        Raises:
+            OSError, ValueError: it cannot be read, or is no manifest; the message says what it lacks.
+        """
+        manifest = read_object(self.folder / MANIFEST)
+        forms = {"step": int, "config": dict, "sha256": dict}
+        if wrong := [key for key, form in forms.items() if not isinstance(manifest.get(key), form)]:
+            raise ValueError(f"it has no {', '.join(wrong)}")
+        if unlisted := {STATE, f"{ADAPTER}/{lora.WEIGHTS}"} - manifest["sha256"].keys():
+            raise ValueError(f"it has no sha256 of {', '.join(sorted(unlisted))}")
+        return manifest
 
     def score(self) -> float | None:
         """Validation reward when it was made, higher being better; None where there was none to be read."""
         try:
-            return self.manifest()["score"]
-        except (OSError, ValueError, KeyError):
+            score = self.manifest().get("score")
+        except (OSError, ValueError):
             return None
+        return score if isinstance(score, int | float) else None
 
     def damage(self) -> str:
         """What is wrong with the files, in words; empty when all are as they were written."""
         try:
             hashes = self.manifest()["sha256"]
-        except (OSError, ValueError, KeyError) as error:
-            return f"its {MANIFEST} cannot be read ({type(error).__name__})"
+        except (OSError, ValueError) as error:
+            return f"its {MANIFEST} cannot be read ({error})"
         for name, digest in hashes.items():
             file = self.folder / name
             if not file.is_file():
@@ -93,6 +105,8 @@ class Checkpoints:
             logger.warning(
                 "checkpoint %s is damaged: %s; the one before it is used", checkpoint.folder, damage
             )
+        if self.all():
+            logger.warning("no checkpoint in %s can be used; the run begins at step 0", self.folder)
         return None
 
     def save(self, step: int, model: nn.Module, state: dict[str, Any], settings: dict, score: float | None):
@@ -106,38 +120,16 @@ class Checkpoints:
         Raises:
             OSError: the disk is full or not writable; earlier checkpoints are untouched.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self._hidden(step, "partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        try:
-            partial.mkdir()
-            lora.save(model, partial / ADAPTER)
+        with replacing_folder(self.folder / f"step_{step:06d}") as partial:
+            (partial / ADAPTER).mkdir()
+            lora.write_into(partial / ADAPTER, model)
             # Through bytes, since torch's own writer reports a full disk as an error of its own kind.
             (partial / STATE).write_bytes(_serialize(state))
             files = sorted(file for file in partial.rglob("*") if file.is_file())
             hashes = {str(file.relative_to(partial)): sha256(file) for file in files}
             manifest = {"step": step, "score": score, "config": settings, "sha256": hashes}
             (partial / MANIFEST).write_text(json.dumps(manifest, indent=1), encoding="utf-8")
-            for path in (*files, partial / MANIFEST, partial / ADAPTER, partial):
-                _sync(path)
-            self._publish(step, partial)
-        except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
-            raise
         self.prune()
-
-    def _hidden(self, step: int, state: str) -> Path:
-        return self.folder / f".step_{step:06d}.{state}"
-
-    def _publish(self, step: int, partial: Path) -> None:
-        """Give a whole checkpoint its name; one of that name gives way, but is back if this is interrupted."""
-        target, replaced = self.folder / f"step_{step:06d}", self._hidden(step, "replaced")
-        if target.exists():
-            shutil.rmtree(replaced, ignore_errors=True)
-            target.rename(replaced)
-        partial.rename(target)
-        _sync(self.folder)
-        shutil.rmtree(replaced, ignore_errors=True)
 
     def recover(self) -> None:
         """Undo a replacement that a crash interrupted, and clear what else it left half done.
@@ -151,6 +143,11 @@ class Checkpoints:
         for leftover in self.folder.glob(".step_*.*"):
             shutil.rmtree(leftover, ignore_errors=True)
 
+    def room_needed(self, size: int, saves: int) -> int:
+        """Bytes that ``saves`` more checkpoints of ``size`` bytes take beyond those that lie here."""
+        most = self.keep + 2  # with the best, and the one in the making
+        return size * min(saves, max(1, most - len(self.all())))
+
     def prune(self) -> None:
         """Remove all but the newest ``keep`` and the best; a crash may have come before it."""
         checkpoints = self.all()
@@ -161,7 +158,7 @@ class Checkpoints:
         for checkpoint in checkpoints:
             if checkpoint.step not in kept:
                 # Renamed first: a crash in the middle must not leave half a checkpoint under a whole one's name.
-                doomed = self._hidden(checkpoint.step, "removed")
+                doomed = hidden(checkpoint.folder, "removed")
                 checkpoint.folder.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
 
@@ -179,15 +176,6 @@ def _serialize(state: dict[str, Any]) -> bytes:
     buffer = io.BytesIO()
     torch.save(state, buffer)
     return buffer.getvalue()
-
-
-def _sync(path: Path) -> None:
-    """Make sure that a file, or the names in a folder, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def refuse_divergence(distributed: Distributed, step: int, tensors: Iterable[Tensor]) -> None:

@@ -83,7 +83,10 @@ class CsvTracker:
         """Videos lie in the run folder already."""
 
     def close(self) -> None:
-        """Every row is on disk already."""
+        """Every row is on disk already, unless the disk was full or the file deleted since."""
+        for table in self.tables.values():
+            if table.columns:
+                table.save()
 
 
 class WandbTracker:

@@ -19,6 +19,13 @@ def build_optimizer(
     )
 
 
+def state_bytes(settings: OptimizerSettings, parameters: Sequence[torch.nn.Parameter]) -> int:
+    """Size of the two moments that the optimiser will keep."""
+    small = 4096  # bitsandbytes leaves smaller tensors in 32 bits
+    in_8_bits = [settings.use_AdamW8bit and p.numel() >= small for p in parameters]
+    return sum(2 * p.numel() * (1 if short else 4) for p, short in zip(parameters, in_8_bits, strict=True))
+
+
 def lr_factor(settings: OptimizerSettings, step: int, total: int) -> float:
     """Learning rate of a step relative to ``lr``: linear warm-up, then constant, or down to 0 by the end."""
     warmup = settings.lr_warmup_steps

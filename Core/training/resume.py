@@ -95,7 +95,7 @@ def refuse_contradiction(
     """Raise ValueError, naming the keys, where the run would not continue what the checkpoint began."""
     # A key that came with a later version stood at its default, whose meaning is what went before.
     before = json.loads(json.dumps(config.defaults())) | checkpoint.manifest()["config"]
-    now = identity(config, prompts, global_batch or before[GLOBAL_BATCH])
+    now = identity(config, prompts, global_batch or before.get(GLOBAL_BATCH, 0))
     fixed = config.fixed_keys()
     free = config.flat().keys() - fixed
     changed = [key for key in now if key not in free and before.get(key) != now[key]]

@@ -1,6 +1,8 @@
 """Training, from a configuration to a finished run: build everything, continue or begin, fit."""
 
 import logging
+import math
+import shutil
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from Core.config import Config, ConfigError
 from Core.modules import lora
 from Core.rewards import Reward, build_reward, prompt_errors
 from Core.training.metric_logging import Trackers, build_trackers
+from Core.training.optimizer import state_bytes
 from Core.training.resume import identity, prepare_folder
 from Core.training.trainer import Trainer
 from Core.training.validation import Validation
@@ -26,6 +29,7 @@ def train(config: Config, distributed: Distributed, folder: Path) -> None:
     """Train an adapter in the run folder ``folder``, from its newest checkpoint if ``resume`` says so."""
     trainer = build_trainer(config, distributed, folder)
     try:
+        refuse_small_disk(trainer)
         trainer.fit()
     finally:
         trainer.trackers.close()
@@ -57,6 +61,30 @@ def build_trainer(config: Config, distributed: Distributed, folder: Path) -> Tra
         trainer.resume(checkpoint)
         logger.info("continuing from %s", checkpoint.folder)
     return trainer
+
+
+def refuse_small_disk(trainer: Trainer) -> None:
+    """Raise ConfigError where the run folder has no room for the adapter and the checkpoints to come."""
+    refusal = ""
+    if trainer.distributed.is_main:
+        adapter, checkpoint = saved_sizes(trainer)
+        steps, saves_every = trainer.total_steps - trainer.step, trainer.config.run.checkpointing_steps
+        needed = adapter + trainer.checkpoints.room_needed(checkpoint, math.ceil(steps / saves_every))
+        free = shutil.disk_usage(trainer.folder).free
+        if free < needed:
+            refusal = (
+                f"{str(trainer.folder)!r} has {free:,} bytes free, and the run needs {needed:,} for the adapter and "
+                f"checkpoints of {checkpoint:,} each; make room, lower keep_checkpoints, or choose another project_dir"
+            )
+    if refusal := trainer.distributed.broadcast(refusal):
+        raise ConfigError([refusal])
+
+
+def saved_sizes(trainer: Trainer) -> tuple[int, int]:
+    """Bytes of the adapter, and of a checkpoint: adapter, the optimiser's moments and the moving average."""
+    adapter = sum(p.numel() * p.element_size() for p in trainer.parameters)
+    moments = state_bytes(trainer.config.optimizer, trainer.parameters)
+    return adapter, adapter + moments + (adapter if trainer.ema else 0)
 
 
 def report(folder: Path) -> None:

@@ -149,6 +149,9 @@ class Trainer:
                 self.validate()
                 if self.step:
                     self.save()
+            elif self.finished():
+                # It may be missing, or another step's: the command is repeated for it.
+                self.save(checkpoint=False)
             while not self.finished():
                 metrics = self.advance()
                 lr = self.optimizer.param_groups[0]["lr"]
@@ -244,25 +247,30 @@ class Trainer:
             except OSError as error:
                 logger.error("the preview of step %d was not saved: %s; training goes on", self.step, error)
 
-    def save(self) -> None:
-        """Write the run's adapter and a checkpoint, after checking that all processes hold the same."""
+    def save(self, checkpoint: bool = True) -> None:
+        """Write a checkpoint and the run's adapter, after checking that all processes hold the same."""
         averages = self.ema.average.values() if self.ema else ()
         refuse_divergence(self.distributed, self.step, [*self.parameters, *averages])
         fault = ""
         if self.distributed.is_main:
-            try:
-                with self.averaged():
-                    lora.save(self.backbone.denoiser, self.folder / "adapter")
-                score = self.history.score_at(self.step)
-                model = self.backbone.denoiser
-                self.checkpoints.save(self.step, model, self.state(), dict(self.identity), score)
-            except OSError as error:
-                fault = str(error)
-                logger.error(
-                    "checkpoint of step %d was not saved: %s; earlier ones are untouched, and training goes on",
-                    self.step, error,
-                )  # fmt: skip
+            # The adapter last: a folder that was deleted meanwhile holds it again.
+            for write in [self.write_checkpoint] * checkpoint + [self.write_adapter]:
+                try:
+                    write()
+                except OSError as error:
+                    fault = str(error)
+                    logger.error(
+                        "step %d was not saved: %s; earlier checkpoints are untouched", self.step, error
+                    )
         self.save_fault = self.distributed.broadcast(fault)
+
+    def write_checkpoint(self) -> None:
+        score, settings = self.history.score_at(self.step), dict(self.identity)
+        self.checkpoints.save(self.step, self.backbone.denoiser, self.state(), settings, score)
+
+    def write_adapter(self) -> None:
+        with self.averaged():
+            lora.save(self.backbone.denoiser, self.folder / "adapter")
 
     def state(self) -> dict:
         """All that continuing needs beside the adapter and the configuration.

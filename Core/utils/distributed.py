@@ -13,6 +13,8 @@ from accelerate.utils import InitProcessGroupKwargs, broadcast_object_list, gath
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from Core.utils.process import end_with_launcher
+
 PROCESSES_ASKED_FOR = "VADER_NUM_PROCESSES"
 # Others wait while one downloads weights or encodes captions; torch's own patience with GPUs is ten minutes.
 PATIENCE = timedelta(hours=6)
@@ -27,6 +29,7 @@ class Distributed:
     """
 
     def __init__(self, mixed_precision: str = "no"):
+        end_with_launcher()
         # accelerate keeps the precision of an earlier run in the same Python process, and refuses another.
         AcceleratorState._reset_state()
         # Told so, it joins processes on CPU cores; left to itself it starts as many trainers that ignore each other.

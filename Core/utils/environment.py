@@ -1,6 +1,7 @@
 """Where and with what a run was made, written beside its results."""
 
 import json
+import logging
 import os
 import platform
 import shlex
@@ -12,8 +13,9 @@ from typing import Any
 
 import torch
 
-from Core.utils.files import write_whole
+from Core.utils.files import read_object, write_whole
 
+logger = logging.getLogger("vader")
 ENVIRONMENT = "environment.json"
 PACKAGES = (
     "torch",
@@ -51,11 +53,18 @@ def record_environment(folder: Path) -> None:
 
 
 def read_starts(folder: Path) -> list[dict[str, Any]]:
-    """What ``record_environment`` wrote, oldest first; empty where it never ran."""
-    try:
-        return json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
-    except (OSError, ValueError, KeyError):
+    """What ``record_environment`` wrote, oldest first; empty where it never ran, or with a warning where damaged."""
+    file = folder / ENVIRONMENT
+    if not file.exists():
         return []
+    try:
+        starts = read_object(file)["starts"]
+        if not isinstance(starts, list) or not all(isinstance(start, dict) for start in starts):
+            raise ValueError("its starts are no list of objects")
+    except (OSError, ValueError, KeyError) as error:
+        logger.warning("%s cannot be read (%s); what it said of earlier starts is lost", file, error)
+        return []
+    return starts
 
 
 def _hardware() -> dict[str, Any]:

@@ -1,10 +1,14 @@
-"""Files that appear under their name only when they are whole."""
+"""Files and folders that appear under their name only when they are whole."""
 
+import errno
+import json
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 
 @contextmanager
@@ -20,6 +24,77 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write a file in one go; text as UTF-8."""
+    """Write a file in one go; text as UTF-8, with what is no text, as in some paths, escaped."""
     with replacing(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+        partial.write_bytes(
+            content.encode(errors="backslashreplace") if isinstance(content, str) else content
+        )
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError, ValueError: it cannot be read, is damaged, or is something else than an object.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds a {type(content).__name__} instead of an object")
+    return content
+
+
+def hidden(folder: Path, state: str) -> Path:
+    """Name of a folder that is not (``partial``), or no longer (``replaced``, ``removed``), to be used."""
+    return folder.with_name(f".{folder.name}.{state}")
+
+
+@contextmanager
+def replacing_folder(folder: Path) -> Iterator[Path]:
+    """A hidden, empty folder beside ``folder`` to write to; it takes the place of ``folder`` unless the block raises.
+
+    What it holds survives a power cut from then on. Until then an older ``folder`` stays as it is; after a crash
+    between two renames it lies under ``hidden(folder, "replaced")``.
+
+    Raises:
+        OSError: the disk is full or not writable, or the folder was deleted meanwhile.
+    """
+    partial = hidden(folder, "partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        partial.mkdir(parents=True)
+        yield partial
+        for path in (*partial.rglob("*"), partial):
+            _sync(path)
+        _swap(partial, folder)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _swap(partial: Path, folder: Path) -> None:
+    replaced = hidden(folder, "replaced")
+    if folder.exists():
+        shutil.rmtree(replaced, ignore_errors=True)
+        folder.rename(replaced)
+    try:
+        partial.rename(folder)
+    except OSError:
+        if replaced.exists():
+            replaced.rename(folder)
+        raise
+    _sync(folder.parent)
+    shutil.rmtree(replaced, ignore_errors=True)
+    if not folder.is_dir():
+        raise FileNotFoundError(errno.ENOENT, "it was deleted while it was written", str(folder))
+
+
+def _sync(path: Path) -> None:
+    """Make sure that a file, or the names in a folder, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

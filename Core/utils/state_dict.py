@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import load, load_file
 from torch import Tensor, nn
 
 
@@ -22,7 +22,8 @@ def load_state(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
+            # safetensors maps no file whose path is not UTF-8.
+            return load_file(path) if _is_text(path) else load(path.read_bytes())
         state = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
         raise ValueError(_refusal(path, type(error).__name__)) from error
@@ -31,6 +32,21 @@ def load_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(_refusal(path, f"a {type(state).__name__} without tensors by name"))
     return state
+
+
+def read_metadata(path: Path) -> dict[str, str]:
+    """Metadata of a ``.safetensors`` file that ``load_state`` has read."""
+    with open(path, "rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        return json.loads(file.read(size)).get("__metadata__", {})
+
+
+def _is_text(path: Path) -> bool:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _refusal(path: Path, reason: str) -> str:

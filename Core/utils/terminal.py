@@ -39,4 +39,6 @@ class ConsoleHandler(logging.Handler):
         self.console = on
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.console.print(self.format(record), markup=False, highlight=False, soft_wrap=True)
+        # A path may hold bytes that are no text.
+        line = self.format(record).encode(errors="backslashreplace").decode()
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)

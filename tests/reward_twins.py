@@ -25,6 +25,8 @@ from transformers import (
     VideoMAEConfig,
     VideoMAEForVideoClassification,
     VideoMAEImageProcessorPil,
+    ViTConfig,
+    ViTModel,
     VJEPA2Config,
     VJEPA2Model,
     YolosConfig,
@@ -178,6 +180,20 @@ def vjepa_folder(folder: Path) -> Path:
     return folder
 
 
+def dino_folder(folder: Path) -> Path:
+    """DINO's ViT: 16×16 pixels, patches of 4."""
+    config = ViTConfig(
+        image_size=SIZE,
+        patch_size=4,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    randomize(ViTModel(config, add_pooling_layer=False)).save_pretrained(folder)
+    return folder
+
+
 def open_clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
     """State dict in open_clip's layout: widths 80 and 64 (one head each), two blocks, projection to 12."""
     generator = torch.Generator().manual_seed(seed)
@@ -257,6 +273,11 @@ def twin_arguments(root: Path) -> dict[str, dict]:
         "motion": {},
         "sharpness": {},
         "saturation": {},
+        "subject_consistency": {"model": str(dino_folder(root / "dino"))},
+        "background_consistency": {"model": clip},
+        "temporal_flickering": {},
+        "motion_smoothness": {},
+        "dynamic_degree": {},
         "relative": {"reward": "pick_score", "reward_args": {"model": clip}, **WORDS},
         "hinge": {"reward": "clip_score", "reward_args": {"model": clip}, "target": 1000.0},
     }

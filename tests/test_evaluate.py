@@ -322,7 +322,9 @@ def test_a_validation_s_motion_is_that_of_the_scorer_of_that_name(twin, tmp_path
     assert motion(pixels[None]).item() != pytest.approx(score, rel=0.1)
     fps = trainer.config.video.file_fps
     moved = metrics.score_videos(build_reward("dynamic_degree"), pixels[None], [Prompt("")], fps)
-    assert result.means["dynamic_degree"] == pytest.approx(moved.score.item(), rel=1e-4)  # without being asked for
+    assert result.means["dynamic_degree"] == pytest.approx(
+        moved.score.item(), rel=1e-4
+    )  # without being asked for
 
 
 @pytest.mark.parametrize(

@@ -117,7 +117,9 @@ def _early_stop_errors(config: Config) -> list[str]:
         return [f"early_stop.monitor must be one of {', '.join(known)}, got {rule['monitor']!r}"]
     moving = {"motion", "dynamic_degree"} - set(config.validation.monitors)
     if rule["monitor"] in moving and _is_image(config):
-        return [f"early_stop.monitor={rule['monitor']!r} needs videos of more than one frame; raise num_frames"]
+        return [
+            f"early_stop.monitor={rule['monitor']!r} needs videos of more than one frame; raise num_frames"
+        ]
     if rule["monitor"] == "diversity" and config.validation.num_val_seeds < 2:
         return ["early_stop.monitor='diversity' is measured from num_val_seeds=2 on; raise num_val_seeds"]
     return []

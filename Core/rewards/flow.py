@@ -14,7 +14,7 @@ from Core.rewards.preprocess import luma, resize
 
 WORKING_SIDE = 128  # short side in pixels the flow is computed at; larger frames are reduced
 COARSEST_SIDE = 8  # short side below which the pyramid has no further level
-ITERATIONS = 3  # of each level
+ITERATIONS = 2  # of each level
 WINDOW = 2.0  # deviation in pixels of the Gaussian window that a pixel's motion is fitted in
 SMOOTHING = 0.7  # the same of the one that takes noise off each level
 # Squared slope (per pixel, of a luma in [0, 1]) below which a direction has too little texture to show motion.

@@ -79,9 +79,7 @@ def resize(
     """
     for size in ((images.shape[-2], width), (height, width)):
         if images.shape[-2:] != size:
-            images = F.interpolate(
-                images, size, mode=interpolation, antialias=antialias, align_corners=False
-            )
+            images = F.interpolate(images, size, mode=interpolation, antialias=antialias, align_corners=False)
             images = clamp_towards_range(images) if clamp and interpolation == "bicubic" else images
     return images
 

@@ -16,10 +16,12 @@ REGISTRY: Registry[Reward] = Registry(
     "reward",
     {
         "aesthetic": "Core.rewards.aesthetic:Aesthetic",
+        "aesthetic_v2_5": "Core.rewards.aesthetic_v2_5:AestheticV25",
         "hps": "Core.rewards.hps:HPS",
         "hpsv3": "Core.rewards.hpsv3:HPSv3",
         "aesthetic_hps": "Core.rewards.mixture:AestheticHPS",
         "pick_score": "Core.rewards.pick_score:PickScore",
+        "image_reward": "Core.rewards.image_reward:ImageRewardV1",
         "clip_score": "Core.rewards.clip_score:ClipScore",
         "actpred": "Core.rewards.actpred:ActionPrediction",
         "compression": "Core.rewards.compression:Compression",

@@ -23,6 +23,7 @@ CLIP_B32 = Weight(source="openai/clip-vit-base-patch32", size=605_000_000, licen
 DINO_SIDE = 224  # short side in pixels that frames are brought to
 FLOW_RATE = 8  # frames per second that motion is measured at
 FASTEST = 0.05  # share of a frame's pixels that its motion is read off
+BORDER = 16  # of each side of a frame, a part of so many is left out of its motion
 THRESHOLD = 6 / 256  # of the short side: motion from which on VBench counts a pair of frames as moving
 MOVING_SHARE = 4 / 16  # moving pairs per frame from which on VBench counts a video as dynamic
 
@@ -118,7 +119,7 @@ class BackgroundConsistency(Consistency):
     def __init__(self, *, model: str = CLIP_B32.source):
         super().__init__()
         self.image = load_image_tower(locate(CLIP_B32.at(model)), round_half="even", antialias=False)
-        self.width = self.image.projection.weight.shape[0]
+        self.width = self.image.width
 
     def features(self, images: Tensor, prompts: list[str]) -> Tensor:
         return self.image(images)
@@ -177,8 +178,9 @@ class DynamicDegree(VideoReward):
 
     Of each pair of neighbouring frames, the mean motion of the fastest 5% of pixels, over 6/256 of the short side; of a
     clip, the mean over its pairs. The part ``dynamic`` is VBench's verdict on the clip, 0 or 1: whether at least a
-    quarter as many pairs as there are frames are above 1. VBench reports the share of such videos and measures motion
-    by a network (RAFT). Finished videos are looked at 8 times a second, as in VBench. A still clip scores 0.
+    quarter as many pairs as there are frames are above 1. VBench reports the share of such videos, measures motion
+    by a network (RAFT), and up to the frame's border, of which a sixteenth is left out here. Finished videos are
+    looked at 8 times a second, as in VBench. A still clip scores 0.
     """
 
     info = RewardInfo(
@@ -196,7 +198,7 @@ class DynamicDegree(VideoReward):
     def pair_motions(self, clips: Tensor, prompts: list[str]) -> Tensor:
         """Motion [B, P] of each pair, in units of the threshold."""
         flow = optical_flow(clips[:, :-1].flatten(0, 1), clips[:, 1:].flatten(0, 1))
-        speed = length(flow).flatten(1) / min(flow.shape[-2:])
+        speed = length(without_border(flow)).flatten(1) / min(flow.shape[-2:])
         fastest = speed.topk(max(1, int(speed.shape[1] * FASTEST)), dim=1).values.mean(dim=1)
         return fastest.view(len(clips), -1) / THRESHOLD
 
@@ -209,6 +211,12 @@ class DynamicDegree(VideoReward):
         score = motions.mean(dim=1)
         dynamic = is_dynamic(motions.detach()).to(score.dtype)
         return RewardOutput(score, self.loss(score), {self.info.name: score.detach(), "dynamic": dynamic})
+
+
+def without_border(flow: Tensor) -> Tensor:
+    """The inner part of [N, 2, H, W]: near an edge things come in that match nothing."""
+    rows, columns = (side // BORDER for side in flow.shape[-2:])
+    return flow[..., rows : flow.shape[-2] - rows, columns : flow.shape[-1] - columns]
 
 
 def length(flow: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
 """Optical flow in plain, differentiable tensor code: iterative Lucas–Kanade, coarse to fine.
 
-Lucas & Kanade 1981, with the pyramid of Bouguet 2001. Both frames are warped towards the moment halfway between them, so
+Lucas & Kanade 1981, with the pyramid of Bouguet 2001. Both frames are warped to the moment halfway between them, so
 the flow belongs to that moment and an in-between frame is the mean of the two warped ones.
 
 Axes: N pairs of frames, C channels, H rows, W columns. A flow [N, 2, H, W] holds pixels to the right and down.

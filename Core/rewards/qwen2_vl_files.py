@@ -7,7 +7,6 @@ text file.
 import ast
 import functools
 import hashlib
-import json
 import math
 import re
 import string

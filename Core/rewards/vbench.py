@@ -1,6 +1,6 @@
-"""What a video does over time, under the names and formulas of VBench's dimensions (Huang et al. 2024, arXiv:2311.17982).
+"""What a video does over time, by VBench's dimensions and formulas (Huang et al. 2024, arXiv:2311.17982).
 
-VBench reads its numbers off finished files; these are differentiable and take frames. Each class says what else differs.
+VBench reads finished files; these take frames and are differentiable. Each class says what else differs.
 
 Axes: B clips, F frames, P = F − 1 pairs of neighbours, D features.
 """

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from Core.rewards.base import Reward
+import torch
+
+from Core.rewards.base import SHARED_ARGUMENTS, Reward
 from Core.utils.registry import Registry
 
 # A new scorer is one file and one line here.
@@ -60,9 +62,11 @@ def resolve_reward(name: str) -> type[Reward]:
 
 
 def construct(name: str, args: Mapping[str, Any]) -> Reward:
-    """Instantiate a scorer; ``slice_size``, which every scorer understands, is set on the instance."""
-    reward = resolve_reward(name)(**{key: value for key, value in args.items() if key != "slice_size"})
+    """Instantiate a scorer; the arguments that every scorer takes are set on the instance."""
+    own = {key: value for key, value in args.items() if key not in SHARED_ARGUMENTS}
+    reward = resolve_reward(name)(**own)
     reward.slice_size = args.get("slice_size", reward.slice_size)
+    reward.placement = torch.device(args["device"]) if args.get("device") else None
     return reward
 
 

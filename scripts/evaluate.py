@@ -113,7 +113,7 @@ def lay_out_for_vbench(own: argparse.Namespace, config: Config, names: Sequence[
     """Write a folder of videos for each variant as VBench's tool expects it, and print how to run that."""
     dimensions = own.dimensions or MONITORS
     if config.run.num_sample < COPIES:
-        print(f"VBench scores {COPIES} videos of a prompt, and 25 for temporal_flickering: set --num-sample")
+        print(f"VBench scores {COPIES} videos of a prompt: set --num-sample {COPIES}")
     print("to score the videos by VBench's own tool (pip install vbench):")
     for name in names:
         target = folder / "vbench" / name

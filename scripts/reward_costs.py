@@ -5,14 +5,16 @@ Predicted: networks of the published sizes in bf16, run on tensors without conte
 shapes; operations and bytes follow from these.
 """
 
+import argparse
 import functools
+import gc
 import math
 import re
 import sys
 import tempfile
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,10 +37,12 @@ from Core.rewards.base import freeze  # noqa: E402
 from Core.rewards.qwen2_vl import Qwen2VL  # noqa: E402
 
 PAGE = ROOT / "docs" / "rewards.md"
+TABLE = re.compile(r"(<!-- costs: [^\n]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
 FRAMES, SIZE = 8, (64, 64)
 REPEATS = 3
 PROMPT = "a man riding a bike"  # the twins' action classifier knows it
 WRAPPERS = ("relative", "hinge")  # cost what the reward inside costs
+COLLECT_EVERY = 20  # new tensors
 QWEN_PROMPT = 800  # tokens of the longer of the two authors' texts with a caption, rounded up
 
 
@@ -49,6 +53,7 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.known: set[int] = set()
+        self.made = 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
@@ -62,6 +67,10 @@ class LiveBytes(TorchDispatchMode):
         key, size = id(storage), storage.nbytes()
         self.known.add(key)
         self.now += size
+        self.made += 1
+        if self.now > self.peak and self.made >= COLLECT_EVERY:
+            gc.collect()  # under a dispatch mode, what checkpointing recomputed hangs in cycles
+            self.made = 0
         self.peak = max(self.peak, self.now)
         weakref.finalize(storage, self._drop, key, size)
 
@@ -212,29 +221,52 @@ def row(name: str, measured: Measured, predicted: Predicted | None) -> list[str]
     return [*cells, *(f"{value:.2g}" for value in scaled)]
 
 
-def table(names: Sequence[str]) -> str:
-    """Rows of the scorers that do not wrap another."""
-    lines = [
+def table(lines: Mapping[str, str]) -> str:
+    """The rows of all scorers that do not wrap another, in the order of the registry."""
+    header = [
         "| reward | twin: ms a frame | twin: peak MB a frame | weights, GB | TFLOP a frame | peak GB a frame |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
+    return "\n".join([*header, *(lines[name] for name in REGISTRY if name in lines)])
+
+
+def new_lines(names: Sequence[str]) -> dict[str, str]:
+    """Rows of ``names``, measured and predicted now."""
+    lines = {}
     with tempfile.TemporaryDirectory() as folder:
         arguments = twin_arguments(Path(folder))
         for name in names:
-            reward = build_reward(name, arguments[name])
-            predicted = predict(REAL[name]) if name in REAL else None
-            lines.append(f"| {' | '.join(row(name, measure(reward), predicted))} |")
-    return "\n".join(lines)
+            measured = measure(build_reward(name, arguments[name]))
+            cells = row(name, measured, predict(REAL[name]) if name in REAL else None)
+            lines[name] = f"| {' | '.join(cells)} |"
+            print(lines[name], flush=True)
+    return lines
 
 
-def render(page: str, content: str) -> str:
-    """``page`` with its table renewed."""
-    pattern = r"(<!-- costs: [^\n]*-->\n).*?(<!-- end -->)"
-    return re.sub(pattern, lambda m: f"{m[1]}\n{content}\n\n{m[2]}", page, flags=re.DOTALL)
+def old_lines(page: str) -> dict[str, str]:
+    """Rows that the table in ``page`` has."""
+    return {m[1]: m[0] for m in re.finditer(r"^\| `(\w+)` \|.*$", TABLE.search(page)[2], re.MULTILINE)}
+
+
+def render(page: str, lines: Mapping[str, str]) -> str:
+    """``page`` with ``lines`` in its table."""
+    content = table(old_lines(page) | dict(lines))
+    return TABLE.sub(lambda m: f"{m[1]}\n{content}\n\n{m[3]}", page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    every = [name for name in REGISTRY if name not in WRAPPERS]
+    parser.add_argument(
+        "names", nargs="*", metavar="NAME", help="scorers to renew the rows of (default: all)"
+    )
+    names = parser.parse_args().names
+    if unknown := sorted(set(names) - set(every)):
+        parser.error(f"there is no scorer {unknown[0]!r} to measure; there are {', '.join(every)}")
+    torch.manual_seed(0)
+    lines = new_lines(names or every)
+    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), lines), encoding="utf-8")
 
 
 if __name__ == "__main__":
-    torch.manual_seed(0)
-    content = table([name for name in REGISTRY if name not in WRAPPERS])
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8"), content), encoding="utf-8")
-    print(content)
+    main()

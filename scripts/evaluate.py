@@ -4,6 +4,9 @@
 
 Writes videos, videos.csv, prompts.csv, summary.csv and evaluation.json to --out. Other flags are those of
 train_t2v_lora.py, such as --num-sample 4 or --seed 7. Run it again to resume an interrupted evaluation.
+
+For VBench's own tool, give its list by --prompts VBench_full_info.json, or --vbench with any other prompts: the videos
+then also stand in OUT/vbench/<variant>/ under the names it expects, and the commands to run it are printed.
 """
 
 import argparse
@@ -17,11 +20,22 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 from Core.cli import exit_code, start_log, stop_log  # noqa: E402
-from Core.config import Config, load_config  # noqa: E402
+from Core.config import BASE, Config, ConfigError, load_config  # noqa: E402
 from Core.evaluation.compare import compare, read_training_prompts  # noqa: E402
 from Core.evaluation.score_videos import check_scorers, parse_reward_arguments, refuse  # noqa: E402
+from Core.evaluation.vbench_files import (  # noqa: E402
+    COPIES,
+    name_errors,
+    read_vbench_prompts,
+    vbench_command,
+    write_vbench_folder,
+)
+from Core.generation.jobs import plan_of  # noqa: E402
 from Core.utils.distributed import Distributed  # noqa: E402
 from Core.utils.environment import record_environment  # noqa: E402
+
+# VBench's dimensions that have a reward here, and that its tool takes for any prompts.
+MONITORS = ("subject_consistency", "background_consistency", "motion_smoothness", "dynamic_degree")
 
 
 def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
@@ -37,7 +51,16 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
     parser.add_argument(
         "--adapter", action="append", required=True, help="adapter to compare; repeat for more"
     )
-    parser.add_argument("--prompts", help="file with one prompt per line (default: the config's prompts)")
+    parser.add_argument(
+        "--prompts",
+        help="file with one prompt per line, or VBench's VBench_full_info.json (default: the config's prompts)",
+    )
+    parser.add_argument(
+        "--dimensions",
+        default="",
+        help="comma-separated: of VBench's list, only the prompts of these dimensions",
+    )
+    parser.add_argument("--vbench", action="store_true", help="also lay the videos out for VBench's own tool")
     parser.add_argument("--rewards", help="comma-separated names (default: the config's reward)")
     parser.add_argument("--reward-arguments", default="{}", help="JSON: {reward: {argument: value}}")
     parser.add_argument(
@@ -47,9 +70,21 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
     own, rest = parser.parse_known_args(argv)
     # A training config is evaluated the way it was trained: one clip per video.
     flags = [own.config, *rest, "--is-vader-training", "False", "--lora-ckpt-path", repr(own.adapter)]
-    if own.prompts:
+    own.vbench_list = Path(own.prompts).expanduser() if (own.prompts or "").endswith(".json") else None
+    own.dimensions = [name for name in own.dimensions.split(",") if name]
+    if own.dimensions and not own.vbench_list:
+        raise ConfigError(
+            ["--dimensions chooses from VBench's list; give it by --prompts VBench_full_info.json"]
+        )
+    if own.vbench_list:
+        flags += ["--prompt", repr(read_vbench_prompts(own.vbench_list, own.dimensions))]
+    elif own.prompts:
         flags += ["--prompt-path", own.prompts, "--prompt", "None"]
-    return own, load_config(flags)
+    config = load_config(flags)
+    own.vbench = own.vbench or own.vbench_list is not None
+    if own.vbench:
+        refuse(name_errors([prompt.reward_text for prompt in config.prompt_list]))
+    return own, config
 
 
 def chosen_rewards(own: argparse.Namespace, config: Config) -> dict[str, Mapping[str, Any]]:
@@ -74,6 +109,18 @@ def show(result: Mapping[str, Any]) -> None:
     print("* the interval excludes zero")
 
 
+def lay_out_for_vbench(own: argparse.Namespace, config: Config, names: Sequence[str], folder: Path) -> None:
+    """Write a folder of videos for each variant as VBench's tool expects it, and print how to run that."""
+    dimensions = own.dimensions or MONITORS
+    if config.run.num_sample < COPIES:
+        print(f"VBench scores {COPIES} videos of a prompt: set --num-sample {COPIES}")
+    print("to score the videos by VBench's own tool (pip install vbench):")
+    for name in names:
+        target = folder / "vbench" / name
+        write_vbench_folder(folder / "videos" / name, plan_of(config), target)
+        print(f"  {vbench_command(target, own.vbench_list, dimensions)}")
+
+
 def evaluate(argv: Sequence[str] | None) -> None:
     own, config = parse(argv)
     rewards = chosen_rewards(own, config)
@@ -87,6 +134,9 @@ def evaluate(argv: Sequence[str] | None) -> None:
         result = compare(config, distributed, own.adapter, rewards, folder, training)
         if distributed.is_main:
             show(result)
+            if own.vbench:
+                names = [BASE, *(adapter["name"] for adapter in result["adapters"])]
+                lay_out_for_vbench(own, config, names, folder)
             print(f"written to {folder}")
     finally:
         stop_log()

@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import nn
 from transformers import (
+    BertTokenizer,
     CLIPConfig,
     CLIPImageProcessorPil,
     CLIPModel,
@@ -25,6 +26,8 @@ from transformers import (
     VideoMAEConfig,
     VideoMAEForVideoClassification,
     VideoMAEImageProcessorPil,
+    ViTConfig,
+    ViTModel,
     VJEPA2Config,
     VJEPA2Model,
     YolosConfig,
@@ -99,6 +102,13 @@ def head_file(path: Path, widths: tuple[int, ...], indices: tuple[int, ...], see
         state[f"layers.{i}.weight"] = torch.randn(width_out, width_in, generator=generator) / width_in**0.5
         state[f"layers.{i}.bias"] = torch.randn(width_out, generator=generator) * 0.1
     torch.save(state, path)
+    return path
+
+
+def renamed_head(path: Path, name: str, head: Path) -> Path:
+    """A copy of a head file whose chain of layers has another name."""
+    state = torch.load(head, weights_only=True)
+    torch.save({key.replace("layers", name): value for key, value in state.items()}, path)
     return path
 
 
@@ -178,6 +188,86 @@ def vjepa_folder(folder: Path) -> Path:
     return folder
 
 
+def dino_folder(folder: Path) -> Path:
+    """DINO's ViT: 16×16 pixels, patches of 4."""
+    config = ViTConfig(
+        image_size=SIZE,
+        patch_size=4,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+    )
+    randomize(ViTModel(config, add_pooling_layer=False)).save_pretrained(folder)
+    return folder
+
+
+def blip_state(width: int = 64, text_width: int = 16, vocabulary: int = 50) -> dict[str, torch.Tensor]:
+    """ImageReward's state dict in BLIP's names: 16×16 pixels, patches of 8, two blocks each, a linear head."""
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape: int, scale: float = 1.0) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * scale
+
+    def linear(name: str, width_in: int, width_out: int) -> dict[str, torch.Tensor]:
+        weight = tensor(width_out, width_in, scale=width_in**-0.5)
+        return {f"{name}.weight": weight, f"{name}.bias": tensor(width_out, scale=0.1)}
+
+    def norm(name: str, size: int) -> dict[str, torch.Tensor]:
+        return {f"{name}.weight": 1 + tensor(size, scale=0.1), f"{name}.bias": tensor(size, scale=0.1)}
+
+    def attention(name: str, seen: int) -> dict[str, torch.Tensor]:
+        state = linear(f"{name}.self.query", text_width, text_width)
+        state |= linear(f"{name}.self.key", seen, text_width) | linear(f"{name}.self.value", seen, text_width)
+        return (
+            state
+            | linear(f"{name}.output.dense", text_width, text_width)
+            | norm(f"{name}.output.LayerNorm", text_width)
+        )
+
+    image, text = "blip.visual_encoder", "blip.text_encoder"
+    state = {
+        f"{image}.cls_token": tensor(1, 1, width),
+        f"{image}.pos_embed": tensor(1, 5, width),
+        f"{image}.patch_embed.proj.weight": tensor(width, 3, 8, 8, scale=192**-0.5),
+        f"{image}.patch_embed.proj.bias": tensor(width, scale=0.1),
+        **norm(f"{image}.norm", width),
+        f"{text}.embeddings.position_ids": torch.arange(40)[None],
+        f"{text}.embeddings.word_embeddings.weight": tensor(vocabulary, text_width),
+        f"{text}.embeddings.position_embeddings.weight": tensor(40, text_width),
+        **norm(f"{text}.embeddings.LayerNorm", text_width),
+        **linear("blip.vision_proj", width, 8),
+        **linear("blip.text_proj", text_width, 8),
+    }
+    for i in range(2):
+        block, layer = f"{image}.blocks.{i}", f"{text}.encoder.layer.{i}"
+        state |= norm(f"{block}.norm1", width) | norm(f"{block}.norm2", width)
+        state |= linear(f"{block}.attn.qkv", width, 3 * width) | linear(f"{block}.attn.proj", width, width)
+        state |= linear(f"{block}.mlp.fc1", width, 2 * width) | linear(f"{block}.mlp.fc2", 2 * width, width)
+        state |= attention(f"{layer}.attention", text_width) | attention(f"{layer}.crossattention", width)
+        state |= linear(f"{layer}.intermediate.dense", text_width, 32)
+        state |= linear(f"{layer}.output.dense", 32, text_width) | norm(
+            f"{layer}.output.LayerNorm", text_width
+        )
+    for i, (wide, narrow) in zip((0, 2, 4, 6, 7), itertools.pairwise((16, 12, 8, 6, 5, 1)), strict=True):
+        state |= linear(f"mlp.layers.{i}", wide, narrow)
+    return state
+
+
+def image_reward_folder(folder: Path) -> Path:
+    """ImageReward in the published layout, with BERT's tokenizer of single letters beside it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    letters = [prefix + letter for letter in LETTERS[:26] for prefix in ("", "##")]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters]
+    BertTokenizer(vocab={token: i for i, token in enumerate(tokens)}).save_pretrained(folder)
+    torch.save(blip_state(vocabulary=len(tokens) + 2), folder / "ImageReward.pt")
+    sizes = {"vocab_size": len(tokens) + 2, "hidden_size": 16, "intermediate_size": 32, "encoder_width": 999}
+    layers = {"num_attention_heads": 2, "num_hidden_layers": 2, "max_position_embeddings": 40}
+    others = {"hidden_act": "gelu", "layer_norm_eps": 1e-12, "pad_token_id": 0}
+    (folder / "med_config.json").write_text(json.dumps(sizes | layers | others), encoding="utf-8")
+    return folder
+
+
 def open_clip_state(seed: int = 0) -> dict[str, torch.Tensor]:
     """State dict in open_clip's layout: widths 80 and 64 (one head each), two blocks, projection to 12."""
     generator = torch.Generator().manual_seed(seed)
@@ -234,15 +324,20 @@ def twin_arguments(root: Path) -> dict[str, dict]:
     """Build every twin under `root`; registered name → `reward_args` that load it."""
     clip = str(clip_folder(root / "clip"))
     laion = str(head_file(root / "laion.pth", (12, 8, 6, 5, 4, 1), (0, 2, 4, 6, 7)))
+    linear = head_file(root / "linear.pth", (16, 8, 6, 5, 4, 1), (0, 2, 4, 6, 8))
+    scoring = str(renamed_head(root / "scoring.pth", "scoring_head", linear))
+    blip = str(image_reward_folder(root / "image_reward"))
     jpeg = str(head_file(root / "jpeg.pt", (12, 8, 6, 5, 1), (0, 3, 6, 9)))
     torch.save({"state_dict": open_clip_state()}, root / "HPS_v2.1_compressed.pt")
     aesthetic = {"model": clip, "head": laion}
     hps = {"model": str(root), "tokenizer": clip}
     return {
         "aesthetic": aesthetic,
+        "aesthetic_v2_5": {"model": str(siglip_folder(root / "siglip")), "head": scoring},
         "hps": hps,
         "aesthetic_hps": {"aesthetic": aesthetic, "hps": hps},
         "pick_score": {"model": clip},
+        "image_reward": {"model": blip, "tokenizer": blip},
         "clip_score": {"model": clip},
         "actpred": {"model": str(videomae_folder(root / "videomae"))},
         "compression": {"model": clip, "head": jpeg},
@@ -257,6 +352,11 @@ def twin_arguments(root: Path) -> dict[str, dict]:
         "motion": {},
         "sharpness": {},
         "saturation": {},
+        "subject_consistency": {"model": str(dino_folder(root / "dino"))},
+        "background_consistency": {"model": clip},
+        "temporal_flickering": {},
+        "motion_smoothness": {},
+        "dynamic_degree": {},
         "relative": {"reward": "pick_score", "reward_args": {"model": clip}, **WORDS},
         "hinge": {"reward": "clip_score", "reward_args": {"model": clip}, "target": 1000.0},
     }

@@ -267,6 +267,10 @@ def test_all_errors_come_at_once(values):
         (dict(lora_targets=[]), "lora_targets is empty"),
         (dict(early_stop=dict(monitor="diversity")), "raise num_val_seeds"),
         (dict(early_stop=dict(monitor="motion"), num_frames=1), "needs videos of more than one frame"),
+        (
+            dict(early_stop=dict(monitor="dynamic_degree"), num_frames=1),
+            "needs videos of more than one frame",
+        ),
         (dict(start_index=3, end_index=2), r"end_index \(2\) must be above start_index \(3\)"),
         (dict(lora_ckpt_path="nowhere"), "lora_ckpt_path: there is no file or folder 'nowhere'"),
         (dict(reward_fn="beauty"), "beauty"),

@@ -23,6 +23,7 @@ from Core.evaluation import metrics
 from Core.evaluation.compare import Row, per_prompt, summary, training_prompts
 from Core.evaluation.metrics import diversity, motion, paired_gain
 from Core.evaluation.score_videos import Clip, Scorers, find_clips, parse_reward_arguments, prompt_from_name
+from Core.evaluation.vbench_files import read_vbench_prompts
 from Core.rewards import build_reward
 from Core.training import validation
 from Core.utils.distributed import Distributed
@@ -170,6 +171,72 @@ def test_evaluation_writes_tables_that_agree_and_repeat(twin, trained, tmp_path,
         assert now == pytest.approx(was, rel=1e-4)
 
 
+VBENCH_LIST = [
+    {"prompt_en": "a red fox, front view", "dimension": ["spatial_relationship"], "auxiliary_info": {"a": 1}},
+    {"prompt_en": "a blue bird", "dimension": ["dynamic_degree", "subject_consistency"]},
+    {"prompt_en": "a green dog's tail", "dimension": ["dynamic_degree"]},
+    {"prompt_en": "a blue bird", "dimension": ["motion_smoothness"]},
+]
+
+
+@pytest.fixture
+def vbench_list(tmp_path) -> Path:
+    path = tmp_path / "VBench_full_info.json"
+    path.write_text(json.dumps(VBENCH_LIST), encoding="utf-8")
+    return path
+
+
+def test_vbench_s_prompts_are_read_by_dimension(vbench_list):
+    every = ["a red fox, front view", "a blue bird", "a green dog's tail"]
+    assert read_vbench_prompts(vbench_list) == every
+    assert read_vbench_prompts(vbench_list, ["dynamic_degree"]) == every[1:]
+    assert read_vbench_prompts(vbench_list, ["motion_smoothness"]) == every[1:2]
+    with pytest.raises(ValueError, match="did you mean 'dynamic_degree'"):
+        read_vbench_prompts(vbench_list, ["dynamic_degre"])
+
+
+def test_vbench_finds_the_videos_under_the_names_it_looks_for(trained, tmp_path, vbench_list, capsys):
+    """Its standard mode wants ``{prompt}-{0…4}.mp4`` of each prompt, in one folder."""
+    out = tmp_path / "evaluation"
+    flags = ("--prompts", str(vbench_list), "--dimensions", "dynamic_degree", "--rewards", "dynamic_degree")
+    assert run_evaluation(trained, out, *flags, "--num-sample", "2", "--end-index", "None") == 0
+    expected = {f"{prompt}-{i}.mp4" for prompt in ("a blue bird", "a green dog's tail") for i in (0, 1)}
+    for variant in ("base", "fox"):
+        folder = out / "vbench" / variant
+        assert {path.name for path in folder.iterdir()} == expected
+        assert all(read_video(path).shape[1] == 17 for path in folder.iterdir())
+    printed = capsys.readouterr().out
+    assert f"--videos_path {out / 'vbench' / 'fox'} --full_json_dir {vbench_list}" in printed
+    assert "for dimension in dynamic_degree; do vbench evaluate" in printed and "set --num-sample" in printed
+
+
+def test_other_prompts_are_laid_out_for_vbench_s_own_tool_too(trained, tmp_path, capsys):
+    prompts = tmp_path / "subject_consistency.txt"
+    prompts.write_text("a red fox\n", encoding="utf-8")
+    flags = ("--prompts", str(prompts), "--rewards", "temporal_flickering", "--vbench", "--end-index", "None")
+    assert run_evaluation(trained, tmp_path / "out", *flags) == 0
+    assert [path.name for path in (tmp_path / "out" / "vbench" / "base").iterdir()] == ["a red fox-0.mp4"]
+    assert "--mode custom_input" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        ("{", "is no prompt list of VBench"),
+        ('[{"prompt": "a"}]', "KeyError"),
+        ("[]", "holds no prompts"),
+        ('[{"prompt_en": "a/b", "dimension": ["color"]}]', "holds a slash"),
+        (json.dumps([{"prompt_en": "fox " * 70, "dimension": ["color"]}]), "is too long"),
+    ],
+)
+def test_a_list_that_vbench_could_not_use_is_refused_in_a_sentence(trained, tmp_path, capsys, content, words):
+    path = tmp_path / "list.json"
+    path.write_text(content, encoding="utf-8")
+    assert run_evaluation(trained, tmp_path / "out", "--prompts", str(path), "--rewards", "sharpness") == 2
+    told = capsys.readouterr().err.strip()
+    assert words in told and "\n" not in told
+
+
 def test_the_base_model_against_itself_shows_nothing(trained, tmp_path):
     """At strength 0 the adapter is the base model, and its videos the same to the byte."""
     out = tmp_path / "evaluation"
@@ -188,6 +255,7 @@ def test_the_base_model_against_itself_shows_nothing(trained, tmp_path):
         (("--rewards", "sharpness", "--reward-arguments", '{"hps": {}}'), "'hps', which is not among"),
         (("--adapter", "nowhere"), "there is no file or folder 'nowhere'"),
         (("--prompts", "nowhere.txt"), "'nowhere.txt' does not exist"),
+        (("--dimensions", "color"), "--dimensions chooses from VBench's list"),
         (("--seeed", "1"), "did you mean '--seed'?"),
     ],
 )
@@ -320,6 +388,11 @@ def test_a_validation_s_motion_is_that_of_the_scorer_of_that_name(twin, tmp_path
     score = score_videos_of(build_reward("motion", own), pixels)
     assert result.means["motion"] == pytest.approx(score, rel=1e-4)
     assert motion(pixels[None]).item() != pytest.approx(score, rel=0.1)
+    fps = trainer.config.video.file_fps
+    moved = metrics.score_videos(build_reward("dynamic_degree"), pixels[None], [Prompt("")], fps)
+    assert result.means["dynamic_degree"] == pytest.approx(
+        moved.score.item(), rel=1e-4
+    )  # without being asked for
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,7 @@ def test_every_registered_name_is_a_documented_scorer(arguments):
 @pytest.mark.parametrize(
     ("reward_fn", "reward_args", "sentence"),
     [
+        ("motion", {"device": "gpu"}, "device must be like 'cpu', 'cuda' or 'cuda:1', got 'gpu'"),
         ("asthetic", {}, "unknown reward 'asthetic': did you mean 'aesthetic'?"),
         (7, {}, "a reward is named by a string, got 7"),
         ("missing.py:Mine", {}, "there is no file 'missing.py'"),
@@ -146,6 +147,27 @@ def test_wrappers_answer_for_the_reward_inside(arguments):
     relative = {"reward": "actpred", "reward_args": arguments["actpred"], **words}
     (error,) = prompt_errors("relative", relative, ["a horse"])
     assert "in the prompt 'no a horse'" in error
+
+
+def test_a_scorer_stays_on_the_device_it_is_given(arguments):
+    """The run's device here is torch's "meta", where nothing can be computed."""
+    parts = {"pick_score": 1.0, "hinge": 0.5}
+    inner = arguments["clip_score"] | {"device": "cpu"}
+    args = {
+        "pick_score": arguments["pick_score"] | {"device": "cpu"},
+        "hinge": {"reward": "clip_score", "reward_args": inner, "target": 1e3},
+    }
+    reward = build_reward(parts, args, device="meta")
+    frames = torch.zeros(1, 1, 3, 16, 16, requires_grad=True)
+    output = reward(frames, ["a fox"])
+    assert output.score.isfinite() and torch.autograd.grad(output.loss.sum(), frames)[0].any()
+    assert build_reward("pick_score", arguments["pick_score"], device="meta").device.type == "meta"
+
+
+@pytest.mark.skipif(torch.cuda.device_count() > 9, reason="the device would be there")
+def test_a_device_that_is_not_there_is_named(arguments):
+    with pytest.raises(ValueError, match="is to run on 'cuda:9', but this machine has"):
+        build_reward("pick_score", arguments["pick_score"] | {"device": "cuda:9"})
 
 
 def test_wrappers_enter_a_mixture(arguments):

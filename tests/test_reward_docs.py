@@ -12,6 +12,7 @@ from reward_twins import clip_folder, open_clip_state
 
 from Core.rewards import build_reward, check_reward_config
 from Core.rewards.aesthetic import LAION_HEAD
+from Core.rewards.aesthetic_v2_5 import HEAD
 from Core.utils import hub as weights_module
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -118,6 +119,14 @@ def test_a_hub_client_without_httpx_fails_in_a_sentence(monkeypatch):
     monkeypatch.setitem(sys.modules, "httpx", None)
     with pytest.raises(FileNotFoundError, match="no route to the hub"):
         weights_module.locate(weights_module.Weight(source="owner/name"))
+
+
+def test_what_is_fetched_is_named_with_its_licence(hub, tmp_path, caplog):
+    caplog.set_level("INFO", logger="vader")
+    weights_module.locate(weights_module.Weight(source="owner/name", licence="AGPL-3.0"), tmp_path / "to")
+    assert "fetching owner/name, licence AGPL-3.0" in caplog.text
+    with pytest.raises(FileNotFoundError, match=r"download the file \(licence AGPL-3.0\) and give its path"):
+        weights_module.locate(HEAD)
 
 
 def test_repositories_of_the_same_name_go_to_folders_of_their_own(hub, tmp_path):

@@ -13,15 +13,17 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from reward_twins import open_clip_state, siglip_folder, smooth_images, twin_arguments
+from reward_twins import clip_folder, open_clip_state, siglip_folder, smooth_images, twin_arguments
 from safetensors import safe_open
 from torch import Tensor
 from transformers import (
     AutoTokenizer,
     CLIPImageProcessorPil,
     CLIPModel,
+    GemmaTokenizer,
     SiglipImageProcessorPil,
     SiglipModel,
+    SiglipVisionModel,
     VideoMAEForVideoClassification,
     VideoMAEImageProcessorPil,
     VJEPA2Model,
@@ -231,6 +233,131 @@ def test_clip_score_follows_siglip(size, tolerance, tmp_path):
     expected = 100 * (unit(output.image_embeds) * unit(output.text_embeds)).sum(-1)
     score = build_reward("clip_score", {"model": str(folder)})(as_frames(images), PROMPTS).score
     assert close(score, expected, tolerance, spread=25)
+
+
+def multiply(state: dict, name: str, x: Tensor) -> Tensor:
+    return x @ state[f"{name}.weight"].T + state[f"{name}.bias"]
+
+
+def normed(state: dict, name: str, x: Tensor, epsilon: float) -> Tensor:
+    return torch.nn.functional.layer_norm(
+        x, x.shape[-1:], state[f"{name}.weight"], state[f"{name}.bias"], epsilon
+    )
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, heads: int) -> Tensor:
+    q, k, v = (t.unflatten(-1, (heads, -1)).transpose(0, 1) for t in (q, k, v))
+    return ((q @ k.mT / q.shape[-1] ** 0.5).softmax(-1) @ v).transpose(0, 1).flatten(1)
+
+
+def blip_image(state: dict, pixels: Tensor) -> Tensor:
+    """Features of one picture [3, H, W] by BLIP's vision transformer, written out under the names of its file."""
+    x = torch.nn.functional.conv2d(
+        pixels[None], state["patch_embed.proj.weight"], state["patch_embed.proj.bias"], stride=8
+    )
+    x = torch.cat([state["cls_token"][0], x[0].flatten(1).T]) + state["pos_embed"][0]
+    for i in range(2):
+        qkv = multiply(state, f"blocks.{i}.attn.qkv", normed(state, f"blocks.{i}.norm1", x, 1e-6))
+        x = x + multiply(state, f"blocks.{i}.attn.proj", attend(*qkv.chunk(3, dim=-1), heads=1))
+        inner = multiply(state, f"blocks.{i}.mlp.fc1", normed(state, f"blocks.{i}.norm2", x, 1e-6))
+        x = x + multiply(state, f"blocks.{i}.mlp.fc2", torch.nn.functional.gelu(inner))
+    return normed(state, "norm", x, 1e-6)
+
+
+def blip_text(state: dict, ids: Tensor, seen: Tensor) -> Tensor:
+    """First state of one text [L] by BLIP's text encoder, each of whose layers looks at ``seen``."""
+    embedded = state["embeddings.word_embeddings.weight"][ids]
+    x = embedded + state["embeddings.position_embeddings.weight"][: len(ids)]
+    x = normed(state, "embeddings.LayerNorm", x, 1e-12)
+    for i in range(2):
+        for name, other in (("attention", None), ("crossattention", seen)):
+            part = f"encoder.layer.{i}.{name}"
+            q = multiply(state, f"{part}.self.query", x)
+            k, v = (
+                multiply(state, f"{part}.self.{n}", x if other is None else other) for n in ("key", "value")
+            )
+            out = multiply(state, f"{part}.output.dense", attend(q, k, v, heads=2))
+            x = normed(state, f"{part}.output.LayerNorm", x + out, 1e-12)
+        inner = torch.nn.functional.gelu(multiply(state, f"encoder.layer.{i}.intermediate.dense", x))
+        out = multiply(state, f"encoder.layer.{i}.output.dense", inner)
+        x = normed(state, f"encoder.layer.{i}.output.LayerNorm", x + out, 1e-12)
+    return x[0]
+
+
+@pytest.mark.parametrize(("size", "tolerance"), SIZES)
+def test_image_reward_follows_its_formula(size, tolerance, arguments):
+    folder = Path(arguments["image_reward"]["model"])
+    state = torch.load(folder / "ImageReward.pt", weights_only=True)
+    parts = {
+        prefix: {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+        for prefix in ("blip.visual_encoder.", "blip.text_encoder.", "mlp.")
+    }
+    vision, text, head = parts.values()
+    images = smooth_images(2, size)
+    pixels = CLIPImageProcessorPil(size={"shortest_edge": 16}, crop_size={"height": 16, "width": 16})(
+        pictures(images), return_tensors="pt"
+    ).pixel_values
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    expected = []
+    for image, prompt in zip(pixels, PROMPTS, strict=True):
+        x = blip_text(text, torch.tensor(tokenizer(prompt).input_ids), blip_image(vision, image))
+        for i in (0, 2, 4, 6, 7):
+            x = multiply(head, f"layers.{i}", x)
+        expected.append((x.item() - 0.16717362830052426) / 1.0333394966054072)
+    score = build_reward("image_reward", arguments["image_reward"])(as_frames(images), PROMPTS).score
+    assert close(score, np.array(expected), tolerance, spread=1.0)
+
+
+@pytest.mark.parametrize(("size", "tolerance"), SIZES)
+@torch.no_grad()
+def test_aesthetic_v2_5_follows_its_formula(size, tolerance, arguments):
+    given = arguments["aesthetic_v2_5"]
+    images = smooth_images(2, size)
+    pixels = SiglipImageProcessorPil.from_pretrained(given["model"])(pictures(images), return_tensors="pt")
+    x = unit(SiglipVisionModel.from_pretrained(given["model"])(**pixels).pooler_output)
+    state = torch.load(given["head"], weights_only=True)
+    for i in (0, 2, 4, 6, 8):
+        x = multiply(state, f"scoring_head.{i}", x)
+    output = build_reward("aesthetic_v2_5", given)(as_frames(images), PROMPTS)
+    assert close(output.score, x[:, 0], tolerance, spread=1.0)
+    torch.testing.assert_close(output.loss, 0.1 * (output.score - 10).abs())
+
+
+def test_a_cut_caption_is_named_once_with_how_much_is_lost(arguments, caplog):
+    """CLIP's twin reads 24 tokens, two of them around the text; ImageReward's 35."""
+    for name, room in (("clip_score", 22), ("image_reward", 33)):
+        reward = build_reward(name, arguments[name])
+        frames = torch.zeros(1, 1, 3, 16, 16)
+        caplog.clear()
+        kept = reward(frames, ["a" * room])
+        assert not caplog.records, name
+        cut = [reward(frames, ["a" * room + "b" * more]).score for more in (5, 9)]
+        assert len(caplog.records) == 1 and "the last 5 are cut" in caplog.text
+        assert f"reads {room + 2}" in caplog.text
+        if name == "image_reward":
+            assert torch.equal(cut[0], cut[1]) and torch.allclose(cut[0], kept.score)
+
+
+def test_long_clip_reads_what_its_positions_hold(arguments, tmp_path, caplog):
+    """Its folders keep plain CLIP's tokenizer, whose own limit is shorter."""
+    folder = clip_folder(tmp_path / "long")
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.model_max_length = 10
+    tokenizer.save_pretrained(folder)
+    reward = build_reward("clip_score", {"model": str(folder)})
+    frames = smooth_images(1, (16, 16))[:, None].float() / 127.5 - 1
+    short, long = (reward(frames, ["a" * 12 + end]).score for end in ("b", "c"))
+    assert short != long and not caplog.records
+
+
+def test_siglip_2_reads_lower_case(tmp_path):
+    folder = siglip_folder(tmp_path / "siglip")
+    letters = {token: i for i, token in enumerate(["<pad>", "<eos>", "<bos>", "<unk>", "▁", *"abcdefghij"])}
+    GemmaTokenizer(vocab=letters, merges=[], model_max_length=12).save_pretrained(folder)
+    reward = build_reward("clip_score", {"model": str(folder)})
+    frames = torch.zeros(1, 1, 3, 16, 16)
+    assert torch.equal(reward(frames, ["A Bad Egg"]).score, reward(frames, ["a bad egg"]).score)
+    assert not torch.equal(reward(frames, ["a bad egg"]).score, reward(frames, ["a bad"]).score)
 
 
 @pytest.mark.parametrize("mode", ["shortest", "longest", "squash"])

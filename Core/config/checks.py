@@ -128,13 +128,16 @@ def _early_stop_errors(config: Config) -> list[str]:
     rule = config.validation.early_stop
     if rule is None:
         return []
-    known = ("reward", "motion", "diversity", *config.validation.monitors)
+    known = ("reward", "motion", "diversity", *config.validation.monitors, "dynamic_degree")
     if "monitor" not in rule:
         return [f"early_stop must have the key monitor, and may have fall and patience; got {dict(rule)!r}"]
     if rule["monitor"] not in known:
         return [f"early_stop.monitor must be one of {', '.join(known)}, got {rule['monitor']!r}"]
-    if rule["monitor"] == "motion" and "motion" not in config.validation.monitors and _is_image(config):
-        return ["early_stop.monitor='motion' needs videos of more than one frame; raise num_frames"]
+    moving = {"motion", "dynamic_degree"} - set(config.validation.monitors)
+    if rule["monitor"] in moving and _is_image(config):
+        return [
+            f"early_stop.monitor={rule['monitor']!r} needs videos of more than one frame; raise num_frames"
+        ]
     if rule["monitor"] == "diversity" and config.validation.num_val_seeds < 2:
         return ["early_stop.monitor='diversity' is measured from num_val_seeds=2 on; raise num_val_seeds"]
     return []

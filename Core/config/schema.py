@@ -114,11 +114,15 @@ class RunSettings:
     )
 
 
+# Measured on every validation video that moves, or at every validation with several seeds, without being asked for.
+ALWAYS_MONITORED = ("motion", "dynamic_degree", "diversity")
+
+
 @dataclass(frozen=True, kw_only=True)
 class EarlyStop:
     """Keys of ``early_stop``."""
 
-    monitor: str = option("", "`reward`, `motion`, `diversity` or the name of a monitor")
+    monitor: str = option("", "`reward`, `motion`, `diversity`, `dynamic_degree` or the name of a monitor")
     fall: float = option(0.0, "tolerated fall below its best, as a share of the best", minimum=0, below=1)
     patience: int = option(3, "validations in a row below that before the run stops", minimum=1)
 
@@ -134,7 +138,7 @@ class ValidationSettings:
         1, "videos per validation prompt; 2 or more also measure diversity", minimum=1
     )
     monitors: list[str] = free_option(
-        [], "rewards to measure on the validation videos, besides motion and diversity"
+        [], "rewards to measure on the validation videos, besides motion, dynamic_degree and diversity"
     )
     monitor_args: dict = free_option({}, "arguments of the monitors, {name: arguments}")
     early_stop: dict | None = free_option(

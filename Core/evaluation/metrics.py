@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from Core.backbones import Prompt
-from Core.rewards import Reward, RewardOutput
+from Core.rewards import Reward, RewardOutput, build_reward
 
 RESAMPLES = 10_000
 
@@ -26,7 +26,9 @@ def score_videos(
         fps: frames per second they play at, if known.
     """
     index = reward.sample_frames(videos.shape[2], fps)
-    frames = videos[:, :, index].transpose(1, 2).to(reward.device)
+    # A scorer without weights computes where the videos are.
+    device = reward.device if any(True for _ in reward.buffers()) else videos.device
+    frames = videos[:, :, index].transpose(1, 2).to(device)
     return reward(frames, [prompt.reward_text for prompt in prompts])
 
 
@@ -78,6 +80,11 @@ def motion(videos: Tensor) -> Tensor:
     if videos.shape[2] < 2:
         return torch.zeros(len(videos))
     return videos.diff(dim=2).abs().mean(dim=(1, 2, 3, 4))
+
+
+def dynamic_degree(video: Tensor, fps: float | None = None) -> float:
+    """How far things move in [1, 3, T, H, W]; see the reward of that name. ``fps``: frames per second, if known."""
+    return score_videos(build_reward("dynamic_degree"), video, [Prompt("")], fps).score.item()
 
 
 def diversity(videos: Tensor) -> float:

@@ -16,6 +16,7 @@ from Core.rewards.arguments import argument_errors
 from Core.rewards.preprocess import to_unit_range
 from Core.utils.hub import Weight, missing_local
 
+SHARED_ARGUMENTS = {"slice_size": int, "device": str}  # that every scorer takes beside its own
 Score = Callable[[Tensor, list[str]], Tensor]
 SAMPLED_FRAMES = 8
 
@@ -74,6 +75,7 @@ class Reward(nn.Module):
     info: ClassVar[RewardInfo]
     full_precision: ClassVar[tuple[str, ...]] = ()  # attributes that stay float32 in a half-precision scorer
     slice_size: int = 32  # images (or clips) per forward; more are scored slice by slice
+    placement: torch.device | None = None  # where the networks stay; None = where the caller puts them
 
     def __setattr__(self, name: str, value: Any) -> None:
         super().__setattr__(name, value)
@@ -123,7 +125,8 @@ class Reward(nn.Module):
     def config_errors(cls, args: Mapping[str, Any]) -> list[str]:
         """Sentences on what is wrong with ``args``, found without loading anything."""
         label = f"reward_args of {cls.info.name!r}"
-        errors = argument_errors(cls, args, label, shared={"slice_size": int})
+        errors = argument_errors(cls, args, label, shared=SHARED_ARGUMENTS)
+        errors = errors or device_errors(args.get("device"), label)
         if errors:
             return errors
         required = cls.required_weights(args).items()
@@ -146,7 +149,29 @@ class Reward(nn.Module):
         freeze(self)
         # The caller's autocast would run in half precision what `cast` keeps in float32, unlike in validation.
         with torch.autocast(frames.device.type, enabled=False):
-            return self.evaluate(to_unit_range(frames), list(prompts))
+            return self.judge(to_unit_range(frames), list(prompts))
+
+    def place(self, device: str | torch.device) -> "Reward":
+        """Move the networks to ``device``, or to the scorer's own ``placement`` if it has one.
+
+        Raises:
+            ValueError: this machine has no such device.
+        """
+        wanted = self.placement or torch.device(device)
+        if wanted.type == "cuda" and (wanted.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"reward {self.info.name!r} is to run on {str(wanted)!r}, but this machine has "
+                f"{torch.cuda.device_count()} GPUs; choose another device, such as 'cpu'"
+            )
+        return self.to(wanted)
+
+    def judge(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
+        """``evaluate`` where the networks are placed; the result is on the device of the frames."""
+        if self.placement is None:
+            return self.evaluate(frames, prompts)
+        output = self.evaluate(frames.to(self.placement), prompts)
+        parts = {name: part.to(frames.device) for name, part in output.parts.items()}
+        return RewardOutput(output.score.to(frames.device), output.loss.to(frames.device), parts)
 
     @abstractmethod
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
@@ -237,6 +262,16 @@ class VideoReward(Reward):
         score = self.as_score(raw)
         loss = self.one_each(self.loss(raw), len(raw))
         return RewardOutput(score, loss, {self.info.name: score.detach()})
+
+
+def device_errors(device: str | None, label: str) -> list[str]:
+    """A sentence if ``device`` is none that torch knows; whether this machine has it is seen when it is used."""
+    try:
+        if device is not None:
+            torch.device(device)
+    except RuntimeError:
+        return [f"{label}: device must be like 'cpu', 'cuda' or 'cuda:1', got {device!r}"]
+    return []
 
 
 def check_inputs(frames: Tensor, prompts: Sequence[str]) -> None:

@@ -73,4 +73,4 @@ def build_reward(
     prefetch(required_weights(reward_fn, reward_args))
     parts = {name: construct(name, args) for name, args in _parts(reward_fn, reward_args).items()}
     reward = Mixture(parts, reward_fn) if isinstance(reward_fn, Mapping) else parts[reward_fn]
-    return reward.to(device).cast(dtype)
+    return reward.place(device).cast(dtype)

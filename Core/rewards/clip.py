@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from Core.rewards.preprocess import Fit, ImageTransform, transform_from_folder
+from Core.rewards.tokens import Tokens
 from Core.utils.hub import Weight
 from Core.utils.state_dict import load_strictly, load_tokenizer
 
@@ -40,6 +41,12 @@ class ImageTower(nn.Module):
         self.model = model
         self.projection = projection
         self.transform = transform
+
+    @property
+    def width(self) -> int:
+        """Number of features, D."""
+        projected = not isinstance(self.projection, nn.Identity)
+        return len(self.projection.weight) if projected else self.model.config.hidden_size
 
     def forward(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] in [0, 1] → unit features [N, D], float32 or better."""
@@ -95,19 +102,13 @@ class TextTower(CachedText):
         self.clean = clean
         self.model = model
         self.projection = projection
-        self.tokenizer = tokenizer
-        self.padding = padding
-        self.max_length = min(tokenizer.model_max_length, model.config.max_position_embeddings)
+        # The table of positions tells what a model reads; a tokenizer's own limit is that of plain CLIP even where
+        # the model reads more (Long-CLIP).
+        self.tokens = Tokens(tokenizer, model.config.max_position_embeddings, padding)
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
-        tokens = self.tokenizer(
-            [self.clean(text) for text in texts],
-            padding=self.padding,
-            truncation=True,
-            max_length=self.max_length,
-            return_tensors="pt",
-        )
+        tokens = self.tokens([self.clean(text) for text in texts])
         ids = tokens.input_ids.to(self.model.embeddings.token_embedding.weight.device)
         return unit(self.projection(self.model(input_ids=ids).pooler_output))
 

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.clip import CLIP_L14, CachedText, ImageTower, TextTower, load_clip, unit
-from Core.rewards.preprocess import Fit, ImageTransform, transform_from_folder
+from Core.rewards.preprocess import Fit, ImageTransform
+from Core.rewards.siglip import load_siglip
+from Core.rewards.tokens import CutNotice
 from Core.utils.hub import Weight, locate
-from Core.utils.state_dict import load_strictly, load_tokenizer
 
 OPEN_CLIP = "open_clip:"
-SIGLIP_MEAN = SIGLIP_STD = (0.5, 0.5, 0.5)
 
 
 class OpenClipImage(nn.Module):
@@ -38,9 +38,18 @@ class OpenClipText(CachedText):
         super().__init__()
         self.model = model
         self.tokenizer = tokenizer
+        self.notice = CutNotice("the open_clip text encoder", tokenizer.context_length)
+
+    def count(self, text: str) -> int:
+        """Tokens that ``text`` has uncut."""
+        if hasattr(self.tokenizer, "tokenizer"):  # open_clip's wrapper of transformers' tokenizers
+            return len(self.tokenizer.tokenizer(text, verbose=False).input_ids)
+        return len(self.tokenizer.encode(text)) + 2
 
     @torch.no_grad()
     def encode(self, texts: list[str]) -> Tensor:
+        for text in texts:
+            self.notice.check(text, self.count(text))
         return unit(self.model.encode_text(self.tokenizer(texts).to(self.model.logit_scale.device)))
 
 
@@ -72,32 +81,21 @@ def load_open_clip(name: str, resize: Fit | None) -> tuple[OpenClipImage, OpenCl
     return OpenClipImage(model, transform.with_fit(resize)), OpenClipText(model, tokenizer)
 
 
-def load_siglip(folder: Path, resize: Fit | None) -> tuple[ImageTower, TextTower]:
-    """Both halves of a SigLIP folder in the transformers layout."""
-    from transformers import SiglipModel
-
-    model = load_strictly(SiglipModel, folder)
-    side = model.config.vision_config.image_size
-    default = ImageTransform(height=side, width=side, fit="squash", mean=SIGLIP_MEAN, std=SIGLIP_STD)
-    transform = transform_from_folder(folder, side, default).with_fit(resize)
-    tokenizer = load_tokenizer(folder)
-    # SigLIP was trained on text padded to full length, without an attention mask.
-    text = TextTower(model.text_model, nn.Identity(), tokenizer, padding="max_length")
-    return ImageTower(model.vision_model, nn.Identity(), transform), text
-
-
 class ClipScore(ImageReward):
     """100 · cos(image, own prompt); loss 1 − score / 100.
 
+    A caption longer than the model reads is cut, with a message: CLIP reads 77 tokens, SigLIP and SigLIP 2 read 64,
+    Long-CLIP 248.
+
     Args:
-        model: hub id or folder of a CLIP or SigLIP in the transformers layout, or, with the ``open_clip`` extra,
-            "open_clip:architecture/pretrained".
+        model: hub id or folder of a CLIP, Long-CLIP, SigLIP or SigLIP 2 (of fixed resolution) in the transformers
+            layout, or, with the ``open_clip`` extra, "open_clip:architecture/pretrained".
         resize: as in ``pick_score``.
     """
 
     info = RewardInfo(
         name="clip_score",
-        summary="frame-prompt similarity in any CLIP or SigLIP",
+        summary="frame-prompt similarity in any CLIP, Long-CLIP, SigLIP or SigLIP 2",
         range="-100 to 100; CLIP usually 20 to 35",
         paper="Hessel et al. 2021, arXiv:2104.08718",
         weights={"model": CLIP_L14},
@@ -132,4 +130,5 @@ def load_towers(folder: Path, resize: Fit | None) -> tuple[ImageTower, TextTower
         return load_siglip(folder, resize)
     if kind == "clip":
         return load_clip(folder, resize)[:2]
-    raise ValueError(f"{folder} holds a {kind!r} model; clip_score takes 'clip' and 'siglip'")
+    other = "; of SigLIP 2 take a model of fixed resolution, not NaFlex" if kind == "siglip2" else ""
+    raise ValueError(f"{folder} holds a {kind!r} model; clip_score takes 'clip' and 'siglip'{other}")

@@ -5,8 +5,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from Core.rewards.base import ImageReward, Reward, RewardInfo, VideoReward
+from Core.rewards.preprocess import luma
 
-LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 LAPLACIAN = ((0.0, 1.0, 0.0), (1.0, -4.0, 1.0), (0.0, 1.0, 0.0))
 
 
@@ -46,8 +46,7 @@ class Sharpness(Guard, ImageReward):
     )
 
     def score_images(self, images: Tensor, prompts: list[str]) -> Tensor:
-        luma = (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(dim=1, keepdim=True)
-        response = F.conv2d(luma, images.new_tensor(LAPLACIAN).view(1, 1, 3, 3)).flatten(1)
+        response = F.conv2d(luma(images), images.new_tensor(LAPLACIAN).view(1, 1, 3, 3)).flatten(1)
         # The small constant keeps the gradient finite on a flat image.
         return (response.var(dim=1, unbiased=False) + 1e-8).sqrt()
 

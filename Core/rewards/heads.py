@@ -7,6 +7,7 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from Core.rewards.base import ImageReward
+from Core.rewards.clip import ImageTower
 from Core.utils.hub import Weight
 from Core.utils.state_dict import load_state
 
@@ -23,7 +24,7 @@ def vader_head(file: str, size: int, sha256: str) -> Weight:
 class ClipHead(ImageReward):
     """Scores an image by ``head`` (→ [N, 1]) on the unit CLIP feature that ``image`` gives; a subclass sets both."""
 
-    image: nn.Module
+    image: ImageTower
     head: nn.Module
     full_precision = ("head",)
 
@@ -57,13 +58,17 @@ def linear_layers(state: Mapping[str, Tensor], origin: str) -> list[nn.Linear]:
     return layers
 
 
-def load_head_layers(path: Path, image: nn.Module) -> list[nn.Linear]:
-    """Layers of the head file at ``path``, checked against the features that ``image`` gives."""
-    layers = linear_layers(load_state(path), path.name)
-    width = image.projection.weight.shape[0]
-    if layers[0].in_features != width:
+def load_head_layers(path: Path, image: ImageTower, name: str = "layers") -> list[nn.Linear]:
+    """Layers of the head file at ``path``, checked against the features that ``image`` gives.
+
+    Args:
+        name: of the chain of layers in the file.
+    """
+    state = {re.sub(rf"^{name}\.", "layers.", key): value for key, value in load_state(path).items()}
+    layers = linear_layers(state, path.name)
+    if layers[0].in_features != image.width:
         raise ValueError(
-            f"{path.name} takes {layers[0].in_features} features but the CLIP model gives {width}; "
+            f"{path.name} takes {layers[0].in_features} features but the CLIP model gives {image.width}; "
             "use the head that belongs to this CLIP model"
         )
     return layers

@@ -40,12 +40,17 @@ class Mixture(Reward):
             reward.cast(dtype)
         return self
 
+    def place(self, device: str | torch.device) -> "Mixture":
+        for reward in self.rewards:
+            reward.place(device)
+        return self
+
     def sample_frames(self, count: int, fps: float | None) -> Tensor:
         """The most frames that a part asks for; all parts score the same."""
         return max((reward.sample_frames(count, fps) for reward in self.rewards), key=len)
 
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
-        outputs = [reward.evaluate(frames, prompts) for reward in self.rewards]
+        outputs = [reward.judge(frames, prompts) for reward in self.rewards]
         signs = [1 if reward.higher_is_better else -1 for reward in self.rewards]
         score = sum(
             w * sign * out.score for w, sign, out in zip(self.score_weights, signs, outputs, strict=True)

@@ -22,6 +22,7 @@ CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601
 
 Fit = Literal["crop", "pad", "squash"]
 Interpolation = Literal["bilinear", "bicubic"]
@@ -64,7 +65,12 @@ def to_unit_range(frames: Tensor) -> Tensor:
 
 
 def resize(
-    images: Tensor, height: int, width: int, interpolation: Interpolation = "bicubic", clamp: bool = True
+    images: Tensor,
+    height: int,
+    width: int,
+    interpolation: Interpolation = "bicubic",
+    clamp: bool = True,
+    antialias: bool = True,
 ) -> Tensor:
     """Resize [N, 3, H, W] in [0, 1] to [N, 3, height, width] with antialiasing, as Pillow does.
 
@@ -73,17 +79,18 @@ def resize(
     """
     for size in ((images.shape[-2], width), (height, width)):
         if images.shape[-2:] != size:
-            images = F.interpolate(images, size, mode=interpolation, antialias=True, align_corners=False)
+            images = F.interpolate(images, size, mode=interpolation, antialias=antialias, align_corners=False)
             images = clamp_towards_range(images) if clamp and interpolation == "bicubic" else images
     return images
 
 
-def resize_short_side(images: Tensor, size: int, interpolation: Interpolation = "bicubic") -> Tensor:
+def resize_short_side(
+    images: Tensor, size: int, interpolation: Interpolation = "bicubic", antialias: bool = True
+) -> Tensor:
     """Resize [N, 3, H, W] so that the shorter side has ``size`` pixels, keeping the aspect ratio."""
     height, width = images.shape[-2:]
-    if height <= width:
-        return resize(images, size, int(size * width / height), interpolation)
-    return resize(images, int(size * height / width), size, interpolation)
+    new = (size, int(size * width / height)) if height <= width else (int(size * height / width), size)
+    return resize(images, *new, interpolation, antialias=antialias)
 
 
 def center_crop(images: Tensor, height: int, width: int, round_half: RoundHalf = "down") -> Tensor:
@@ -117,6 +124,11 @@ def resize_long_side(
     return resize(images, height, width, interpolation, clamp=not as_hpsv2)
 
 
+def luma(images: Tensor) -> Tensor:
+    """Brightness [N, 1, H, W] of [N, 3, H, W]."""
+    return (images * images.new_tensor(LUMA).view(3, 1, 1)).sum(dim=1, keepdim=True)
+
+
 def normalize(images: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
     """Subtract the channel means of [N, 3, H, W] and divide by the channel deviations."""
     mean_, std_ = (images.new_tensor(values).view(3, 1, 1) for values in (mean, std))
@@ -140,6 +152,7 @@ class ImageTransform:
     short_side: int | None = None  # with `crop`: resize to this before cropping; default: no margin
     round_half: RoundHalf = "down"  # with `crop`: see `center_crop`
     as_hpsv2: bool = False  # with `pad`: see `resize_long_side`
+    antialias: bool = True  # with `crop`
 
     def __call__(self, images: Tensor) -> Tensor:
         """[N, 3, H, W] in [0, 1] → normalised [N, 3, height, width]."""
@@ -157,9 +170,8 @@ class ImageTransform:
             side = min(self.height, self.width)
             images = resize_long_side(images, side, self.interpolation, self.as_hpsv2)
             return pad_centered(images, self.height, self.width)
-        images = resize_short_side(
-            images, self.short_side or min(self.height, self.width), self.interpolation
-        )
+        side = self.short_side or min(self.height, self.width)
+        images = resize_short_side(images, side, self.interpolation, self.antialias)
         return center_crop(images, self.height, self.width, self.round_half)
 
 

@@ -7,7 +7,6 @@ text file.
 import ast
 import functools
 import hashlib
-import json
 import math
 import re
 import string
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from Core.rewards.preprocess import CLIP_MEAN, CLIP_STD, read_processor_config
 from Core.rewards.qwen2_vl import Patches, Qwen2VL
-from Core.utils.state_dict import describe_mismatch, load_state, load_tokenizer, quiet_transformers
+from Core.utils.state_dict import describe_mismatch, load_state, load_tokenizer, quiet_transformers, read_json
 
 HEAD = "rm_head."
 EMBEDDINGS = "language_model.embed_tokens.weight"
@@ -107,21 +106,6 @@ def _constants(source: str, names: Sequence[str]) -> str:
 
 
 # --- settings
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: it is missing, damaged, or something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); fetch the folder again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not settings; fetch the folder again")
-    return values
 
 
 def load_config(folder: Path) -> Any:

@@ -8,7 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from Core.rewards.base import Reward
+import torch
+
+from Core.rewards.base import SHARED_ARGUMENTS, Reward
 from Core.utils.registry import Registry
 
 # A new scorer is one file and one line here.
@@ -16,10 +18,12 @@ REGISTRY: Registry[Reward] = Registry(
     "reward",
     {
         "aesthetic": "Core.rewards.aesthetic:Aesthetic",
+        "aesthetic_v2_5": "Core.rewards.aesthetic_v2_5:AestheticV25",
         "hps": "Core.rewards.hps:HPS",
         "hpsv3": "Core.rewards.hpsv3:HPSv3",
         "aesthetic_hps": "Core.rewards.mixture:AestheticHPS",
         "pick_score": "Core.rewards.pick_score:PickScore",
+        "image_reward": "Core.rewards.image_reward:ImageRewardV1",
         "clip_score": "Core.rewards.clip_score:ClipScore",
         "actpred": "Core.rewards.actpred:ActionPrediction",
         "compression": "Core.rewards.compression:Compression",
@@ -33,6 +37,11 @@ REGISTRY: Registry[Reward] = Registry(
         "motion": "Core.rewards.guards:Motion",
         "sharpness": "Core.rewards.guards:Sharpness",
         "saturation": "Core.rewards.guards:Saturation",
+        "subject_consistency": "Core.rewards.vbench:SubjectConsistency",
+        "background_consistency": "Core.rewards.vbench:BackgroundConsistency",
+        "temporal_flickering": "Core.rewards.vbench:TemporalFlickering",
+        "motion_smoothness": "Core.rewards.vbench:MotionSmoothness",
+        "dynamic_degree": "Core.rewards.vbench:DynamicDegree",
         "relative": "Core.rewards.wrappers:Relative",
         "hinge": "Core.rewards.wrappers:Hinge",
     },
@@ -53,9 +62,11 @@ def resolve_reward(name: str) -> type[Reward]:
 
 
 def construct(name: str, args: Mapping[str, Any]) -> Reward:
-    """Instantiate a scorer; ``slice_size``, which every scorer understands, is set on the instance."""
-    reward = resolve_reward(name)(**{key: value for key, value in args.items() if key != "slice_size"})
+    """Instantiate a scorer; the arguments that every scorer takes are set on the instance."""
+    own = {key: value for key, value in args.items() if key not in SHARED_ARGUMENTS}
+    reward = resolve_reward(name)(**own)
     reward.slice_size = args.get("slice_size", reward.slice_size)
+    reward.placement = torch.device(args["device"]) if args.get("device") else None
     return reward
 
 

@@ -25,11 +25,11 @@ from Core.rewards.qwen2_vl_files import (
     load_renamed,
     merge_lora,
     patches_of,
-    read_json,
     read_template,
     weight_files,
 )
 from Core.utils.hub import Weight, locate
+from Core.utils.state_dict import read_json
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 MARKS = tuple(f"<|{name}_reward|>" for name in DIMENSIONS)

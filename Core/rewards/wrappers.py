@@ -28,6 +28,10 @@ class Wrapper(Reward):
         self.inner.cast(dtype)
         return self
 
+    def place(self, device: str | torch.device) -> "Wrapper":
+        self.inner.place(device)
+        return self
+
     @classmethod
     def scorers(cls, args: Mapping[str, Any] | None = None) -> tuple[str, ...]:
         if args is None or cls.config_errors(args):
@@ -97,8 +101,8 @@ class Relative(Wrapper):
         return super().prompt_errors(args, texts)
 
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
-        wanted = self.inner.evaluate(frames, with_words(self.positive, prompts))
-        unwanted = self.inner.evaluate(frames, with_words(self.negative, prompts))
+        wanted = self.inner.judge(frames, with_words(self.positive, prompts))
+        unwanted = self.inner.judge(frames, with_words(self.negative, prompts))
         score = wanted.score - unwanted.score
         if not score.any():
             raise ValueError(
@@ -135,7 +139,7 @@ class Hinge(Wrapper):
         self.target = target
 
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
-        inner = self.inner.evaluate(frames, prompts)
+        inner = self.inner.judge(frames, prompts)
         missing = self.target - inner.score
         loss = F.relu(missing if self.higher_is_better else -missing)
         return RewardOutput(inner.score, loss, inner.parts)

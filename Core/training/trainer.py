@@ -16,6 +16,7 @@ from torch import Tensor
 
 from Core.backbones import Backbone, EncodedPrompt
 from Core.config import Config
+from Core.config.schema import ALWAYS_MONITORED
 from Core.data.video import save_video
 from Core.modules import lora
 from Core.rewards import Reward
@@ -234,7 +235,7 @@ class Trainer:
             self.trackers.log_videos(paths, captions, self.step)
         listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
         logger.info("step %d: validation on %d videos: %s", self.step, len(result.videos), listed)
-        for warning in self.history.warnings([*self.validation.monitors, "motion", "diversity"]):
+        for warning in self.history.warnings([*self.validation.monitors, *ALWAYS_MONITORED]):
             logger.warning("step %d: %s", self.step, warning)
         if reason := self.history.stop_reason():
             logger.warning("step %d: early_stop: %s", self.step, reason)

@@ -12,7 +12,7 @@ import torch
 
 from Core.backbones import Backbone, EncodedPrompt
 from Core.config import Config
-from Core.evaluation.metrics import diversity, means, motion, score_videos
+from Core.evaluation.metrics import diversity, dynamic_degree, means, motion, score_videos
 from Core.generation.generate import Video, write_videos
 from Core.generation.manifest import plan_samples
 from Core.rewards import Reward
@@ -86,7 +86,7 @@ class Validation:
             yield rows, [(str(video.path), video.sample.prompt.reward_text) for video in videos]
 
     def _score(self, video: Video) -> dict[str, float]:
-        """Reward, its parts, the monitors, and ``motion`` unless a scorer of that name gives it."""
+        """Reward, its parts, the monitors, and what is always measured unless a scorer of that name gives it."""
         pixels, prompt = video.pixels[None].to(self.distributed.device), [video.sample.prompt]
         fps = self.config.video.file_fps
         output = score_videos(self.reward, pixels, prompt, fps)
@@ -95,6 +95,8 @@ class Validation:
             values[name] = score_videos(monitor, pixels, prompt, fps).score.item()
         if pixels.shape[2] > 1:
             values.setdefault("motion", motion(pixels).item())
+            if "dynamic_degree" not in values:
+                values["dynamic_degree"] = dynamic_degree(pixels, fps)
         return values
 
 

@@ -6,6 +6,7 @@ looked for on this machine first; the network is used only for what is missing.
 
 import hashlib
 import json
+import logging
 import re
 import textwrap
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Literal
 
 import torch
 
+logger = logging.getLogger("vader")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 FILE_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".txt", ".py", ".whl"}  # not of hub ids
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
@@ -203,6 +205,7 @@ def _from_hub(weight: Weight, into: Path | None) -> Path:
     present = into / weight.name if into else _cached_snapshot(weight.source)
     if present and not weight.lacks(present):
         return present
+    _announce(weight)
     for patterns in weight.patterns:
         folder = _download_snapshot(weight.source, patterns, into and into / weight.name)
         if not weight.lacks(folder):
@@ -246,18 +249,25 @@ def _from_address(weight: Weight, into: Path | None) -> Path:
     """A pinned file from an https address, checked against its hash; a copy in the current folder will do."""
     if not weight.sha256:
         raise FileNotFoundError(
-            f"{weight.source} is not a pinned address; download the file and give its path"
+            f"{weight.source} is not a pinned address; download the file"
+            f"{weight.licence and f' (licence {weight.licence})'} and give its path"
         )
     target = (into or Path(torch.hub.get_dir()) / "checkpoints") / weight.name
     for copy in (target, *([] if into else [Path(weight.name)])):
         if copy.is_file() and sha256(copy) == weight.sha256:
             return copy
     target.parent.mkdir(parents=True, exist_ok=True)
+    _announce(weight)
     try:
         torch.hub.download_url_to_file(weight.source, str(target), hash_prefix=weight.sha256)
     except (OSError, RuntimeError) as error:
         raise FileNotFoundError(str(error)) from error
     return target
+
+
+def _announce(weight: Weight) -> None:
+    """Say what is fetched, and under which licence it is."""
+    logger.info("fetching %s%s", weight, weight.licence and f", licence {weight.licence}")
 
 
 def sha256(path: Path) -> str:

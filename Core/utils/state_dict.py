@@ -56,6 +56,21 @@ def _refusal(path: Path, reason: str) -> str:
     )
 
 
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: it is missing, damaged, or something else.
+    """
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"{path} cannot be read as JSON ({error}); fetch the folder again") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} holds a {type(values).__name__}, not settings; fetch the folder again")
+    return values
+
+
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
     """Silence transformers' table of unused weights and its progress bars; errors still show."""

@@ -2,8 +2,7 @@
 
 import contextlib
 import logging
-import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from Core.build import new_backbone
 from Core.config import load_config
 from Core.config.load import read_file, read_saved
 from Core.modules import lora, lora_formats
-from Core.utils.files import write_whole
+from Core.utils.files import replacing_folder, write_whole
 
 logger = logging.getLogger("vader")
 FORMATS = ("peft", "safetensors", "diffusers", "comfyui", "kohya", "merged")
@@ -108,19 +107,6 @@ def _family(form: str, settings: Mapping[str, Any]) -> type[Backbone] | None:
     return family
 
 
-@contextlib.contextmanager
-def _new_folder(out: Path) -> Iterator[Path]:
-    """A hidden folder to write to, which becomes ``out`` unless the block raises."""
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        partial.mkdir()
-        yield partial
-        partial.rename(out)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
 def write_file(adapter: lora.Adapter, out: Path) -> None:
     """One file, which ``lora_ckpt_path`` reads again with its scaling.
 
@@ -146,7 +132,7 @@ def write_peft(adapter: lora.Adapter, out: Path) -> None:
         **lora.patterns(adapter.sizes["ranks"], adapter.sizes["alphas"]),
     )
     settings.inference_mode = True
-    with _new_folder(out) as folder:
+    with replacing_folder(out) as folder:
         (folder / lora.WEIGHTS).write_bytes(serialize(adapter.state, metadata={"format": "pt"}))
         settings.save_pretrained(str(folder))
 
@@ -169,7 +155,7 @@ def write_for_others(adapter: lora.Adapter, out: Path, form: str, family: type[B
 def _write_for_others(layers: lora_formats.Layers, out: Path, form: str, family: type[Backbone]) -> None:
     if form == "diffusers":
         state, metadata = lora_formats.to_diffusers(layers, family.diffusers_component)
-        with _new_folder(out) as folder:
+        with replacing_folder(out) as folder:
             (folder / DIFFUSERS_WEIGHTS).write_bytes(serialize(state, metadata=metadata))
         return
     write = lora_formats.to_comfyui if form == "comfyui" else lora_formats.to_kohya
@@ -186,5 +172,5 @@ def write_merged(
     backbone.load()
     model = lora.attach(backbone.denoiser, adapter.targets, **adapter.sizes)
     lora.load(model, adapter, source)
-    with _new_folder(out) as folder:
+    with replacing_folder(out) as folder:
         model.merge_and_unload().save_pretrained(folder)

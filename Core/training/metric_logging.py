@@ -7,7 +7,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +22,10 @@ INIT_TIMEOUT = 30  # seconds after which wandb counts as out of reach
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimiser step, averaged over its global batch.
+    """One training step, averaged over its global batch and its optimiser steps.
 
     Attributes:
-        skipped: the step was not applied.
+        skipped: the step, or one of its optimiser steps, was not applied.
         scaler_calibrating: because fp16's scaler was still looking for its scale, which is no fault.
         stopping: some process was asked to stop.
         timings: seconds of this process by part of the step.
@@ -38,7 +38,21 @@ class StepMetrics:
     skipped: bool
     scaler_calibrating: bool
     stopping: bool
-    timings: dict[str, float]
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def mean(cls, updates: Sequence["StepMetrics"], timings: dict[str, float]) -> "StepMetrics":
+        """Of a training step from its optimiser steps."""
+        reward, loss, norm = (
+            sum(getattr(update, name) for update in updates) / len(updates)
+            for name in ("reward", "loss", "grad_norm")
+        )
+        flags = (
+            any(getattr(update, name) for update in updates)
+            for name in ("skipped", "scaler_calibrating", "stopping")
+        )
+        parts = {name: sum(u.parts[name] for u in updates) / len(updates) for name in updates[0].parts}
+        return cls(reward, loss, norm, parts, *flags, timings)
 
     @property
     def seconds(self) -> float:

@@ -28,9 +28,7 @@ def double_trainer(twin, tmp_path, monkeypatch) -> Callable[..., Trainer]:
 
     def build(steps: int = 4, **overrides) -> Trainer:
         scheduler = dict(type="rflow", use_timestep_transform=True, num_sampling_steps=steps, cfg_scale=3.0)
-        options = dict(
-            scheduler=scheduler, image_size=twin_runs.SIZE, guidance_grad="both", grad_checkpoint=False
-        )
+        options = dict(scheduler=scheduler, image_size=twin_runs.SIZE, grad_checkpoint=False)
         trainer = twin_runs.built_trainer(twin, tmp_path / "run", **{**options, **overrides})
         trainer.backbone.vae.spatial_vae.module.decoder.conv_out.weight.data *= 0.2
         generator = torch.Generator().manual_seed(5)

@@ -6,7 +6,8 @@ from typing import Any
 
 from Core.data.prompts import prompt_file_errors
 from Core.modules import lora
-from Core.rewards import check_reward_config
+from Core.rewards import check_reward_config, parts_without_gradient
+from Core.training.objectives.base import no_gradient_sentence
 
 from .schema import BASE, Config
 
@@ -65,7 +66,7 @@ def _video_errors(config: Config) -> list[str]:
 
 
 def _training_errors(config: Config) -> list[str]:
-    errors = check_reward_config(config.reward.reward_fn, config.reward.arguments)
+    errors = check_reward_config(config.reward.reward_fn, config.reward.arguments) or _gradient_errors(config)
     if config.optimizer.mixed_precision == "fp8":
         errors.append(
             "mixed_precision='fp8' is not supported: the adapter needs bf16 arithmetic; use 'bf16', and "
@@ -82,6 +83,14 @@ def _training_errors(config: Config) -> list[str]:
             f"lora_ckpt_path must be one adapter in training, got {config.adapter.lora_ckpt_path!r}"
         )
     return errors + _compile_errors(config) + _monitor_errors(config) + _objective_errors(config)
+
+
+def _gradient_errors(config: Config) -> list[str]:
+    """Scorers without a gradient, where the objective needs one; what a scorer does not say shows in its first loss."""
+    if not config.objective_class.needs_reward_gradient:
+        return []
+    found = parts_without_gradient(config.reward.reward_fn, config.reward.arguments)
+    return [no_gradient_sentence(f"reward {name!r}") for name in found]
 
 
 def _compile_errors(config: Config) -> list[str]:

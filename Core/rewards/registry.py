@@ -35,6 +35,7 @@ REGISTRY: Registry[Reward] = Registry(
         "saturation": "Core.rewards.guards:Saturation",
         "relative": "Core.rewards.wrappers:Relative",
         "hinge": "Core.rewards.wrappers:Hinge",
+        "command": "Core.rewards.command:Command",
     },
     otherwise=', or your own as "path/to/my_reward.py:MyReward"',
 )

@@ -3,7 +3,8 @@
 There x_t = (1 − t) x0 + t ε and the velocity is v = ε − x0, with t from 1 (noise) to 0 (data).
 """
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Sequence
 
 import pytest
 import torch
@@ -11,7 +12,9 @@ import torch.nn.functional as F
 import twin_runs
 from test_gradients import PeakOfSavedTensors
 from torch import Tensor
+from twins import PROMPTS
 
+from Core.data.video import read_video, save_video
 from Core.modules import lora
 from Core.training.objectives import leap
 from Core.training.trainer import Trainer
@@ -342,3 +345,52 @@ def test_dpo_follows_its_formula(build):
     order = trainer.objective.comparison.rewards.argsort(descending=True)
     better, worse = (latents[i].expand_as(latents) for i in order)
     assert_same(own_gradient(trainer), gradient(trainer, preference(trainer, better, worse, 3.0).mean()))
+
+
+def write_pairs(folder, prompts: Sequence[str], size: tuple[int, int] = twin_runs.SIZE) -> str:
+    """A file with one pair of pictures for each prompt."""
+    entries = []
+    for number, prompt in enumerate(prompts):
+        pixels = torch.rand(2, 3, 1, *size, generator=torch.Generator().manual_seed(number)) * 2 - 1
+        files = [save_video(p, folder / f"{number}_{side}", 8).name for side, p in enumerate(pixels)]
+        entries.append(dict(prompt=prompt, better=files[0], worse=files[1]))
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+    return str(folder / "pairs.jsonl")
+
+
+def test_dpo_learns_from_a_file_of_pairs(double_trainer, tmp_path):
+    keys = dict(objective="dpo_pairs", pairs=write_pairs(tmp_path, PROMPTS), dpo_beta=3.0, num_frames=1)
+    trainer = double_trainer(**keys)
+    names = [encoded.prompt.text for encoded in trainer.prompts_of(SAMPLES)]
+    pictures = [
+        [read_video(tmp_path / f"{PROMPTS.index(name)}_{side}.png") for name in names] for side in (0, 1)
+    ]
+    better, worse = (trainer.backbone.vae.encode(torch.stack(side).double()) for side in pictures)
+    assert_same(own_gradient(trainer), gradient(trainer, preference(trainer, better, worse, 3.0).mean()))
+
+
+@pytest.mark.parametrize(
+    ("lines", "sentence"),
+    [
+        (None, "cannot be read: [Errno 2] No such file"),
+        ("", "is empty; give one pair per line"),
+        ('{"prompt": "a"}', "must be a JSON object with the keys prompt, better, worse"),
+        ('{"prompt": "a", "better": "x.mp4", "worse": "y.mp4"}', "line 1 of"),
+        ("missing prompts", "has no pair for 3 of the 4 training prompts, such as"),
+        ("another size", "_0.png' has 1 frame of 32×32, but the run's videos have 1 frame of 32×16"),
+    ],
+)
+def test_pairs_that_cannot_be_used_are_refused_with_a_sentence(twin, tmp_path, capsys, lines, sentence):
+    path = tmp_path / "pairs.jsonl"
+    if lines == "missing prompts":
+        write_pairs(tmp_path, PROMPTS[:1])
+    elif lines == "another size":
+        write_pairs(tmp_path, PROMPTS, (32, 32))
+    elif lines is not None:
+        path.write_text(lines)
+    keys = dict(
+        objective="dpo_pairs", pairs=str(path), num_frames=1, image_size=twin_runs.SIZE, train_batch_size=4
+    )
+    keys |= dict(val_batch_size=1, scheduler=dict(type="rflow", num_sampling_steps=1, cfg_scale=1.0))
+    assert twin_runs.start(twin, tmp_path / "run", **keys) == 2
+    assert sentence in capsys.readouterr().err

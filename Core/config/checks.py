@@ -20,6 +20,7 @@ OPTIONAL_KEYS = (
     "grad_checkpoint",
     "guidance_grad",
     "decode_context",
+    "pairs",
 )
 # What these keep or widen inside a block is not compiled with it, or fails to be recomputed: key → its other value.
 UNCOMPILED: dict[str, Any] = {"grad_checkpoint": True, "dtype": "bf16", "base_quant": "none"}
@@ -156,7 +157,10 @@ def _prompt_errors(config: Config) -> list[str]:
             prompts += config.validation_prompt_list
     except ValueError as error:
         return [str(error)]
-    return config.backbone.prompt_errors(prompts, config.family, config.video, training)
+    errors = config.backbone.prompt_errors(prompts, config.family, config.video, training)
+    if training:
+        errors += config.objective_class.prompt_errors(config.objective, config.prompt_list)
+    return errors
 
 
 def _path_errors(config: Config) -> list[str]:

@@ -14,6 +14,7 @@ OBJECTIVES: Registry[Objective] = Registry(
         "grpo": "Core.training.objectives.grpo:GRPO",
         "nft": "Core.training.objectives.nft:NFT",
         "dpo": "Core.training.objectives.dpo:DPO",
+        "dpo_pairs": "Core.training.objectives.dpo_pairs:DPOPairs",
     },
 )
 

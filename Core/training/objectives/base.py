@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from Core.backbones import Backbone, EncodedPrompt
+from Core.backbones import Backbone, EncodedPrompt, Prompt
 from Core.rewards import Reward, RewardOutput
 from Core.utils.timing import Stopwatch
 
@@ -68,6 +68,11 @@ class Objective:
     @classmethod
     def batch_errors(cls, settings: Any, global_batch: int) -> list[str]:
         """What is wrong with its keys for so many videos of a step, over all processes."""
+        return []
+
+    @classmethod
+    def prompt_errors(cls, settings: Any, prompts: Sequence[Prompt]) -> list[str]:
+        """Which of the training prompts it cannot learn from; its keys are sound by then."""
         return []
 
     def begin_step(self, step: int) -> None:

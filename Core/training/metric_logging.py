@@ -43,16 +43,17 @@ class StepMetrics:
     @classmethod
     def mean(cls, updates: Sequence["StepMetrics"], timings: dict[str, float]) -> "StepMetrics":
         """Of a training step from its optimiser steps."""
-        reward, loss, norm = (
-            sum(getattr(update, name) for update in updates) / len(updates)
-            for name in ("reward", "loss", "grad_norm")
+        count = len(updates)
+        return cls(
+            reward=sum(update.reward for update in updates) / count,
+            loss=sum(update.loss for update in updates) / count,
+            grad_norm=sum(update.grad_norm for update in updates) / count,
+            parts={name: sum(u.parts[name] for u in updates) / count for name in updates[0].parts},
+            skipped=any(update.skipped for update in updates),
+            scaler_calibrating=any(update.scaler_calibrating for update in updates),
+            stopping=any(update.stopping for update in updates),
+            timings=timings,
         )
-        flags = (
-            any(getattr(update, name) for update in updates)
-            for name in ("skipped", "scaler_calibrating", "stopping")
-        )
-        parts = {name: sum(u.parts[name] for u in updates) / len(updates) for name in updates[0].parts}
-        return cls(reward, loss, norm, parts, *flags, timings)
 
     @property
     def seconds(self) -> float:

@@ -55,6 +55,13 @@ class KlSettings(ObjectiveSettings):
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class NoisingSettings(ObjectiveSettings):
+    """Keys of an objective that adds noise to finished videos and asks for predictions there."""
+
+    levels_per_video: int = option(1, "random noise levels per video and optimiser step", minimum=1)
+
+
 @contextmanager
 def base_model(denoiser: Any) -> Iterator[None]:
     """Within this context predictions are the model's without the adapter, and keep no graph."""

@@ -16,22 +16,21 @@ from torch import Tensor
 
 from Core.backbones import EncodedPrompt
 from Core.rewards import RewardOutput
-from Core.training.rollout import Rollout, base_model, squared_distance
+from Core.training.rollout import NoisingSettings, Rollout, base_model, squared_distance
 from Core.utils.options import option
 from Core.utils.timing import Stopwatch
 
-from .base import Batch, Gather, ObjectiveSettings
+from .base import Batch, Gather
 from .group import GroupObjective, GroupSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class PreferenceSettings(ObjectiveSettings):
+class PreferenceSettings(NoisingSettings):
     """Keys of preference optimisation."""
 
     dpo_beta: float = option(
         2000.0, "how fast a pair counts as learned; the higher, the nearer to the base model", above=0
     )
-    levels_per_video: int = option(1, "random noise levels per video and optimiser step", minimum=1)
 
 
 @dataclass(frozen=True, kw_only=True)

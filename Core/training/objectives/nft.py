@@ -18,7 +18,7 @@ from Core.backbones import Backbone, EncodedPrompt
 from Core.modules import lora
 from Core.rewards import Reward, RewardOutput
 from Core.training.ema import Ema
-from Core.training.rollout import KlSettings, base_model, squared_distance
+from Core.training.rollout import KlSettings, NoisingSettings, base_model, squared_distance
 from Core.utils.options import option
 from Core.utils.timing import Stopwatch
 
@@ -26,7 +26,7 @@ from .group import MAX_ADVANTAGE, GroupObjective, GroupSettings
 
 
 @dataclass(frozen=True, kw_only=True)
-class NFTSettings(GroupSettings, KlSettings):
+class NFTSettings(GroupSettings, KlSettings, NoisingSettings):
     """Keys of DiffusionNFT."""
 
     nft_beta: float = option(1.0, "how far the two predictions lean to either side", above=0)
@@ -37,7 +37,6 @@ class NFTSettings(GroupSettings, KlSettings):
         below=1,
     )
     guided_sampling: bool = option(False, "sample with guidance, which the loss knows nothing of")
-    levels_per_video: int = option(1, "random noise levels per video and optimiser step", minimum=1)
 
 
 class NFT(GroupObjective):

@@ -136,13 +136,21 @@ def check(config: Config, distributed: "Distributed", folder: Path) -> None:
     if config.run.is_vader_training:
         refuse_unscorable(config, distributed)
         prompts += config.validation_prompt_list
-        errors = resume_errors(config, folder)
+        errors = [*batch_errors(config), *resume_errors(config, folder)]
     try:
         fetch_weights(config, new_backbone(config, distributed.device), distributed, prompts)
     except ConfigError as error:
         errors += error.errors
     if errors:
         raise ConfigError(errors)
+
+
+def batch_errors(config: Config) -> list[str]:
+    """What is wrong with the batch of as many processes as ``check_only`` names."""
+    if config.run.check_only is True:
+        return []
+    batch = config.optimizer.global_batch(int(config.run.check_only))
+    return config.objective_class.batch_errors(config.objective, batch)
 
 
 def resume_errors(config: Config, folder: Path) -> list[str]:

@@ -1,13 +1,15 @@
 """Write the table of config keys to README.md and docs/options.md: write_options.py [--check]."""
 
 import sys
-from dataclasses import fields
+from collections.abc import Sequence
+from dataclasses import Field, fields
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 from Core.config.schema import sections_of  # noqa: E402
+from Core.training.objectives import OBJECTIVES  # noqa: E402
 from Core.utils.options import default_of, describe_type  # noqa: E402
 
 PAGES = (ROOT / "README.md", ROOT / "docs" / "options.md")
@@ -19,16 +21,35 @@ def table() -> str:
     """A Markdown row per key, under a row per section: name, default, type, what it does."""
     rows = ["| key | default | type | meaning |", "| --- | --- | --- | --- |"]
     for section, schema in sections_of({}).items():
-        rows.append(f"| **{TITLES.get(section, section)}** | | | |")
-        for entry in fields(schema):
-            cells = (
-                f"`{entry.name}`",
-                f"`{default_of(entry)!r}`",
-                describe_type(entry.type),
-                entry.metadata["doc"],
-            )
-            rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        rows += section_rows(TITLES.get(section, section), fields(schema))
+        if section == "objective":
+            rows += other_objectives(fields(schema))
     return "\n".join(rows)
+
+
+def section_rows(title: str, entries: Sequence[Field]) -> list[str]:
+    rows = [f"| **{title}** | | | |"]
+    for entry in entries:
+        cells = (
+            f"`{entry.name}`",
+            f"`{default_of(entry)!r}`",
+            describe_type(entry.type),
+            entry.metadata["doc"],
+        )
+        rows.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return rows
+
+
+def other_objectives(shown: Sequence[Field]) -> list[str]:
+    """Sections of the other objectives: each key where it comes first, by name where it is shown already."""
+    rows, shown = [], list(shown)
+    for name in list(OBJECTIVES)[1:]:
+        entries = fields(OBJECTIVES.resolve(name).settings_class)
+        shared = ", ".join(f"`{entry.name}`" for entry in entries if entry in shown)
+        own = [entry for entry in entries if entry not in shown]
+        rows += section_rows(f"objective: {name}" + (f", which also has {shared}" if shared else ""), own)
+        shown += own
+    return rows
 
 
 def with_table(text: str) -> str:

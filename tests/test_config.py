@@ -252,7 +252,7 @@ def test_all_errors_come_at_once(values):
         (dict(prompt=['a fox {"x"']), "malformed JSON"),
         (dict(start_index=99), r"no prompts between start_index \(99\)"),
         (dict(decode_frame=5), "decode_frame 5 is out of range: the video has 5 latent frames, 0 to 4"),
-        (dict(decode_frame="some"), "decode_frame must be -1, fml, all, alt or the number"),
+        (dict(decode_frame="some"), "decode_frame must be -1, fml, all, alt, the number"),
         (dict(backprop_steps=5), r"backprop_steps must be between 1 and num_sampling_steps \(4\), got 5"),
         (dict(backprop_mode="specific"), "keeps gradients from step 15, but num_sampling_steps is 4"),
         (dict(backbone="sora"), "backbone must be one of opensora, wan, got 'sora'"),

@@ -6,7 +6,7 @@ import twins
 
 from Core.backbones import ModelSettings, VideoSpec
 from Core.backbones.opensora import OpenSora, OpenSoraSettings
-from Core.sampling.frame_choice import check_decode_frame, choose_frames
+from Core.sampling.frame_choice import check_decode_frame, choose_frames, frames_of_video
 from Core.utils import rng
 
 FRAMES = 5
@@ -49,7 +49,7 @@ def test_a_frame_that_does_not_exist_is_refused(value):
 @pytest.mark.parametrize("value", ["first", "1.5", ""])
 def test_an_unknown_mode_is_refused(value):
     with pytest.raises(
-        ValueError, match=f"decode_frame must be -1, fml, all, alt or the number.*, got {value!r}"
+        ValueError, match=f"decode_frame must be -1, fml, all, alt, the number.*, got {value!r}"
     ):
         check_decode_frame(value, FRAMES)
 
@@ -99,3 +99,27 @@ def test_latent_frames_are_counted_without_the_vae(backbone):
     for frames in (1, 4, 5, 17, 18, 34, 51, 68, 100):
         counted = OpenSora.count_latent_frames(frames, OpenSoraSettings(vae={"micro_frame_size": 17}))
         assert counted == backbone.vae.get_latent_size([frames, 16, 16])[0]
+
+
+@pytest.mark.parametrize(
+    ("value", "frames"),
+    [
+        ("2fps", [0, 8, 16, 24]),
+        ("3frames", [0, 12, 24]),
+        ([0, 24], [0, 24]),
+        ("1frames", [0]),
+        ("99fps", None),
+    ],
+)
+def test_frames_of_the_finished_video_by_time(value, frames):
+    assert frames_of_video(value, 25, 12) == (frames if frames else list(range(25)))
+
+
+@pytest.mark.parametrize("value", [-1, "fml", "all", "8", 3])
+def test_latent_frames_are_no_frames_of_the_video(value):
+    assert frames_of_video(value, 25, 12) is None
+
+
+def test_a_frame_after_the_end_is_refused():
+    with pytest.raises(ValueError, match=r"must list frames from 0 to 24, got \[25\]"):
+        frames_of_video([0, 25], 25, 12)

@@ -19,8 +19,8 @@ from Core.modules.lora import StepDropout
 from Core.training.early_stopping import ValidationHistory
 from Core.training.ema import Ema
 from Core.training.nan_check import find_fault
+from Core.training.objectives.reward_gradient import WindowRollout
 from Core.training.optimizer import lr_factor
-from Core.training.rollout import Rollout
 from Core.training.setup import adapt_for_training
 from Core.training.signals import StopRequest
 from Core.training.trainer import Trainer
@@ -47,7 +47,7 @@ def loaded(twin, tmp_path_factory):
 def sampled(loaded, samples: list[int], first: int | None = None, **keys):
     """Latents and KL of the first prompts' rollout, from the gradient window's own first step by default."""
     config, backbone, prompts = loaded
-    rollout = Rollout(dataclasses.replace(config.objective, **keys), backbone, config.run.seed)
+    rollout = WindowRollout(dataclasses.replace(config.objective, **keys), backbone, config.run.seed)
     first = rollout.first_grad_step(0) if first is None else first
     return rollout.sample(prompts[: len(samples)], samples, first, Stopwatch(torch.device("cpu")))
 
@@ -79,11 +79,11 @@ def test_cond_keeps_the_value_and_leaves_out_the_null_branch(loaded):
 
 def test_the_distance_to_the_base_model_is_its_own_velocity_difference(loaded):
     config, backbone, prompts = loaded
-    _, kl = sampled(loaded, [4, 5], first=1, kl_weight=1.0)
+    kl = sampled(loaded, [4, 5], first=1, kl_weight=1.0)[1].per_sample()
     captions = [prompt.features_of() for prompt in prompts[:2]]
     timesteps = backbone.timesteps(2)
     with torch.no_grad():
-        z = Rollout(config.objective, backbone, config.run.seed).noise([4, 5])
+        z = WindowRollout(config.objective, backbone, config.run.seed).noise([4, 5])
         z = z + backbone.predictor(captions)(z, timesteps[0]) * (timesteps[0] - timesteps[1])[0] / 1000
         adapted = backbone.predictor(captions, guided=False)(z, timesteps[1])
         lora.set_scale(backbone.denoiser, 0)

@@ -8,39 +8,14 @@ import torch
 import twin_runs
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from twin_runs import SIZE
 
-from Core.backbones import base
 from Core.training.trainer import Trainer
 from Core.utils.timing import Stopwatch
 
 SAMPLES = (0, 1)
 EPSILON = 1e-5
 DIRECTIONS = 2
-SIZE = (16, 32)  # two patches a frame
-
-
-@pytest.fixture
-def double_trainer(twin, tmp_path, monkeypatch) -> Callable[..., Trainer]:
-    """Builds trainers whose whole chain computes in float64, with an adapter that is no longer zero.
-
-    The decoder's contrast is turned down so that no pixel leaves [-1, 1]: out there rewards replace the gradient
-    of the clamp, which is zero, by one that leads back into the range (``clamp_towards_range``).
-    """
-    monkeypatch.setitem(base.DTYPES, "fp32", torch.float64)
-
-    def build(steps: int = 4, **overrides) -> Trainer:
-        scheduler = dict(type="rflow", use_timestep_transform=True, num_sampling_steps=steps, cfg_scale=3.0)
-        options = dict(scheduler=scheduler, image_size=SIZE, guidance_grad="both", grad_checkpoint=False)
-        trainer = twin_runs.built_trainer(twin, tmp_path / "run", **{**options, **overrides})
-        trainer.backbone.vae.spatial_vae.module.decoder.conv_out.weight.data *= 0.2
-        generator = torch.Generator().manual_seed(5)
-        for name, parameter in trainer.named_parameters.items():
-            assert parameter.dtype == torch.float64
-            if "lora_B" in name:
-                parameter.data = 0.1 * torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
-        return trainer
-
-    return build
 
 
 def frames_of(trainer: Trainer, first: int) -> Tensor:

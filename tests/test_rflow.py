@@ -17,7 +17,7 @@ from Core.backbones.opensora_sampling import guided_velocity
 from Core.sampling.euler import DenoisingStep, RectifiedFlow, run_steps
 from Core.sampling.gradient_window import first_gradient_step, thin_no_grad_steps
 from Core.schedulers.rf import RFLOW
-from Core.training.rollout import Rollout, RolloutSettings
+from Core.training.objectives.reward_gradient import RewardGradientSettings, WindowRollout
 from Core.utils.timing import Stopwatch
 from opensora.registry import SCHEDULERS, build_module
 from opensora.schedulers.rf.rectified_flow import RFlowScheduler, timestep_transform
@@ -189,7 +189,7 @@ def integrate(steps: int, first: int, **settings) -> tuple[Tensor, Steps]:
         timesteps=lambda batch: torch.linspace(1000, 1000 / steps, steps)[:, None].expand(steps, batch),
         no_grad_steps=nullcontext,
     )
-    rollout = Rollout(RolloutSettings(**settings), backbone, seed=0)
+    rollout = WindowRollout(RewardGradientSettings(**settings), backbone, seed=0)
     rollout.noise = lambda samples: torch.ones(len(samples), 1, 1, 1, 1)
     z, kl = rollout.sample([SimpleNamespace(features_of=dict)], [0], first, timer)
     assert kl is None

@@ -285,3 +285,31 @@ def test_the_time_embedder_stays_in_float32(folders):
         assert embedder(torch.ones(1, 16)).dtype == torch.float32
     assert backbone.denoiser.proj_out.weight.dtype == torch.bfloat16
     assert backbone.vae.dtype == torch.float32
+
+
+def test_frames_by_time_are_those_of_the_video(folders):
+    backbone, encoded = loaded("wan", folders["2.1"])
+    z = noise_for(backbone, 2)
+    with torch.no_grad():
+        video = backbone.decode(z)
+        chosen = backbone.decode_at(z, torch.tensor([[0, 3, 8]] * 2), "causal")
+        one = backbone.decode_frames(z, torch.tensor([[0, 2], [1, 1]]), "causal")
+    assert torch.allclose(chosen, video[:, :, [0, 3, 8]].transpose(1, 2), atol=1e-5)
+    assert torch.allclose(one[0], video[0, :, [0, 8]].transpose(0, 1), atol=1e-5)
+    assert torch.allclose(one[1], video[1, :, [4, 4]].transpose(0, 1), atol=1e-5)
+
+
+def test_a_run_can_score_frames_by_time(folders, tmp_path):
+    rows = train(
+        "wan",
+        folders["2.1"],
+        tmp_path / "run",
+        max_train_steps=1,
+        decode_frame="3frames",
+        decode_context="whole",
+    )
+    assert math.isfinite(float(rows[-1]["reward"]))
+    with pytest.raises(
+        ConfigError, match="asks for frames of the finished video; set decode_context to 'causal' or 'whole'"
+    ):
+        config_for("wan", folders["2.1"], is_vader_training=True, reward_fn="saturation", decode_frame="2fps")

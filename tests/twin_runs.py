@@ -8,6 +8,8 @@ import twins
 from Core.cli import main
 from Core.training.trainer import Trainer
 
+SIZE = (16, 32)  # two patches a frame
+
 
 def start(twin: Path, folder: Path, *flags: str, **overrides) -> int:
     """Exit code of ``CONFIG [flags]`` with the twin's settings and ``overrides``, run in ``folder``."""

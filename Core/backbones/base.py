@@ -431,6 +431,10 @@ class Backbone(ABC):
 
     # Pixels
 
+    def encode(self, video: Tensor) -> Tensor:
+        """Video [B, 3, frames, H, W] in [-1, 1] → latents [B, C, T, h, w]; of a family that obeys ``pairs``."""
+        raise NotImplementedError
+
     @abstractmethod
     def decode(self, z: Tensor) -> Tensor:
         """Latents [B, C, T, h, w] → video [B, 3, frames, H, W], about [-1, 1]."""

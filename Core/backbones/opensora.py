@@ -196,7 +196,7 @@ class OpenSora(Backbone):
     lora_targets = ("qkv", "q_linear", "kv_linear")
     obeys = frozenset(
         ["dtype", "base_quant", "text_encoding", "compile_blocks", "grad_checkpoint"]
-        + ["guidance_grad", "decode_context"]
+        + ["guidance_grad", "decode_context", "pairs"]
     )
     decode_contexts = ("isolated", "causal")
 
@@ -424,6 +424,10 @@ class OpenSora(Backbone):
             overlap=self.overlap(settings.condition_frame_length),
             edit=settings.condition_frame_edit,
         )
+
+    def encode(self, video: Tensor) -> Tensor:
+        z = self.vae.encode(video.to(self.device, self.vae.dtype))
+        return z.to(torch.promote_types(z.dtype, torch.float32))
 
     def decode(self, z: Tensor) -> Tensor:
         return self._decode(z, self.video.num_frames)

@@ -6,7 +6,9 @@ from typing import Any
 
 from Core.data.prompts import prompt_file_errors
 from Core.modules import base_adapters, lora
-from Core.rewards import check_reward_config
+from Core.rewards import check_reward_config, parts_without_gradient
+from Core.sampling.frame_choice import frames_of_video, is_of_video
+from Core.training.objectives.base import no_gradient_sentence
 
 from .schema import BASE, Config
 
@@ -19,6 +21,7 @@ OPTIONAL_KEYS = (
     "grad_checkpoint",
     "guidance_grad",
     "decode_context",
+    "pairs",
 )
 # What these keep or widen inside a block is not compiled with it, or fails to be recomputed: key → its other value.
 UNCOMPILED: dict[str, Any] = {"grad_checkpoint": True, "dtype": "bf16", "base_quant": "none"}
@@ -49,15 +52,27 @@ def _obeyed_errors(config: Config) -> list[str]:
 
 
 def _decode_errors(config: Config) -> list[str]:
-    """A way of decoding that the family has not."""
-    context = getattr(config.objective, "decode_context", None)
-    known = config.backbone.decode_contexts
-    if context is None or context in known or "decode_context" not in config.backbone.obeys:
+    """A way of decoding that the family has not, or frames that the video has not."""
+    objective, known = config.objective, config.backbone.decode_contexts
+    if "decode_context" not in config.backbone.obeys or not hasattr(objective, "decode_context"):
         return []
-    return [
-        f"decode_context={context!r} has no meaning for backbone={config.models.backbone!r}; set it to "
-        f"{' or '.join(map(repr, known))}"
-    ]
+    context, chosen = objective.decode_context, objective.decode_frame
+    errors = []
+    if context not in known:
+        errors.append(
+            f"decode_context={context!r} has no meaning for backbone={config.models.backbone!r}; set it to "
+            f"{' or '.join(map(repr, known))}"
+        )
+    elif context == "isolated" and is_of_video(chosen):
+        ways = [repr(way) for way in known if way != "isolated"]
+        errors.append(
+            f"decode_frame={chosen!r} asks for frames of the finished video; set decode_context to {' or '.join(ways)}"
+        )
+    try:
+        frames_of_video(chosen, config.video_spec.num_frames, config.video_spec.fps)
+    except ValueError as error:
+        errors.append(str(error))
+    return errors
 
 
 def _video_errors(config: Config) -> list[str]:
@@ -77,7 +92,7 @@ def _video_errors(config: Config) -> list[str]:
 
 
 def _training_errors(config: Config) -> list[str]:
-    errors = check_reward_config(config.reward.reward_fn, config.reward.arguments)
+    errors = check_reward_config(config.reward.reward_fn, config.reward.arguments) or _gradient_errors(config)
     if config.optimizer.mixed_precision == "fp8":
         errors.append(
             "mixed_precision='fp8' is not supported: the adapter needs bf16 arithmetic; use 'bf16', and "
@@ -100,6 +115,14 @@ def _training_errors(config: Config) -> list[str]:
         + _monitor_errors(config)
         + _objective_errors(config)
     )
+
+
+def _gradient_errors(config: Config) -> list[str]:
+    """Scorers without a gradient, where the objective needs one; what a scorer does not say shows in its first loss."""
+    if not config.objective_class.needs_reward_gradient:
+        return []
+    found = parts_without_gradient(config.reward.reward_fn, config.reward.arguments)
+    return [no_gradient_sentence(f"reward {name!r}") for name in found]
 
 
 def _compile_errors(config: Config) -> list[str]:
@@ -168,7 +191,10 @@ def _prompt_errors(config: Config) -> list[str]:
             prompts += config.validation_prompt_list
     except ValueError as error:
         return [str(error)]
-    return config.backbone.prompt_errors(prompts, config.family, config.video, training)
+    errors = config.backbone.prompt_errors(prompts, config.family, config.video, training)
+    if training:
+        errors += config.objective_class.prompt_errors(config.objective, config.prompt_list)
+    return errors
 
 
 def _path_errors(config: Config) -> list[str]:

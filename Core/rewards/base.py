@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -73,6 +74,7 @@ class Reward(nn.Module):
     """
 
     info: ClassVar[RewardInfo]
+    differentiable: ClassVar[bool] = True  # whether its scores have a gradient to the frames
     full_precision: ClassVar[tuple[str, ...]] = ()  # attributes that stay float32 in a half-precision scorer
     slice_size: int = 32  # images (or clips) per forward; more are scored slice by slice
     placement: torch.device | None = None  # where the networks stay; None = where the caller puts them
@@ -139,6 +141,11 @@ class Reward(nn.Module):
         """Sentences on prompts that ``cls(**args)`` cannot score, found without loading a network."""
         return []
 
+    @classmethod
+    def has_gradient(cls, args: Mapping[str, Any]) -> bool:
+        """Whether the scores of ``cls(**args)`` have a gradient to the frames, as far as it says itself."""
+        return cls.differentiable
+
     def forward(self, frames: Tensor, prompts: Sequence[str]) -> RewardOutput:
         """Score B videos, frames [B, F, 3, H, W] in [-1, 1], each by its prompt.
 
@@ -200,20 +207,21 @@ class Reward(nn.Module):
         It runs in slices of ``slice_size``, recomputed in the backward pass: the graph of only one is alive at a time.
         """
         if len(inputs) <= self.slice_size:
-            return self.one_each(score(inputs, prompts), len(inputs), *columns)
+            return self.one_each(score(inputs, prompts), len(inputs), *columns).to(inputs.device)
         starts = range(0, len(inputs), self.slice_size)
         slices = [(inputs[i : i + self.slice_size], prompts[i : i + self.slice_size]) for i in starts]
         scores = [checkpoint(score, *part, use_reentrant=False) for part in slices]
-        return torch.cat(
-            [self.one_each(s, len(p), *columns) for s, (_, p) in zip(scores, slices, strict=True)]
-        )
+        made = [self.one_each(s, len(p), *columns) for s, (_, p) in zip(scores, slices, strict=True)]
+        return torch.cat(made).to(inputs.device)
 
-    def one_each(self, scores: Tensor, *shape: int) -> Tensor:
-        """``scores`` in float32 or better.
+    def one_each(self, scores: Any, *shape: int) -> Tensor:
+        """``scores``, a tensor or plain numbers, in float32 or better.
 
         Raises:
             ValueError: they are not of ``shape``.
         """
+        if isinstance(scores, (list, tuple, np.ndarray)):
+            scores = numbers(scores)
         given = list(scores.shape) if isinstance(scores, Tensor) else type(scores).__name__
         if given != list(shape):
             raise ValueError(
@@ -221,6 +229,14 @@ class Reward(nn.Module):
                 f"{list(shape)}, got {given}; average over all other dimensions, not over that one"
             )
         return scores.to(torch.promote_types(scores.dtype, torch.float32))
+
+
+def numbers(scores: Any) -> Any:
+    """A tensor of plain numbers; what are none, as they are."""
+    try:
+        return torch.as_tensor(np.asarray(scores, dtype=np.float64), dtype=torch.float32)
+    except (TypeError, ValueError):
+        return scores
 
 
 class ImageReward(Reward):

@@ -47,6 +47,12 @@ def prompt_errors(reward_fn: RewardFn, reward_args: RewardArgs, prompts: Sequenc
     return [e for name, own in parts.items() for e in resolve_reward(name).prompt_errors(own, prompts)]
 
 
+def parts_without_gradient(reward_fn: RewardFn, reward_args: RewardArgs = None) -> list[str]:
+    """The scorers of a valid configuration that say of themselves that they have no gradient."""
+    parts = _parts(reward_fn, reward_args)
+    return [name for name, own in parts.items() if not resolve_reward(name).has_gradient(own)]
+
+
 def _parts(reward_fn: RewardFn, reward_args: RewardArgs) -> dict[str, Mapping[str, Any]]:
     """The scorers of a valid configuration by name, each with its own arguments."""
     args = dict(reward_args or {})

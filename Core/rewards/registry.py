@@ -44,6 +44,7 @@ REGISTRY: Registry[Reward] = Registry(
         "dynamic_degree": "Core.rewards.vbench:DynamicDegree",
         "relative": "Core.rewards.wrappers:Relative",
         "hinge": "Core.rewards.wrappers:Hinge",
+        "command": "Core.rewards.command:Command",
     },
     otherwise=', or your own as "path/to/my_reward.py:MyReward"',
 )

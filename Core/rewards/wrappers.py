@@ -55,6 +55,10 @@ class Wrapper(Reward):
             return [f"reward_args of {cls.info.name!r}: reward: {error}"]
 
     @classmethod
+    def has_gradient(cls, args: Mapping[str, Any]) -> bool:
+        return resolve_reward(args["reward"]).has_gradient(own_arguments(args))
+
+    @classmethod
     def prompt_errors(cls, args: Mapping[str, Any], prompts: Sequence[str]) -> list[str]:
         return resolve_reward(args["reward"]).prompt_errors(own_arguments(args), prompts)
 

@@ -25,8 +25,44 @@ class Predict(Protocol):
     def __call__(self, z: Tensor, t: Tensor, generated: Tensor | None = None) -> Tensor: ...
 
 
+class Process(Protocol):
+    """A diffusion process: how latents, noise and a model's prediction hang together at timesteps ``t`` [B].
+
+    Samplers and objectives ask it, and never read a prediction themselves: what a model predicts, and with which
+    sign, is known here alone. Latents, noise and predictions are [B, C, T, h, w].
+    """
+
+    num_timesteps: int
+
+    def step(self, z: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """The deterministic step of ``z`` from ``t`` to ``t_next``; 0 is data."""
+
+    def stochastic_step(
+        self, z: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor, noise_level: float
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B] of a Gaussian step with the deterministic steps' marginals."""
+
+    def x0_from(self, z: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """The clean latent that a prediction implies."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t of a clean latent."""
+
+    def remove_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """The clean latent of x_t whose noise is known; ``t`` below pure noise."""
+
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """What the model should predict at ``add_noise(x0, noise, t)``."""
+
+    def timesteps_at(self, fraction: Tensor) -> Tensor:
+        """Timesteps [B] at fractions of the time axis, 0 being data and 1 noise."""
+
+
 class RectifiedFlow:
     """The straight path x_t = (1 − t/n) x_0 + (t/n) ε, where the model predicts the velocity x_0 − ε.
+
+    Papers mostly write the opposite velocity, ε − x_0. The sign is turned in the methods of this class and nowhere
+    else.
 
     Args:
         num_timesteps: n, the length of the time axis.
@@ -42,12 +78,50 @@ class RectifiedFlow:
 
     def step(self, z: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """Euler step of ``z`` from timesteps ``t`` [B] to ``t_next`` [B]."""
-        return z + velocity * ((t - t_next) / self.num_timesteps)[:, None, None, None, None]
+        return z + velocity * per_video((t - t_next) / self.num_timesteps)
+
+    def stochastic_step(
+        self, z: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor, noise_level: float
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B] of a step of the SDE whose marginals are the ODE's (Flow-GRPO).
+
+        With s = t/n, its noise is σ = ``noise_level`` · √(s / (1 − s)), which the ODE's drift makes up for by
+        σ²/(2s) times the noise estimate. At pure noise, where σ is infinite, it is that of the step's end.
+        """
+        precise = torch.promote_types(z.dtype, torch.float32)
+        level, end = (t / self.num_timesteps).to(precise), (t_next / self.num_timesteps).to(precise)
+        inner, width = torch.where(level < 1, level, end), level - end
+        variance = noise_level**2 * inner / (1 - inner)
+        noise = z - (1 - per_video(level)) * velocity
+        mean = z + per_video(width) * (velocity - per_video(variance / (2 * level)) * noise)
+        return mean, (variance * width).sqrt()
+
+    def x0_from(self, z: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
+        """The clean latent where the velocity leads."""
+        return self.step(z, velocity, t, torch.zeros_like(t))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t at timesteps ``t`` [B]."""
-        level = (t / self.num_timesteps)[:, None, None, None, None]
+        level = per_video(t / self.num_timesteps)
         return (1 - level) * x0 + level * noise
+
+    def remove_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_0 of x_t at timesteps ``t`` [B] below n."""
+        level = per_video(t / self.num_timesteps)
+        return (z - level * noise) / (1 - level)
+
+    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+        """The velocity of the straight path."""
+        return x0 - noise
+
+    def timesteps_at(self, fraction: Tensor) -> Tensor:
+        """[B], the time axis being continuous."""
+        return self.num_timesteps * fraction
+
+
+def per_video(values: Tensor) -> Tensor:
+    """[B] → [B, 1, 1, 1, 1], to go with latents."""
+    return values[:, None, None, None, None]
 
 
 class DenoisingStep:
@@ -59,9 +133,7 @@ class DenoisingStep:
             alone (DRTune, Wu et al., 2024).
     """
 
-    def __init__(
-        self, predict: Predict, process: RectifiedFlow, timesteps: Tensor, detach_input: bool = False
-    ):
+    def __init__(self, predict: Predict, process: Process, timesteps: Tensor, detach_input: bool = False):
         self.predict, self.process, self.timesteps = predict, process, timesteps
         self.next_timesteps = torch.cat([timesteps[1:], torch.full_like(timesteps[:1], process.end)])
         self.detach_input = detach_input

@@ -1,8 +1,9 @@
-"""``decode_frame`` → which latent frames of each video are decoded and scored.
+"""``decode_frame`` → which latent frames of each video, or frames of the finished one, are decoded and scored.
 
 Axes: B batch, F chosen frames, T latent frames.
 """
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,21 +12,53 @@ from torch import Generator, Tensor
 
 FRAME_MODES = ("fml", "all", "alt")
 RANDOM_FRAME = -1
+EVENLY = re.compile(r"(\d+(?:\.\d+)?)(fps|frames)")
 
 
-def check_decode_frame(value: Any, num_latent_frames: int) -> int | str:
+def frames_of_video(value: Any, num_frames: int, fps: float) -> list[int] | None:
+    """The frames of a finished video that ``decode_frame`` asks for; None where it asks for latent frames.
+
+    Args:
+        num_frames, fps: of the video.
+
+    Raises:
+        ValueError: no such frame.
+    """
+    if isinstance(value, (list, tuple)):
+        outside = [number for number in value if not 0 <= number < num_frames]
+        if outside or not value:
+            raise ValueError(
+                f"decode_frame must list frames from 0 to {num_frames - 1}, got {outside or 'none'}"
+            )
+        return list(value)
+    if not (match := EVENLY.fullmatch(str(value))):
+        return None
+    wanted = float(match[1]) if match[2] == "frames" else float(match[1]) * num_frames / fps
+    count = min(num_frames, max(1, round(wanted)))
+    return torch.linspace(0, num_frames - 1, count).round().long().tolist()
+
+
+def is_of_video(value: Any) -> bool:
+    """Whether ``decode_frame`` asks for frames of the finished video."""
+    return isinstance(value, (list, tuple)) or bool(EVENLY.fullmatch(str(value)))
+
+
+def check_decode_frame(value: Any, num_latent_frames: int) -> Any:
     """``value`` as a mode or a frame number; a number may be spelled as a string, as the reference has it.
+
+    What asks for frames of the finished video is handed on; ``frames_of_video`` checks that.
 
     Raises:
         ValueError: no such mode, or no such frame.
     """
-    if value in FRAME_MODES:
+    if is_of_video(value) or value in FRAME_MODES:
         return value
     try:
         index = int(value)
     except ValueError:
         raise ValueError(
-            f"decode_frame must be -1, {', '.join(FRAME_MODES)} or the number of a latent frame, got {value!r}"
+            f"decode_frame must be -1, {', '.join(FRAME_MODES)}, the number of a latent frame, or frames of the video "
+            f"such as '2fps', '8frames' or a list, got {value!r}"
         ) from None
     if not RANDOM_FRAME <= index < num_latent_frames:
         raise ValueError(

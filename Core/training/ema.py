@@ -44,6 +44,7 @@ class Ema:
     def _put(self, values: Mapping[str, Tensor]) -> None:
         for key, parameter in self.parameters.items():
             parameter.copy_(values[key])
+        torch.clear_autocast_cache()  # which holds casts of the values before
 
     def state(self) -> dict:
         return {"updates": self.updates, "average": {k: v.cpu() for k, v in self.average.items()}}

@@ -7,7 +7,7 @@ import logging
 import os
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,10 +22,10 @@ INIT_TIMEOUT = 30  # seconds after which wandb counts as out of reach
 
 @dataclass(frozen=True)
 class StepMetrics:
-    """One optimiser step, averaged over its global batch.
+    """One training step, averaged over its global batch and its optimiser steps.
 
     Attributes:
-        skipped: the step was not applied.
+        skipped: the step, or one of its optimiser steps, was not applied.
         scaler_calibrating: because fp16's scaler was still looking for its scale, which is no fault.
         stopping: some process was asked to stop.
         timings: seconds of this process by part of the step.
@@ -38,7 +38,22 @@ class StepMetrics:
     skipped: bool
     scaler_calibrating: bool
     stopping: bool
-    timings: dict[str, float]
+    timings: dict[str, float] = field(default_factory=dict)
+
+    @classmethod
+    def mean(cls, updates: Sequence["StepMetrics"], timings: dict[str, float]) -> "StepMetrics":
+        """Of a training step from its optimiser steps."""
+        count = len(updates)
+        return cls(
+            reward=sum(update.reward for update in updates) / count,
+            loss=sum(update.loss for update in updates) / count,
+            grad_norm=sum(update.grad_norm for update in updates) / count,
+            parts={name: sum(u.parts[name] for u in updates) / count for name in updates[0].parts},
+            skipped=any(update.skipped for update in updates),
+            scaler_calibrating=any(update.scaler_calibrating for update in updates),
+            stopping=any(update.stopping for update in updates),
+            timings=timings,
+        )
 
     @property
     def seconds(self) -> float:

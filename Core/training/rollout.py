@@ -1,11 +1,12 @@
-"""The videos of a training step: which noise, which frames, which sampling steps keep their gradient.
+"""What objectives share: the draws of each video, its noise, its finished latent, and the frames to score.
 
-Axes: B batch, C channels, T latent frames, h, w latent rows and columns, F chosen frames.
+Axes: B batch, C channels, T latent frames, h, w latent rows and columns, F chosen frames, H, W pixels.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -13,40 +14,66 @@ from torch import Tensor
 from Core.backbones import Backbone, EncodedPrompt, Features
 from Core.modules import lora
 from Core.sampling.euler import DenoisingStep, Predict, run_steps
-from Core.sampling.frame_choice import choose_frames
-from Core.sampling.gradient_window import first_gradient_step, thin_no_grad_steps
+from Core.sampling.frame_choice import choose_frames, frames_of_video
 from Core.training.objectives.base import ObjectiveSettings
 from Core.utils import rng
 from Core.utils.options import option
-from Core.utils.timing import Stopwatch
 
 
 @dataclass(frozen=True, kw_only=True)
 class RolloutSettings(ObjectiveSettings):
-    """Keys of an objective that samples with a gradient window."""
+    """Keys of an objective that scores frames of the videos it samples."""
 
-    backprop_mode: Literal["last", "rand", "specific"] = option(
-        "last",
-        "sampling steps that keep gradients: the `last` ones, from a uniformly drawn step on (`rand`), or from step 15 "
-        "on (`specific`)",
+    decode_frame: str | int | list[int] = option(
+        -1,
+        "latent frames to score: -1 one at random, `fml` first, middle, last, `all`, `alt` every other, or an index; "
+        "or frames of the finished video: `2fps` and `8frames`, evenly spaced, or a list of numbers",
     )
-    backprop_steps: int = option(1, "number of gradient steps of backprop_mode `last`", minimum=1)
+    decode_context: Literal["isolated", "causal", "whole"] = option(
+        "isolated",
+        "decode a scored frame from its latent frame alone (`isolated`, as in the reference), or as a frame of the "
+        "finished video, with a gradient to its own latent frame (`causal`) or to all it depends on (`whole`)",
+    )
+    decode_reach: int = option(
+        1,
+        "latent frames that the gradient of a `causal` frame reaches: its own and those before it, where the family's "
+        "VAE runs frame by frame",
+        minimum=1,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GuidedSettings(ObjectiveSettings):
+    """Keys of an objective whose gradient runs through guided predictions."""
+
     guidance_grad: Literal["both", "cond"] = option(
         "both", "guidance branches that keep gradients; `cond` saves the memory of the null branch"
     )
-    detach_input: bool = option(False, "stop the gradient at each step's latent input (DRTune)")
+
+
+@dataclass(frozen=True, kw_only=True)
+class KlSettings(ObjectiveSettings):
+    """Keys of an objective that can hold the adapter near the base model."""
+
     kl_weight: float = option(
         0.0,
         "weight of the squared difference between the predictions with and without the adapter",
         minimum=0,
     )
-    decode_frame: str | int = option(
-        -1,
-        "latent frames to score: -1 one at random, `fml` first, middle, last, `all`, `alt` every other, or an index",
-    )
-    prefix_steps: int | None = option(
-        None, "number of no-gradient steps, spread evenly over those of the schedule; None = all", minimum=1
-    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoisingSettings(ObjectiveSettings):
+    """Keys of an objective that adds noise to finished videos and asks for predictions there."""
+
+    levels_per_video: int = option(1, "random noise levels per video and optimiser step", minimum=1)
+
+
+@contextmanager
+def base_model(denoiser: Any) -> Iterator[None]:
+    """Within this context predictions are the model's without the adapter, and keep no graph."""
+    with torch.no_grad(), lora.base_only(denoiser):
+        yield
 
 
 class KlToBase:
@@ -65,77 +92,69 @@ class KlToBase:
 
     def observe(self, z: Tensor, t: Tensor, prediction: Tensor) -> None:
         """Add a step: latent ``z`` [B, C, T, h, w], timesteps ``t`` [B], the adapted prediction like ``z``."""
-        with torch.no_grad(), lora.base_only(self.denoiser):
+        with base_model(self.denoiser):
             base = self.predict(z.detach(), t)
-        self.terms.append((prediction - base).square().flatten(1).mean(1))
+        self.terms.append(squared_distance(prediction, base))
 
     def per_sample(self) -> Tensor:
         """[B], averaged over the observed steps."""
         return torch.stack(self.terms).mean(0)
 
 
+def squared_distance(a: Tensor, b: Tensor) -> Tensor:
+    """[B]: squared difference of latents, averaged over a latent's elements."""
+    return (a - b).square().flatten(1).mean(1)
+
+
 class Rollout:
-    """Sampling with a gradient window; every draw follows from seed, step and global sample number."""
+    """Videos of global sample numbers; every draw follows from the seed and a video's number."""
 
-    def __init__(self, settings: RolloutSettings, backbone: Backbone, seed: int):
+    def __init__(self, settings: Any, backbone: Backbone, seed: int):
         self.settings, self.backbone, self.seed = settings, backbone, seed
-
-    def first_grad_step(self, step: int) -> int:
-        """First sampling step with a gradient; one draw per optimiser step, the same on every process."""
-        generator = rng.generator(self.seed, "window", step)
-        return first_gradient_step(
-            self.settings.backprop_mode,
-            len(self.backbone.timesteps(1)),
-            lambda n: int(torch.randint(n, (), generator=generator)),
-            self.settings.backprop_steps,
-        )
-
-    def sample(
-        self,
-        prompts: Sequence[EncodedPrompt],
-        samples: Sequence[int],
-        first_grad_step: int,
-        timer: Stopwatch,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Latents [B, C, T, h, w] whose graph begins at step ``first_grad_step``, and their KL [B] to the base model.
-
-        There is no KL unless ``kl_weight`` asks for it.
-        """
-        backbone, settings = self.backbone, self.settings
-        timesteps, first = thin_no_grad_steps(
-            backbone.timesteps(len(samples)), first_grad_step, settings.prefix_steps
-        )
-        features = self.features(prompts)
-        kl = None
-        if settings.kl_weight:
-            kl = KlToBase(backbone.denoiser, backbone.predictor(features, guided=False))
-        predict = backbone.predictor(
-            features,
-            null_grad=settings.guidance_grad == "both",
-            observe=kl.observe if kl else None,
-        )
-        step = DenoisingStep(predict, backbone.process, timesteps, settings.detach_input)
-        with torch.no_grad(), backbone.no_grad_steps():
-            z = run_steps(step, self.noise(samples), 0, first)
-        timer.lap("prefix")
-        z = run_steps(step, z, first, len(timesteps))
-        timer.lap("gradient_steps")
-        return z, kl.per_sample() if kl else None
 
     def features(self, prompts: Sequence[EncodedPrompt]) -> list[Features]:
         return [self.backbone.features(encoded) for encoded in prompts]
 
     def noise(self, samples: Sequence[int]) -> Tensor:
-        """[B, C, T, h, w], each video's own."""
-        return rng.noise(self._generators("noise", samples), self.backbone.latent_shape()).to(
-            self.backbone.device
-        )
+        """[B, C, T, h, w], each video's own: where its sampling begins."""
+        return self.normal("noise", samples)
+
+    def normal(self, name: str, samples: Sequence[int], number: int = 0) -> Tensor:
+        """Standard normal [B, C, T, h, w]: draw ``number`` of each video for a purpose."""
+        drawn = rng.noise(self.generators(name, samples, number), self.backbone.latent_shape())
+        return drawn.to(self.backbone.device)
+
+    def uniform(self, name: str, samples: Sequence[int], number: int = 0) -> Tensor:
+        """Uniform [B] in [0, 1), likewise; in float64, on the CPU."""
+        generators = self.generators(name, samples, number)
+        return torch.cat([torch.rand(1, generator=g, dtype=torch.float64) for g in generators])
+
+    def noising(self, name: str, samples: Sequence[int], number: int) -> tuple[Tensor, Tensor]:
+        """Noise [B, C, T, h, w] and uniformly drawn timesteps [B] at which to add it to finished videos."""
+        level = 1 - self.uniform(f"{name} level", samples, number)  # in (0, 1]
+        t = self.backbone.process.timesteps_at(level.float().to(self.backbone.device))
+        return self.normal(f"{name} noise", samples, number), t
+
+    def generators(self, name: str, samples: Sequence[int], number: int = 0) -> list[torch.Generator]:
+        return [rng.generator(self.seed, name, sample, number) for sample in samples]
 
     def frame_numbers(self, samples: Sequence[int]) -> Tensor:
         """Latent frames [B, F] to decode; on the CPU, where reading them waits for no GPU."""
         frames = self.backbone.latent_shape()[1]
-        return choose_frames(self.settings.decode_frame, frames, self._generators("frame", samples))
+        return choose_frames(self.settings.decode_frame, frames, self.generators("frame", samples))
 
-    def _generators(self, name: str, samples: Sequence[int]) -> list[torch.Generator]:
-        # The last number told repeats of a video apart; it stays, as every draw follows from it.
-        return [rng.generator(self.seed, name, sample, 0) for sample in samples]
+    def frames(self, z: Tensor, samples: Sequence[int]) -> Tensor:
+        """The frames [B, F, 3, H, W] of latents that are scored."""
+        how = self.settings.decode_context, self.settings.decode_reach
+        video = self.backbone.video
+        if (times := frames_of_video(self.settings.decode_frame, video.num_frames, video.fps)) is not None:
+            return self.backbone.decode_at(z, torch.tensor(times).expand(len(z), -1), *how)
+        return self.backbone.decode_frames(z, self.frame_numbers(samples), *how)
+
+    @torch.no_grad()
+    def finished(self, predict: Predict, samples: Sequence[int]) -> Tensor:
+        """Clean latents [B, C, T, h, w] of the deterministic sampler, without a graph."""
+        timesteps = self.backbone.timesteps(len(samples))
+        step = DenoisingStep(predict, self.backbone.process, timesteps)
+        with self.backbone.no_grad_steps():
+            return run_steps(step, self.noise(samples), 0, len(timesteps))

@@ -40,9 +40,11 @@ def train(config: Config, distributed: Distributed, folder: Path) -> None:
 
 def build_trainer(config: Config, distributed: Distributed, folder: Path) -> Trainer:
     """Everything ``train`` needs, where the run in ``folder`` stands."""
+    batch = config.optimizer.global_batch(distributed.num_processes)
+    if errors := config.objective_class.batch_errors(config.objective, batch):
+        raise ConfigError(errors)
     refuse_unscorable(config, distributed)
     prompts, val_prompts = config.prompt_list, config.validation_prompt_list
-    batch = config.optimizer.global_batch(distributed.num_processes)
     chosen = prepare_folder(config, folder, prompts, batch) if distributed.is_main else None
     checkpoint = distributed.broadcast(chosen)
     backbone, encoded = build_backbone(config, distributed, [*prompts, *val_prompts])

@@ -19,7 +19,7 @@ from Core.config import Config
 from Core.config.schema import ALWAYS_MONITORED
 from Core.data.video import save_video
 from Core.modules import lora
-from Core.rewards import Reward
+from Core.rewards import Reward, RewardOutput
 from Core.training.checkpoint import Checkpoint, Checkpoints, refuse_divergence
 from Core.training.early_stopping import ValidationHistory
 from Core.training.ema import Ema
@@ -81,12 +81,25 @@ class Trainer:
         """Optimiser steps until ``max_train_steps`` or ``num_train_epochs``, whichever comes first."""
         settings = self.config.optimizer
         batch = settings.global_batch(self.distributed.num_processes)
-        return min(settings.max_train_steps, math.ceil(settings.num_train_epochs * len(self.prompts) / batch))
+        videos = settings.num_train_epochs * len(self.prompts) * self.objective.group_size
+        return min(settings.max_train_steps, math.ceil(videos / batch))
 
     def train_step(self) -> StepMetrics:
         timer = Stopwatch(self.distributed.device)
         lora.set_dropout(self.backbone.denoiser, True, self.seed, self.step)
         self.objective.begin_step(self.step)
+        batches = [(self.prompts_of(samples), samples) for samples in self.micro_batches()]
+        with self.distributed.autocast():
+            self.objective.collect(batches, self.distributed.gather, timer)
+        updates = []
+        for number in range(self.objective.updates_per_step):
+            self.objective.begin_update(number)
+            updates.append(self.update(timer))
+        self.objective.end_step()
+        return StepMetrics.mean(updates, timer.seconds())
+
+    def update(self, timer: Stopwatch) -> StepMetrics:
+        """Backward passes of all micro batches, and the optimiser step that they make."""
         values = torch.cat([self.micro_step(samples, timer) for samples in self.micro_batches()])
         fault = find_fault(self.local_samples(), values, self.named_parameters)
         # A gradient that is not finite shows in the norm of the average, on every process.
@@ -105,7 +118,7 @@ class Trainer:
         score, loss, *parts = self.distributed.gather(values).mean(0).tolist()
         named = dict(zip(self.part_names, parts, strict=True))
         timer.lap("gather")
-        return StepMetrics(score, loss, grad_norm, named, skipped, calibrating, stopping, timer.seconds())
+        return StepMetrics(score, loss, grad_norm, named, skipped, calibrating, stopping)
 
     def micro_step(self, samples: Sequence[int], timer: Stopwatch) -> Tensor:
         """Forward and backward of the videos with these global sample numbers.
@@ -114,12 +127,22 @@ class Trainer:
             [B, 2 + parts]: score, loss and what the objective logs.
         """
         rng.seed_globals(self.seed, "global", samples[0])
+        terms = self.objective.losses(self.prompts_of(samples), samples, timer)
+        values = []
+        while (output := self.next_term(terms)) is not None:
+            self.distributed.backward(output.loss.mean() / self.config.optimizer.gradient_accumulation_steps)
+            timer.lap("backward")
+            self.part_names = list(output.parts)
+            columns = torch.stack([output.score, output.loss, *output.parts.values()], dim=1)
+            values.append(columns.detach().float())
+        total = torch.stack(values).mean(0)
+        total[:, 1] *= len(values)  # losses add up
+        return total
+
+    def next_term(self, terms: Iterator[RewardOutput]) -> RewardOutput | None:
+        """The forward pass of the next term, under autocast as no backward pass should be; None after the last."""
         with self.distributed.autocast():
-            output = self.objective.loss(self.prompts_of(samples), samples, timer)
-        self.distributed.backward(output.loss.mean() / self.config.optimizer.gradient_accumulation_steps)
-        timer.lap("backward")
-        self.part_names = list(output.parts)
-        return torch.stack([output.score, output.loss, *output.parts.values()], dim=1).detach().float()
+            return next(terms, None)
 
     def micro_batches(self) -> Iterator[range]:
         """Global sample numbers of this process's backward passes in the current step.
@@ -134,7 +157,8 @@ class Trainer:
             yield range(start, start + size)
 
     def prompts_of(self, samples: Sequence[int]) -> list[EncodedPrompt]:
-        return [self.prompts[i] for i in rng.training_indices(self.seed, samples, len(self.prompts))]
+        groups = [sample // self.objective.group_size for sample in samples]
+        return [self.prompts[i] for i in rng.training_indices(self.seed, groups, len(self.prompts))]
 
     def local_samples(self) -> list[tuple[int, str]]:
         """(number, prompt) of this process's samples in the current step."""
@@ -250,7 +274,7 @@ class Trainer:
 
     def save(self, checkpoint: bool = True) -> None:
         """Write a checkpoint and the run's adapter, after checking that all processes hold the same."""
-        averages = self.ema.average.values() if self.ema else ()
+        averages = [*(self.ema.average.values() if self.ema else ()), *self.objective.tensors()]
         refuse_divergence(self.distributed, self.step, [*self.parameters, *averages])
         fault = ""
         if self.distributed.is_main:
@@ -290,6 +314,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "scaler": self.distributed.scaler_state(),
             "ema": self.ema.state() if self.ema else None,
+            "objective": dict(self.objective.state()),
         }
 
     def resume(self, checkpoint: Checkpoint) -> None:
@@ -300,6 +325,8 @@ class Trainer:
         self.distributed.load_scaler(state["scaler"])
         if self.ema:
             self.ema.load(state["ema"])
+        if "objective" in state:  # absent from checkpoints of earlier versions, whose objective had none
+            self.objective.load(state["objective"])
         self.history.results = state["course"]
         self.step, self.bad_steps = state["step"], state["bad_steps"]
         self.skipped_steps, self.recent_rewards = state["skipped_steps"], state["recent_rewards"]

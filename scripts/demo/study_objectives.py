@@ -1,0 +1,379 @@
+"""Compare the objectives on the demo: each tuned at equal cost, then several seeds, judged on held-out prompts.
+
+``python -m scripts.demo.study_objectives [--reward pick_score] [--seconds 100] [--seeds 0 1 2] [--only NAME …]
+[--write-docs]``
+
+Every objective first tries its own settings (``TRIALS``) with one seed of its own; the one with the highest held-out
+reward is then trained with every seed. Each run takes the same number of seconds of optimiser steps, by the time of a
+step that a pilot of its own process measured, together with its reward queries, network evaluations and peak memory.
+Runs lie in runs/study_objectives, and what is known of each in its ``results`` folder; finished ones are not repeated,
+and interrupted ones continue. ``--write-docs`` trains nothing: it writes the table, its CSV and the figure of
+docs/objectives.md.
+"""
+
+import argparse
+import csv
+import json
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import torch
+
+from Core.cli import run
+from Core.config import Config, load_config
+from Core.training.trainer import Trainer
+from Core.utils.files import write_whole
+from Core.utils.tables import read_table
+from scripts.demo.common import ROOT
+from scripts.demo.compare import compare
+from scripts.demo.quickstart import CONFIG
+
+FOLDER = ROOT / "runs" / "study_objectives"
+PAGE = ROOT / "docs" / "objectives.md"
+TABLE, PLOT = (ROOT / "docs" / "benchmarks" / f"objectives.{kind}" for kind in ("csv", "svg"))
+BEGIN, END = "<!-- study: written by scripts/demo/study_objectives.py -->", "<!-- end of study -->"
+ORACLE = str(ROOT / "scripts" / "demo" / "oracle_reward.py") + ":Oracle"
+REWARDS: dict[str, dict[str, Any]] = {
+    "pick_score": {},
+    "oracle": {"reward_fn": ORACLE, "reward_args": {}, "decode_frame": "video"},
+}
+# As many trials of each, so that each was tuned at the same cost.
+TRIALS: dict[str, list[dict[str, Any]]] = {
+    "reward_gradient": [{"backprop_steps": steps, "lr": lr} for steps in (1, 3) for lr in (5e-4, 1e-3, 2e-3)],
+    "leap": [{"nested_grad": share, "lr": lr} for share in (0.3, 1.0) for lr in (5e-4, 1e-3, 2e-3)],
+    "drtune": [{"grad_steps": steps, "lr": lr} for steps in (2, 4) for lr in (5e-4, 1e-3, 2e-3)],
+    "direct_align": [{"align_width": width, "lr": lr} for width in (0.1, 0.3) for lr in (5e-4, 1e-3, 2e-3)],
+    "grpo": [
+        {"group_size": size, "grad_steps": steps, "lr": lr}
+        for size, steps in ((8, 4), (16, 2))
+        for lr in (5e-4, 1e-3, 2e-3)
+    ],
+    "nft": [
+        {"group_size": size, "lr": lr, "guided_sampling": True}
+        for size in (8, 16)
+        for lr in (5e-4, 1e-3, 2e-3)
+    ],
+    "dpo": [{"group_size": size, "lr": lr} for size in (8, 16) for lr in (5e-4, 1e-3, 2e-3)],
+}
+GRADIENT_FREE = ("grpo", "nft", "dpo")
+SCORED_FRAMES = {"decode_frame": "fml"}  # what all of them score, as the demo's configuration does
+SEARCH_SEED = 1000
+PILOT_STEPS = 4
+VALIDATIONS = 4  # besides the one before the first step
+VALIDATED = {"num_val_runs": 3, "val_batch_size": 16, "num_val_seeds": 2}
+HELD_OUT = 256  # prompts of the final comparison
+QUERIES = 500  # of the best objective with a gradient, whose reward the others have to reach
+MEASURES = ("reward", "colour_and_shape", "direction", "motion")
+
+
+@dataclass
+class Counter:
+    """What the training steps of this process asked of the networks.
+
+    evaluations: of the denoiser, by video and guidance branch; one with a graph counts three, for its backward pass.
+    queries: videos that the reward scored.
+    """
+
+    evaluations: int = 0
+    queries: int = 0
+    seconds: list[float] = field(default_factory=list)
+
+    def counted(self, step):
+        """``Trainer.train_step`` that counts."""
+
+        def train_step(trainer: Trainer):
+            hooks = [
+                trainer.backbone.denoiser.register_forward_pre_hook(self.evaluated),
+                trainer.objective.reward.register_forward_pre_hook(self.queried),
+            ]
+            metrics = step(trainer)
+            for hook in hooks:
+                hook.remove()
+            self.seconds.append(metrics.seconds)
+            return metrics
+
+        return train_step
+
+    def evaluated(self, module, args) -> None:
+        self.evaluations += len(args[0]) * (3 if torch.is_grad_enabled() else 1)
+
+    def queried(self, module, args) -> None:
+        self.queries += len(args[0])
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One objective with its settings and a reward."""
+
+    objective: str
+    number: int
+    reward: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.reward}_{self.objective}_{self.number}"
+
+    @property
+    def keys(self) -> dict[str, Any]:
+        return TRIALS[self.objective][self.number]
+
+    def config(self, folder: Path, steps: int, **keys: Any) -> Config:
+        values = {"objective": self.objective, **SCORED_FRAMES, **self.keys, **REWARDS[self.reward]}
+        if "group_size" in self.keys:
+            values["train_batch_size"] = 16
+        values |= {"max_train_steps": steps, "checkpointing_steps": 5, "project_dir": str(folder)}
+        values |= {"verbose": 0, **keys}
+        flags = (f"--{key.replace('_', '-')}={value}" for key, value in values.items())
+        return load_config([str(CONFIG), *flags])
+
+    def file(self, kind: str) -> Path:
+        """Where the result of a kind of run is kept."""
+        return FOLDER / "results" / f"{self.name}_{kind}.json"
+
+
+def kept(file: Path) -> dict[str, Any] | None:
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
+
+
+def keep(file: Path, result: Mapping[str, Any]) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, json.dumps(result, indent=1) + "\n")
+
+
+def measure_pilot(trial: Trial) -> None:
+    """Train a few steps and keep what each cost; runs in a process of its own, whose peak memory is the pilot's."""
+    counter, folder = Counter(), FOLDER / "pilots" / trial.name
+    config = trial.config(folder, PILOT_STEPS, resume="never", num_val_runs=1, val_batch_size=1)
+    with mock.patch.object(Trainer, "train_step", counter.counted(Trainer.train_step)):
+        run(config)
+    result = {
+        "step_seconds": statistics.mean(counter.seconds[1:]),
+        "step_queries": counter.queries / PILOT_STEPS,
+        "step_evaluations": counter.evaluations / PILOT_STEPS,
+        "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
+    }
+    keep(trial.file("pilot"), result)
+
+
+def pilot(trial: Trial) -> dict[str, Any]:
+    """The cost of a step, measured once."""
+    if kept(trial.file("pilot")) is None:
+        own = ["--reward", trial.reward, "--pilot", trial.objective, str(trial.number)]
+        subprocess.run([sys.executable, "-m", "scripts.demo.study_objectives", *own], cwd=ROOT, check=True)
+    return json.loads(trial.file("pilot").read_text(encoding="utf-8"))
+
+
+def train(trial: Trial, seed: int, seconds: float, kind: str) -> dict[str, Any]:
+    """The course of a run of so many seconds of optimiser steps."""
+    if (result := kept(trial.file(kind))) is not None:
+        return result
+    steps = max(VALIDATIONS, round(seconds / pilot(trial)["step_seconds"]))
+    folder = FOLDER / "runs" / f"{trial.name}_{kind}"
+    config = trial.config(folder, steps, validation_steps=-(-steps // VALIDATIONS), seed=seed, **VALIDATED)
+    run(config)
+    table = read_table(folder / "validation.csv")
+    if int(table[-1]["step"]) != steps:
+        raise SystemExit("stopped; the same command continues")
+    result = {"steps": [int(row["step"]) for row in table]}
+    result |= {name: [row[name] for row in table] for name in ("reward", "motion", "diversity")}
+    if kind != "search":
+        result |= held_out(config, folder)
+    keep(trial.file(kind), result)
+    return result
+
+
+def held_out(config: Config, folder: Path) -> dict[str, Any]:
+    """What base model and adapter score on held-out prompts, by measure, and the share of the gap that was closed."""
+    found = compare(config, str(folder / "adapter"), HELD_OUT)
+    gains = {name: vars(found.gain(name)) for name in MEASURES}
+    return {"held_out": gains, "share_of_gap": found.share_of_distance}
+
+
+def best(objective: str, reward: str, seconds: float) -> Trial:
+    """The trial with the highest held-out reward at the end of its search run."""
+    trials = [Trial(objective, number, reward) for number in range(len(TRIALS[objective]))]
+    return max(trials, key=lambda trial: train(trial, SEARCH_SEED, seconds, "search")["reward"][-1])
+
+
+def queries_to_reach(
+    course: Mapping[str, Sequence[float]], step_queries: float, target: float
+) -> float | None:
+    """Reward queries after which a course first has a reward, interpolated; None where it never has it."""
+    pairs = list(zip(course["steps"], course["reward"], strict=True))
+    for (before, low), (after, high) in zip(pairs, pairs[1:], strict=False):
+        if high >= target:
+            share = 0.0 if low >= target else (target - low) / (high - low)
+            return step_queries * (before + share * (after - before))
+    return None
+
+
+def reward_after(course: Mapping[str, Sequence[float]], step_queries: float, queries: float) -> float:
+    """Reward of a course after so many queries, interpolated."""
+    return float(np.interp(queries / step_queries, course["steps"], course["reward"]))
+
+
+def rows_of(reward: str) -> list[dict[str, Any]]:
+    """One row per objective that has been trained with every seed it began, best first."""
+    rows = []
+    for objective in TRIALS:
+        for number in range(len(TRIALS[objective])):
+            trial = Trial(objective, number, reward)
+            files = sorted(trial.file("seed").parent.glob(f"{trial.name}_seed*.json"))
+            if files:
+                courses = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+                rows.append(row_of(trial, courses, pilot(trial)))
+    return sorted(rows, key=lambda row: -row["reward"])
+
+
+def row_of(trial: Trial, courses: Sequence[dict[str, Any]], cost: Mapping[str, float]) -> dict[str, Any]:
+    """Gains of a trial as means over its seeds, and what it cost."""
+    steps = statistics.mean(course["steps"][-1] for course in courses)
+    row: dict[str, Any] = {"objective": trial.objective, "settings": trial.keys, "seeds": len(courses)}
+    for name in MEASURES:
+        row[name] = statistics.mean(course["held_out"][name]["gain"] for course in courses)
+    gains = [course["held_out"]["reward"]["gain"] for course in courses]
+    row |= {"lowest": min(gains), "highest": max(gains)}
+    row["diversity"] = statistics.mean(c["diversity"][-1] / c["diversity"][0] - 1 for c in courses)
+    row["share_of_gap"] = statistics.mean(course["share_of_gap"] for course in courses)
+    row |= {"queries": steps * cost["step_queries"], "evaluations": steps * cost["step_evaluations"]}
+    return row | {"seconds": steps * cost["step_seconds"], "peak_gb": cost["peak_gb"]}
+
+
+def as_table(rows: Sequence[dict[str, Any]]) -> str:
+    header = [
+        "objective",
+        "settings",
+        "seeds",
+        "reward",
+        "lowest to highest",
+        "colour and shape",
+        "direction",
+    ]
+    header += ["diversity", "gap closed", "queries", "evaluations", "seconds", "peak GB"]
+    lines = [header, ["---"] * len(header)]
+    for row in rows:
+        settings = ", ".join(f"{key}={value:g}" for key, value in row["settings"].items())
+        lines.append(
+            [f"`{row['objective']}`", settings, str(row["seeds"]), f"{row['reward']:+.1f}"]
+            + [f"{row['lowest']:+.1f} to {row['highest']:+.1f}", f"{100 * row['colour_and_shape']:+.1f}"]
+            + [f"{100 * row['direction']:+.1f}", f"{row['diversity']:+.1%}", f"{row['share_of_gap']:.0%}"]
+            + [
+                f"{row['queries']:.0f}",
+                f"{row['evaluations']:.0f}",
+                f"{row['seconds']:.0f}",
+                f"{row['peak_gb']:.1f}",
+            ]
+        )
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def query_ratios(reward: str) -> list[str]:
+    """Sentences: queries that each gradient-free objective takes for the reward of the best gradient one."""
+    rows = rows_of(reward)
+    gradient = next((row for row in rows if row["objective"] not in GRADIENT_FREE), None)
+    if gradient is None:
+        return []
+    courses, cost = courses_of(gradient, reward)
+    target = statistics.mean(reward_after(course, cost["step_queries"], QUERIES) for course in courses)
+    sentences = [
+        f"After {QUERIES} reward queries `{gradient['objective']}` scores {target:.1f} on held-out prompts."
+    ]
+    for row in rows:
+        if row["objective"] in GRADIENT_FREE:
+            courses, cost = courses_of(row, reward)
+            taken = [queries_to_reach(course, cost["step_queries"], target) for course in courses]
+            sentences.append(f"`{row['objective']}` {said(taken, row['queries'])}.")
+    return sentences
+
+
+def said(taken: Sequence[float | None], asked: float) -> str:
+    """What the seeds' numbers of queries say, in words."""
+    reached = [queries / QUERIES for queries in taken if queries is not None]
+    if len(reached) < len(taken):
+        return f"reaches that with {len(reached)} of {len(taken)} seeds within {asked:.0f} queries"
+    return f"takes {statistics.mean(reached):.1f} times as many ({min(reached):.1f} to {max(reached):.1f})"
+
+
+def courses_of(row: Mapping[str, Any], reward: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+    """The courses behind a row, and the cost of a step."""
+    trial = Trial(row["objective"], TRIALS[row["objective"]].index(row["settings"]), reward)
+    files = sorted(trial.file("seed").parent.glob(f"{trial.name}_seed*.json"))
+    return [json.loads(file.read_text(encoding="utf-8")) for file in files], pilot(trial)
+
+
+def plot(reward: str) -> None:
+    """Held-out reward against reward queries and seconds: a line per objective, the range over seeds shaded."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    with rc_context({"svg.hashsalt": "study", "figure.constrained_layout.use": True, "font.size": 9}):
+        figure = Figure(figsize=(9, 4))
+        for axes, cost_key in zip(figure.subplots(1, 2), ("step_queries", "step_seconds"), strict=True):
+            for row in rows_of(reward):
+                courses, cost = courses_of(row, reward)
+                spent = cost[cost_key] * np.array(courses[0]["steps"])
+                gains = np.array([np.array(c["reward"]) - c["reward"][0] for c in courses])
+                axes.plot(spent, gains.mean(0), label=row["objective"])
+                axes.fill_between(spent, gains.min(0), gains.max(0), alpha=0.1)
+            axes.set(xlabel=cost_key.replace("step_", ""), ylabel="held-out reward, change since step 0")
+        axes.legend(frameon=False)
+        figure.savefig(PLOT, metadata={"Date": None})
+
+
+def write_docs(reward: str) -> None:
+    """Put the study's section into docs/objectives.md, its rows into a CSV, and the figure beside it."""
+    rows = rows_of(reward)
+    with open(TABLE, "w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    plot(reward)
+    section = "\n\n".join(
+        [
+            BEGIN,
+            "## Compared on the demo",
+            f"Gains on {HELD_OUT} held-out prompts after equal training time; `{reward}` is trained.",
+            as_table(rows),
+            " ".join(query_ratios(reward)),
+            "![Held-out reward against queries and seconds](benchmarks/objectives.svg)",
+            END,
+        ]
+    )
+    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
+    PAGE.write_text(f"{head.rstrip()}\n\n{section}{rest.partition(END)[2] or chr(10)}", encoding="utf-8")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--reward", choices=REWARDS, default="pick_score")
+    parser.add_argument("--seconds", type=float, default=100, help="training seconds per run (default 100)")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", choices=TRIALS, default=None, metavar="NAME")
+    parser.add_argument("--write-docs", action="store_true", help="train nothing, write the page")
+    parser.add_argument("--pilot", nargs=2, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    if args.pilot:
+        return measure_pilot(Trial(args.pilot[0], int(args.pilot[1]), args.reward))
+    if args.write_docs:
+        return write_docs(args.reward)
+    fitting = GRADIENT_FREE if args.reward == "oracle" else TRIALS
+    for objective in args.only or fitting:
+        trial = best(objective, args.reward, args.seconds)
+        for seed in args.seeds:
+            train(trial, seed, args.seconds, f"seed_{seed}")
+    return None
+
+
+if __name__ == "__main__":
+    main()

@@ -38,7 +38,7 @@ LAUNCH = ROOT / "Open-Sora" / "script" / "run_text2video_train.sh"
 # A reward that can be told to kill its process, at a given one of its calls.
 KILLING = {"reward_fn": f"{ROOT / 'tests' / 'disturbing_reward.py'}:Disturbing", "reward_args": {}}
 SPACING = (50, 100)  # steps between two kills of the soak
-PATIENCE = 300  # seconds until a start counts as hanging
+PATIENCE = 900  # seconds until a start counts as hanging
 
 
 @dataclass(frozen=True)

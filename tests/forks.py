@@ -52,6 +52,11 @@ def serve() -> None:
     import torch
 
     # What every child needs.
+    import Core.cli
+    import Core.evaluation.report
+    import Core.generation.jobs
+    import Core.rewards.pick_score
+    import Core.training.setup  # noqa: F401
     import opensora.models.vae.vae  # noqa: F401
 
     torch.set_num_threads(1)

@@ -16,6 +16,7 @@ from torch import nn
 from Core.backbones import BACKBONES, Backbone, FamilySettings
 from Core.backbones.opensora import OpenSoraSettings
 from Core.config import ConfigError, build_config, load_config
+from Core.config.files import read_file
 from Core.config.load import RETIRED
 from Core.config.schema import keys_of, sections_of
 from Core.modules import lora
@@ -197,6 +198,70 @@ def test_a_config_may_be_yaml_or_json(values, tmp_path, suffix):
     other = tmp_path / f"config.{suffix}"
     other.write_text(json.dumps(values) if suffix == "json" else yaml.safe_dump(values), encoding="utf-8")
     assert load_config([str(other), "--lr", "3e-4"]) == python
+
+
+@pytest.mark.parametrize("as_base", [False, True])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "lr: !!python/object/apply:os.mknod [{!r}]",
+        "lr: !!python/object/new:os.mknod [{!r}]",
+        "lr: !!python/name:os.mknod",
+        "custom_imports: {{imports: [code]}}",
+    ],
+)
+def test_nothing_in_a_yaml_file_is_run(tmp_path, monkeypatch, line, as_base):
+    trace = tmp_path / "trace"
+    (tmp_path / "code.py").write_text(f"import os\nos.mknod({str(trace)!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "config.yaml"
+    file.write_text(line.format(str(trace)) + "\n")
+    if as_base:
+        (tmp_path / "own.py").write_text("_base_ = ['config.yaml']\n")
+        file = tmp_path / "own.py"
+    with pytest.raises(ConfigError) as error:
+        load_config([str(file), "--check-only"])
+    assert not trace.exists()
+    assert any("cannot be read" in s or "unknown key 'custom_imports'" in s for s in error.value.errors)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.5e3", "-2E-1", "+1.e2"])
+def test_yaml_reads_numbers_as_python_does(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(f"lr: {text}\nprompt: '{text}'\n")
+    assert read_file(str(tmp_path / "config.yaml")) == {"lr": float(text), "prompt": text}
+
+
+def test_a_run_folder_is_read_as_data(values, tmp_path):
+    """What lies in a folder may be somebody else's: its config.py is not run."""
+    config = build_config({**values, "wandb_entity": "{{ $HOME:snow }}{{ fileDirname }}"})
+    config.save(tmp_path / "config.py")
+    (tmp_path / "config.py").write_text("raise SystemExit\n")
+    assert json.dumps(load_config([str(tmp_path)]).flat()) == json.dumps(config.flat())
+    assert load_config([str(tmp_path), "--cfg-options", "seed=7", "scheduler.cfg_scale=2"]).run.seed == 7
+    for damage in ("", "[]", "{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(damage)
+        with pytest.raises(ConfigError, match="config.json is no saved configuration"):
+            load_config([str(tmp_path)])
+
+
+@pytest.mark.parametrize("code", ["lr = lambda: 1", "from math import sqrt\nlr = sqrt", "def lr(): pass"])
+def test_a_function_is_no_value(file, code):
+    Path(file).write_text(Path(file).read_text().replace("lr = 0.001\n", "") + code + "\n")
+    with pytest.raises(ConfigError) as error:
+        load_config([file])
+    (sentence,) = error.value.errors
+    assert sentence.startswith("lr must be a number, got ")
+
+
+def test_helpers_in_a_config_file_are_no_keys(file):
+    Path(file).write_text(Path(file).read_text() + "def half(x): return x / 2\nseed = int(half(14))\n")
+    assert load_config([file]).run.seed == 7
+
+
+def test_a_config_file_that_exits_is_an_error(tmp_path):
+    (tmp_path / "config.py").write_text("raise SystemExit(0)\n")
+    with pytest.raises(ConfigError, match="cannot be read: SystemExit: 0"):
+        load_config([str(tmp_path / "config.py")])
 
 
 def test_other_kinds_of_files_are_named(tmp_path):

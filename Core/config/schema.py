@@ -6,6 +6,7 @@ keys of others: ``family`` by ``backbone``, and ``objective`` by ``objective``.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -237,8 +238,9 @@ class Config:
         return frozenset(fixed)
 
     def save(self, path: Path) -> None:
-        """Write a config file that gives this configuration again."""
+        """Write a config file that gives this configuration again, and the same as JSON beside it."""
         write_whole(path, "".join(f"{key} = {value!r}\n" for key, value in self.flat().items()))
+        write_whole(path.with_suffix(".json"), json.dumps(self.flat(), indent=1, ensure_ascii=False) + "\n")
 
 
 def sections_of(values: Mapping[str, Any]) -> dict[str, type]:

@@ -189,7 +189,10 @@ def test_own_scorer_from_a_file(tmp_path):
     assert "have no 'gian': did you mean 'gain'?" in check_reward_config(f"{file}:Red", {"gian": 1})[0]
     assert "has no class 'Blue' derived from" in check_reward_config(f"{file}:Blue")[0]
     (tmp_path / "broken.py").write_text("import nowhere_to_be_found")
-    assert "fails on import: ModuleNotFoundError" in check_reward_config(f"{tmp_path / 'broken.py'}:Red")[0]
+    assert (
+        "fails on import at line 1: ModuleNotFoundError"
+        in check_reward_config(f"{tmp_path / 'broken.py'}:Red")[0]
+    )
 
 
 def test_registering_a_name_twice_is_refused(monkeypatch):

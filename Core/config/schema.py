@@ -77,7 +77,7 @@ class OptimizerSettings:
         "bf16", "autocast dtype of training; `fp8` needs hardware kernels and is refused"
     )
     max_bad_steps: int = free_option(
-        10, "stop after this many steps in a row without a finite gradient", minimum=1
+        10, "stop after this many steps in a row whose gradient is not finite, or exactly zero", minimum=1
     )
 
     def global_batch(self, num_processes: int) -> int:

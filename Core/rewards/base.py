@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from Core.rewards.arguments import argument_errors
 from Core.rewards.preprocess import to_unit_range
+from Core.rewards.user_files import blamed
 from Core.utils.hub import Weight, missing_local
 
 Score = Callable[[Tensor, list[str]], Tensor]
@@ -73,6 +74,7 @@ class Reward(nn.Module):
 
     info: ClassVar[RewardInfo]
     full_precision: ClassVar[tuple[str, ...]] = ()  # attributes that stay float32 in a half-precision scorer
+    origin: ClassVar[str] = ""  # "path/to/file.py:Class" of a user's scorer
     slice_size: int = 32  # images (or clips) per forward; more are scored slice by slice
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -146,7 +148,12 @@ class Reward(nn.Module):
         freeze(self)
         # The caller's autocast would run in half precision what `cast` keeps in float32, unlike in validation.
         with torch.autocast(frames.device.type, enabled=False):
-            return self.evaluate(to_unit_range(frames), list(prompts))
+            return self.named_evaluate(to_unit_range(frames), list(prompts))
+
+    def named_evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
+        """``evaluate``, whose errors name the file where the scorer is a user's."""
+        with blamed(self.origin, "while scoring"):
+            return self.evaluate(frames, prompts)
 
     @abstractmethod
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:

@@ -11,7 +11,7 @@ import torch
 
 from Core.rewards.base import Reward
 from Core.rewards.mixture import Mixture, mixture_errors
-from Core.rewards.registry import construct, resolve_reward
+from Core.rewards.registry import construct, named_errors, resolve_reward
 from Core.utils.hub import Weight, prefetch
 
 RewardFn = str | Mapping[str, float]
@@ -26,7 +26,7 @@ def check_reward_config(reward_fn: RewardFn, reward_args: Any = None) -> list[st
     if isinstance(reward_fn, Mapping):
         return mixture_errors(reward_fn, args)
     try:
-        return resolve_reward(reward_fn).config_errors(args)
+        return named_errors(resolve_reward(reward_fn), args)
     except ValueError as error:
         return [str(error)]
 

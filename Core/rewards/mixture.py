@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from Core.rewards.arguments import argument_errors
 from Core.rewards.base import Reward, RewardInfo, RewardOutput
-from Core.rewards.registry import construct, resolve_reward
+from Core.rewards.registry import construct, named_errors, resolve_reward
 from Core.utils.hub import Weight
 
 
@@ -45,7 +45,7 @@ class Mixture(Reward):
         return max((reward.sample_frames(count, fps) for reward in self.rewards), key=len)
 
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
-        outputs = [reward.evaluate(frames, prompts) for reward in self.rewards]
+        outputs = [reward.named_evaluate(frames, prompts) for reward in self.rewards]
         signs = [1 if reward.higher_is_better else -1 for reward in self.rewards]
         score = sum(
             w * sign * out.score for w, sign, out in zip(self.score_weights, signs, outputs, strict=True)
@@ -127,4 +127,4 @@ def _part_errors(name: Any, own: Any, seen: dict[str, Any]) -> list[str]:
         if scorer in seen
     ]
     seen.update(dict.fromkeys(scorers, name))
-    return errors + cls.config_errors(own)
+    return errors + named_errors(cls, own)

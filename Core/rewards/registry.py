@@ -8,7 +8,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from Core.rewards.base import Reward
+from Core.rewards.base import Reward, RewardInfo
+from Core.rewards.user_files import RewardFileError, blamed, contract_errors
+from Core.utils.files import path_fault
 from Core.utils.registry import Registry
 
 # A new scorer is one file and one line here.
@@ -54,14 +56,27 @@ def resolve_reward(name: str) -> type[Reward]:
 
 def construct(name: str, args: Mapping[str, Any]) -> Reward:
     """Instantiate a scorer; ``slice_size``, which every scorer understands, is set on the instance."""
-    reward = resolve_reward(name)(**{key: value for key, value in args.items() if key != "slice_size"})
+    cls = resolve_reward(name)
+    with blamed(cls.origin, "in its constructor"):
+        reward = cls(**{key: value for key, value in args.items() if key != "slice_size"})
     reward.slice_size = args.get("slice_size", reward.slice_size)
     return reward
 
 
+def named_errors(cls: type[Reward], args: Mapping[str, Any]) -> list[str]:
+    """``cls.config_errors``, where a user's file may fail as well."""
+    try:
+        with blamed(cls.origin, "on its arguments"):
+            return cls.config_errors(args)
+    except RewardFileError as error:
+        return [str(error)]
+
+
 def _class_from_file(spec: str) -> type[Reward]:
-    """Import ``Class`` from "path/to/file.py:Class"."""
+    """Import ``Class`` from "path/to/file.py:Class"; ValueError says what it lacks."""
     path, _, attribute = spec.rpartition(":")
+    if fault := path_fault(path):
+        raise ValueError(f"reward {spec[:80]!r}: {fault}")
     file = Path(path).expanduser().resolve()
     if not file.is_file():
         raise ValueError(f"reward {spec!r}: there is no file {path!r}")
@@ -70,6 +85,9 @@ def _class_from_file(spec: str) -> type[Reward]:
         raise ValueError(
             f"reward {spec!r}: {path!r} has no class {attribute!r} derived from Core.rewards.Reward"
         )
+    if faults := contract_errors(found, RewardInfo):
+        raise ValueError(f"reward {spec!r}: {'; '.join(faults)}")
+    found.origin = f"{file}:{attribute}"
     return found
 
 
@@ -80,8 +98,9 @@ def _import_file(file: Path) -> ModuleType:
         spec: Any = importlib.util.spec_from_file_location(name, file)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(sys.modules[name])
-        except Exception as error:  # the file is the user's program, so anything may come out of it
+            with blamed(str(file), "on import"):
+                spec.loader.exec_module(sys.modules[name])
+        except BaseException:
             del sys.modules[name]
-            raise ValueError(f"reward file {str(file)!r} fails on import: {error!r}") from error
+            raise
     return sys.modules[name]

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from Core.rewards.arguments import argument_errors
 from Core.rewards.base import Reward, RewardInfo, RewardOutput
-from Core.rewards.registry import construct, resolve_reward
+from Core.rewards.registry import construct, named_errors, resolve_reward
 from Core.utils.hub import Weight
 
 
@@ -46,7 +46,7 @@ class Wrapper(Reward):
         if errors := argument_errors(cls, args, f"reward_args of {cls.info.name!r}", shared={}):
             return errors
         try:
-            return resolve_reward(args["reward"]).config_errors(own_arguments(args))
+            return named_errors(resolve_reward(args["reward"]), own_arguments(args))
         except ValueError as error:
             return [f"reward_args of {cls.info.name!r}: reward: {error}"]
 
@@ -97,8 +97,8 @@ class Relative(Wrapper):
         return super().prompt_errors(args, texts)
 
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
-        wanted = self.inner.evaluate(frames, with_words(self.positive, prompts))
-        unwanted = self.inner.evaluate(frames, with_words(self.negative, prompts))
+        wanted = self.inner.named_evaluate(frames, with_words(self.positive, prompts))
+        unwanted = self.inner.named_evaluate(frames, with_words(self.negative, prompts))
         score = wanted.score - unwanted.score
         if not score.any():
             raise ValueError(
@@ -135,7 +135,7 @@ class Hinge(Wrapper):
         self.target = target
 
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
-        inner = self.inner.evaluate(frames, prompts)
+        inner = self.inner.named_evaluate(frames, prompts)
         missing = self.target - inner.score
         loss = F.relu(missing if self.higher_is_better else -missing)
         return RewardOutput(inner.score, loss, inner.parts)

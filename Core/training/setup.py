@@ -1,6 +1,8 @@
 """Training, from a configuration to a finished run: build everything, continue or begin, fit."""
 
+import itertools
 import logging
+from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -12,14 +14,17 @@ from Core.build import build_backbone
 from Core.config import Config, ConfigError
 from Core.modules import lora
 from Core.rewards import Reward, build_reward, prompt_errors
+from Core.rewards.user_files import try_scorer
 from Core.training.metric_logging import Trackers, build_trackers
 from Core.training.resume import identity, prepare_folder
 from Core.training.trainer import Trainer
 from Core.training.validation import Validation
+from Core.utils import rng
 from Core.utils.distributed import Distributed
 from Core.utils.environment import record_environment
 
 logger = logging.getLogger("vader")
+TRIED_VIDEOS = 2  # enough to tell a score per video from one for all
 
 
 def train(config: Config, distributed: Distributed, folder: Path) -> None:
@@ -53,6 +58,7 @@ def build_trainer(config: Config, distributed: Distributed, folder: Path) -> Tra
         config, identity(config, prompts, batch), distributed, backbone, reward, encoded[: len(prompts)],
         validation, folder, trackers,
     )  # fmt: skip
+    try_user_scorers(trainer, reward, monitors)
     if checkpoint:
         trainer.resume(checkpoint)
         logger.info("continuing from %s", checkpoint.folder)
@@ -98,6 +104,30 @@ def build_scorers(
         name: build_reward(name, arguments.get(name), **placed) for name in config.validation.monitors
     }
     return reward, monitors
+
+
+def try_user_scorers(trainer: Trainer, reward: Reward, monitors: Mapping[str, Reward]) -> None:
+    """Have scorers from users' files score noise once, so that their faults show before the first step.
+
+    Raises:
+        ValueError: one fails, or lacks the gradient that the objective needs.
+    """
+    video, objective = trainer.backbone.video, trainer.objective
+    encoded = trainer.prompts[: min(TRIED_VIDEOS, trainer.config.optimizer.train_batch_size)]
+    prompts = [one.prompt.reward_text for one in encoded]
+    for scorer in user_scorers(reward):
+        shape = (len(prompts), objective.scored_frames(), 3, video.height, video.width)
+        frames = torch.rand(shape, generator=rng.generator(0, "trial")).to(trainer.distributed.device)
+        try_scorer(scorer, frames * 2 - 1, prompts, objective.needs_reward_gradient)
+    for scorer in itertools.chain.from_iterable(map(user_scorers, monitors.values())):
+        count = len(scorer.sample_frames(video.num_frames, video.fps))
+        frames = torch.rand((1, count, 3, video.height, video.width), generator=rng.generator(0, "trial"))
+        try_scorer(scorer, frames.to(trainer.distributed.device) * 2 - 1, prompts[:1], False)
+
+
+def user_scorers(reward: Reward) -> list[Reward]:
+    """Those from users' files, in a mixture or a wrapper too."""
+    return [part for part in reward.modules() if isinstance(part, Reward) and part.origin]
 
 
 def scorer_dtype(base: torch.dtype, mixed_precision: str) -> torch.dtype:

@@ -72,6 +72,7 @@ class Trainer:
         self.history = ValidationHistory(config.validation.early_stop, lower)
         self.stop = StopRequest()
         self.step = self.bad_steps = self.skipped_steps = 0
+        self.still_steps = 0  # steps in a row whose gradient was exactly zero
         self.recent_rewards: list[float] = []
         self.save_fault = ""  # why the last save failed
 
@@ -171,6 +172,7 @@ class Trainer:
         self.step += 1
         if not metrics.scaler_calibrating:
             self.bad_steps = self.bad_steps + 1 if metrics.skipped else 0
+        self.still_steps = self.still_steps + 1 if metrics.grad_norm == 0 else 0
         self.skipped_steps += metrics.skipped
         self.recent_rewards.append(metrics.reward)
         self.trackers.log(metrics.scalars(lr) | {"train/skipped_steps": self.skipped_steps}, self.step)
@@ -180,9 +182,9 @@ class Trainer:
         """Validate and save where it is time to; whether the run was asked to stop.
 
         Raises:
-            ValueError: too many steps in a row had no finite gradient; everything is saved.
+            ValueError: too many steps in a row had no finite gradient, or none at all; everything is saved.
         """
-        exhausted = self.bad_steps >= self.config.optimizer.max_bad_steps
+        exhausted = self.why_hopeless()
         if self.validation_is_due() and not stopping:
             self.validate()
             stopping = self.distributed.any(self.stop.requested)
@@ -191,11 +193,24 @@ class Trainer:
             self.save()
         if exhausted:
             kept = f"not saved ({self.save_fault})" if self.save_fault else "saved"
-            raise ValueError(
-                f"{self.bad_steps} steps in a row had no finite reward and gradient; the run is {kept} at step "
-                f"{self.step}; lower lr, or set mixed_precision='bf16'"
-            )
+            reason, advice = exhausted
+            raise ValueError(f"{reason}; the run is {kept} at step {self.step}; {advice}")
         return stopping
+
+    def why_hopeless(self) -> tuple[str, str] | None:
+        """Why further steps would not train, and what to change; None while they may."""
+        limit = self.config.optimizer.max_bad_steps
+        if self.bad_steps >= limit:
+            reason = f"{self.bad_steps} steps in a row had no finite reward and gradient"
+            return reason, "lower lr, or set mixed_precision='bf16'"
+        if self.still_steps >= limit and self.objective.needs_reward_gradient:
+            reason = f"the gradient of {self.still_steps} steps in a row was exactly zero"
+            advice = (
+                f"the loss of reward_fn={self.config.reward.reward_fn!r} does not depend on the frames there: look for "
+                "rounding, thresholds and targets that have been reached"
+            )
+            return reason, advice
+        return None
 
     def finished(self) -> bool:
         return self.step >= self.total_steps or bool(self.history.stop_reason())

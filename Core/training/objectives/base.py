@@ -33,12 +33,14 @@ class Objective(ABC):
 
     Class attributes:
         settings_class: its keys of the configuration.
+        needs_reward_gradient: whether the loss follows the reward's gradient to the frames.
 
     Attributes:
         frames: what the last ``loss`` scored, [B, F, 3, H, W] in [-1, 1], detached.
     """
 
     settings_class: ClassVar[type[ObjectiveSettings]]
+    needs_reward_gradient: ClassVar[bool] = True
     frames: Tensor | None = None
 
     def __init__(self, settings: Any, backbone: Backbone, reward: Reward, seed: int):
@@ -56,6 +58,10 @@ class Objective(ABC):
 
     def begin_step(self, step: int) -> None:  # noqa: B027 (most objectives have none)
         """Make the draws that hold for a whole optimiser step, the same on every process."""
+
+    def scored_frames(self) -> int:
+        """F, the frames of each video that ``loss`` gives to the reward; by default as many as latent frames."""
+        return self.backbone.latent_shape()[1]
 
     @abstractmethod
     def loss(

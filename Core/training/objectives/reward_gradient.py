@@ -57,6 +57,9 @@ class RewardGradient(Objective):
             errors.append(str(error))
         return errors
 
+    def scored_frames(self) -> int:
+        return self.rollout.frame_numbers([0]).shape[1]
+
     def begin_step(self, step: int) -> None:
         self.first_grad_step = self.rollout.first_grad_step(step)
 

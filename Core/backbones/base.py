@@ -46,15 +46,24 @@ class VideoSettings:
     resolution: str | None = video_option("240p", "column of the resolution table, such as `240p`")
     aspect_ratio: str | None = video_option("3:4", "height:width, a row of the resolution table")
     image_size: tuple[int, int] | None = video_option(
-        None, "(height, width) in pixels; replaces resolution and aspect_ratio"
+        None, "(height, width) in pixels; replaces resolution and aspect_ratio", minimum=1, maximum=1 << 16
     )
     num_frames: str | int = video_option(
-        "2s", "duration (`2s`, `4s`, `8s`, `16s`) or number of frames; 1 makes images"
+        "2s",
+        "duration (`2s`, `4s`, `8s`, `16s`) or number of frames; 1 makes images",
+        minimum=1,
+        maximum=1 << 16,
     )
-    fps: float = video_option(24, "frames per second the model is conditioned on", above=0)
-    frame_interval: int = video_option(1, "files play at fps / frame_interval", minimum=1, may_change=True)
+    fps: float = video_option(24, "frames per second the model is conditioned on", minimum=0.1, maximum=1000)
+    frame_interval: int = video_option(
+        1, "files play at fps / frame_interval", minimum=1, maximum=1000, may_change=True
+    )
     save_fps: float | None = video_option(
-        None, "frames per second of the files; replaces fps / frame_interval", above=0, may_change=True
+        None,
+        "frames per second of the files; replaces fps / frame_interval",
+        minimum=0.1,
+        maximum=1000,
+        may_change=True,
     )
     save_gif: bool = video_option(False, "also write an animated GIF of each video", may_change=True)
 
@@ -79,7 +88,7 @@ class ModelSettings:
         "device",
         "where captions are encoded: on the `device`, there in `8bit` (bitsandbytes), or on the `cpu`",
     )
-    text_cache: str = free_option("~/.cache/vader/text", "folder of cached prompt embeddings")
+    text_cache: str = free_option("~/.cache/vader/text", "folder of cached prompt embeddings", path=True)
     compile_blocks: bool = option(
         False, "compile the denoiser's blocks for training (torch.compile); the first step is slow"
     )
@@ -270,6 +279,11 @@ class Backbone(ABC):
     def weights_of(cls, settings: FamilySettings) -> dict[str, Weight]:
         """The weights that a configuration names, by key."""
         return {key: weight.at(str(_value_at(settings, key))) for key, weight in cls.weights.items()}
+
+    @classmethod
+    def denoiser_shapes(cls, settings: Any) -> Mapping[str, Sequence[int]]:
+        """Shape of each of the denoiser's weights by name, as far as files on this machine say; loads nothing."""
+        return {}
 
     def fetch(self, text_encoder: bool = True) -> list[str]:
         """Bring all weights, or all but the text encoder's, to this machine; a sentence for each that cannot be had."""

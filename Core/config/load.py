@@ -1,6 +1,7 @@
 """From a config file and flags to a checked configuration."""
 
 import argparse
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 from Core.backbones import BACKBONES
 from Core.training.objectives import OBJECTIVES
 from Core.utils.errors import ConfigError
-from Core.utils.options import FlagParser, add_flags, check_values, default_of, parse_literal
+from Core.utils.options import FlagParser, add_flags, check_values, default_of, parse_literal, shown
 from Core.utils.registry import Registry, did_you_mean
 
 from .checks import config_errors
@@ -45,6 +46,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[st
     _add_overrides(first)
     for flag in CHOICES:
         first.add_argument(f"--{flag}", default=argparse.SUPPRESS)
+    _refuse_flags_first(sys.argv[1:] if argv is None else argv)
     chosen, rest = first.parse_known_args(argv)
     helping = bool({"-h", "--help"} & set(rest))
     values: dict[str, Any] = {}
@@ -59,6 +61,13 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[st
     flags = vars(_parser(schemas).parse_args(argv))
     del flags["config"], flags["cfg_options"]
     return values, flags
+
+
+def _refuse_flags_first(argv: Sequence[str]) -> None:
+    """What follows a flag may be its value or the config file; which, only the config's family would tell."""
+    flag = argv[0].partition("=")[0] if argv else ""
+    if flag.startswith("--") and flag not in ("--help", *(f"--{key}" for key in CHOICES)):
+        raise ConfigError([f"the config file comes before the flags: CONFIG {flag} …"])
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -167,7 +176,7 @@ def _owner(key: str) -> str:
 
 def _unknown_choice(key: str, value: str, table: Mapping[str, Any]) -> str:
     hint = did_you_mean(value, list(table))
-    return f"{key} must be one of {', '.join(table)}, got {value!r}" + (f": {hint}" if hint else "")
+    return f"{key} must be one of {', '.join(table)}, got {shown(value)}" + (f": {hint}" if hint else "")
 
 
 def _without_retired(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -36,15 +36,21 @@ class AdapterSettings:
     """The LoRA adapter."""
 
     lora_rank: int = option(16, "rank of the adapter", minimum=1, maximum=1 << 12)
-    lora_alpha: int = option(8, "the adapter's output is scaled by lora_alpha / lora_rank", minimum=1)
+    lora_alpha: int = option(
+        8, "the adapter's output is scaled by lora_alpha / lora_rank", minimum=1, maximum=1 << 16
+    )
     lora_dropout: float = option(0.0, "dropout of the adapter's input while training", minimum=0, below=1)
     lora_targets: list[str] | None = option(
         None, "name suffixes of the linear layers to adapt; None = the family's own"
     )
     lora_ckpt_path: str | list[str] | None = option(
-        None, "adapter to start from or to sample with; inference takes several, `base` being the plain model"
+        None,
+        "adapter to start from or to sample with; inference takes several, `base` being the plain model",
+        path=True,
     )
-    lora_scale: float = free_option(1.0, "strength of the adapter in inference; 0 turns it off", minimum=0)
+    lora_scale: float = free_option(
+        1.0, "strength of the adapter in inference; 0 turns it off", minimum=0, maximum=1000
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +58,7 @@ class OptimizerSettings:
     """Steps of training and how each is taken."""
 
     objective: str = option("reward_gradient", "training objective")
-    lr: float = option(2e-4, "learning rate of AdamW", above=0)
+    lr: float = option(2e-4, "learning rate of AdamW", above=0, maximum=1000)
     lr_schedule: Literal["constant", "cosine", "linear"] = option(
         "constant", "learning rate schedule after warm-up"
     )
@@ -64,7 +70,7 @@ class OptimizerSettings:
         below=1,
     )
     adam_betas: tuple[float, float] = option((0.9, 0.999), "betas of AdamW", minimum=0, below=1)
-    weight_decay: float = option(0.01, "weight decay of AdamW", minimum=0)
+    weight_decay: float = option(0.01, "weight decay of AdamW", minimum=0, maximum=1000)
     use_AdamW8bit: bool = option(False, "keep the optimiser state in 8 bits (bitsandbytes)")
     max_grad_norm: float = option(1.0, "gradient norm to clip to", above=0)
     train_batch_size: int = free_option(1, "videos per process and backward pass", minimum=1, maximum=1 << 16)
@@ -90,22 +96,29 @@ class RunSettings:
     """What to do, and where."""
 
     is_vader_training: bool = option(True, "train; False generates videos")
-    num_sample: int = free_option(1, "videos per prompt, with seeds from `seed` upwards", minimum=1)
+    num_sample: int = free_option(
+        1, "videos per prompt, with seeds from `seed` upwards", minimum=1, maximum=1 << 16
+    )
     seed: int = option(200, "seed of every random draw", minimum=0, maximum=(1 << 63) - 1)
-    project_dir: str = free_option("runs/vader", "folder of the run")
+    project_dir: str = free_option("runs/vader", "folder of the run", path=True)
     checkpointing_steps: int = free_option(50, "optimiser steps between checkpoints", minimum=1)
     keep_checkpoints: int = free_option(
         2, "number of newest checkpoints to keep, besides the best by validation", minimum=1
     )
     resume: str = free_option(
-        "auto", "`auto` continues the run in project_dir, `never` starts over; or a checkpoint folder"
+        "auto",
+        "`auto` continues the run in project_dir, `never` starts over; or a checkpoint folder",
+        path=True,
     )
-    verbose: int = free_option(1, "0 quiet, 1 progress, 2 also the progress of each sample", minimum=0)
+    verbose: int = free_option(
+        1, "0 quiet, 1 progress, 2 also the progress of each sample", minimum=0, maximum=2
+    )
     check_only: bool | int = free_option(
         False,
         "check the configuration, download the weights, and stop; a number also checks the global batch of that many "
         "processes",
         minimum=1,
+        maximum=1 << 20,
     )
     debug: bool = free_option(
         False, "find the operation behind a NaN (slow), one validation batch, no tracker"
@@ -129,7 +142,7 @@ class ValidationSettings:
     val_batch_size: int = free_option(1, "videos generated at once", minimum=1, maximum=1 << 16)
     num_val_runs: int = free_option(2, "batches per validation", minimum=1, maximum=1 << 16)
     num_val_seeds: int = free_option(
-        1, "videos per validation prompt; 2 or more also measure diversity", minimum=1
+        1, "videos per validation prompt; 2 or more also measure diversity", minimum=1, maximum=1 << 16
     )
     monitors: list[str] = free_option(
         [], "rewards to measure on the validation videos, besides motion and diversity"

@@ -1,5 +1,6 @@
 """A trained adapter in the forms other programs read."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -56,7 +57,10 @@ def write_peft(adapter: lora.Adapter, out: Path) -> None:
 
 def write_merged(adapter: lora.Adapter, source: str, out: Path, config_file: str) -> None:
     """The base model's layout with W + alpha / rank · B A in place of each adapted W, computed in float32."""
-    config = load_config([config_file, "--dtype", "fp32", "--base-quant", "none"])
+    config = load_config([config_file])
+    exact = {"dtype": "fp32", "base_quant": "none"}
+    obeyed = {key: value for key, value in exact.items() if key in config.backbone.obeys}
+    config = replace(config, models=replace(config.models, **obeyed))
     backbone = new_backbone(config, torch.device("cpu"))
     backbone.load()
     model = lora.attach(backbone.denoiser, adapter.targets, rank=adapter.rank, alpha=adapter.alpha)

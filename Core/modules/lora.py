@@ -60,11 +60,8 @@ def attach(
 
     names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in names):
-            last = sorted({name.rpartition(".")[2] for name in names})
-            raise ValueError(
-                f"lora_targets: no linear layer is named {target!r}; there are {', '.join(last)}"
-            )
+        if error := target_error(target, names):
+            raise ValueError(error)
     settings = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=dropout, target_modules=list(targets))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -74,6 +71,25 @@ def attach(
             mask_device = layer.lora_A[ADAPTER].weight.device
             layer.lora_dropout[ADAPTER] = StepDropout(dropout, layer.in_features).to(mask_device)
     return wrapped.eval()
+
+
+def target_error(target: str, names: Sequence[str]) -> str:
+    """A sentence where ``target`` matches none of the linear layers ``names``; else empty."""
+    if any(name == target or name.endswith("." + target) for name in names):
+        return ""
+    last = sorted({name.rpartition(".")[2] for name in names})
+    return f"lora_targets: no linear layer is named {target!r}; there are {', '.join(last)}"
+
+
+def layer_shapes(adapter: "Adapter") -> dict[str, tuple[int, int]]:
+    """(rows, columns) of each weight that an adapter adapts, by the layer's name in its model."""
+    prefix, down = "base_model.model.", ".lora_A.weight"
+    shapes = {}
+    for key, tensor in adapter.state.items():
+        up = adapter.state.get(key.replace(".lora_A.", ".lora_B."))
+        if key.endswith(down) and up is not None:
+            shapes[key.removeprefix(prefix).removesuffix(down)] = (up.shape[0], tensor.shape[1])
+    return shapes
 
 
 class StepDropout(nn.Module):

@@ -1,7 +1,13 @@
 """Reward models: frozen scorers of videos whose gradient reaches the pixels."""
 
 from Core.rewards.base import ImageReward, Reward, RewardInfo, RewardOutput, VideoReward
-from Core.rewards.build import build_reward, check_reward_config, prompt_errors, required_weights
+from Core.rewards.build import (
+    build_reward,
+    check_reward_config,
+    frames_needed,
+    prompt_errors,
+    required_weights,
+)
 from Core.rewards.registry import REGISTRY, register, resolve_reward
 from Core.utils.hub import Weight
 
@@ -15,6 +21,7 @@ __all__ = [
     "Weight",
     "build_reward",
     "check_reward_config",
+    "frames_needed",
     "prompt_errors",
     "register",
     "required_weights",

@@ -6,7 +6,7 @@ Axes: B videos, F frames of each, N images (N = B·F inside an image scorer), H 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +16,11 @@ from Core.rewards.arguments import argument_errors
 from Core.rewards.preprocess import to_unit_range
 from Core.rewards.user_files import blamed
 from Core.utils.hub import Weight, missing_local
+from Core.utils.options import Bounds
 
 Score = Callable[[Tensor, list[str]], Tensor]
 SAMPLED_FRAMES = 8
+SHARED_ARGUMENTS: dict[str, Any] = {"slice_size": Annotated[int, Bounds(minimum=1)]}  # of every scorer
 
 
 @dataclass(frozen=True)
@@ -122,10 +124,15 @@ class Reward(nn.Module):
         return {key: weight.at(args.get(key) or weight.source) for key, weight in cls.info.weights.items()}
 
     @classmethod
+    def frames_needed(cls, args: Mapping[str, Any]) -> int:
+        """Frames of a video without which ``cls(**args)`` cannot score it."""
+        return getattr(cls, "min_frames", 1)
+
+    @classmethod
     def config_errors(cls, args: Mapping[str, Any]) -> list[str]:
         """Sentences on what is wrong with ``args``, found without loading anything."""
         label = f"reward_args of {cls.info.name!r}"
-        errors = argument_errors(cls, args, label, shared={"slice_size": int})
+        errors = argument_errors(cls, args, label, shared=SHARED_ARGUMENTS)
         if errors:
             return errors
         required = cls.required_weights(args).items()

@@ -47,6 +47,14 @@ def prompt_errors(reward_fn: RewardFn, reward_args: RewardArgs, prompts: Sequenc
     return [e for name, own in parts.items() for e in resolve_reward(name).prompt_errors(own, prompts)]
 
 
+def frames_needed(reward_fn: RewardFn, reward_args: RewardArgs = None) -> tuple[str, int]:
+    """The scorer of a valid configuration that needs the most frames of a video, and how many."""
+    parts = _parts(reward_fn, reward_args).items()
+    return max(
+        ((name, resolve_reward(name).frames_needed(own)) for name, own in parts), key=lambda part: part[1]
+    )
+
+
 def _parts(reward_fn: RewardFn, reward_args: RewardArgs) -> dict[str, Mapping[str, Any]]:
     """The scorers of a valid configuration by name, each with its own arguments."""
     args = dict(reward_args or {})

@@ -51,6 +51,10 @@ class Wrapper(Reward):
             return [f"reward_args of {cls.info.name!r}: reward: {error}"]
 
     @classmethod
+    def frames_needed(cls, args: Mapping[str, Any]) -> int:
+        return resolve_reward(args["reward"]).frames_needed(own_arguments(args))
+
+    @classmethod
     def prompt_errors(cls, args: Mapping[str, Any], prompts: Sequence[str]) -> list[str]:
         return resolve_reward(args["reward"]).prompt_errors(own_arguments(args), prompts)
 

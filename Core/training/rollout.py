@@ -30,7 +30,9 @@ class RolloutSettings(ObjectiveSettings):
         "sampling steps that keep gradients: the `last` ones, from a uniformly drawn step on (`rand`), or from step 15 "
         "on (`specific`)",
     )
-    backprop_steps: int = option(1, "number of gradient steps of backprop_mode `last`", minimum=1)
+    backprop_steps: int = option(
+        1, "number of gradient steps of backprop_mode `last`", minimum=1, maximum=1000
+    )
     guidance_grad: Literal["both", "cond"] = option(
         "both", "guidance branches that keep gradients; `cond` saves the memory of the null branch"
     )

@@ -116,7 +116,8 @@ def try_user_scorers(trainer: Trainer, reward: Reward, monitors: Mapping[str, Re
     encoded = trainer.prompts[: min(TRIED_VIDEOS, trainer.config.optimizer.train_batch_size)]
     prompts = [one.prompt.reward_text for one in encoded]
     for scorer in user_scorers(reward):
-        shape = (len(prompts), objective.scored_frames(), 3, video.height, video.width)
+        count = objective.scored_frames(objective.settings, trainer.backbone.latent_shape()[1])
+        shape = (len(prompts), count, 3, video.height, video.width)
         frames = torch.rand(shape, generator=rng.generator(0, "trial")).to(trainer.distributed.device)
         try_scorer(scorer, frames * 2 - 1, prompts, objective.needs_reward_gradient)
     for scorer in itertools.chain.from_iterable(map(user_scorers, monitors.values())):

@@ -15,6 +15,8 @@ from typing import Literal
 
 import torch
 
+from Core.utils.files import path_fault
+
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 FILE_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".txt", ".py", ".whl"}  # not of hub ids
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
@@ -63,6 +65,8 @@ class Weight:
         """Whether ``source`` names a path, existing or not, rather than a hub id or an address."""
         if self.source.startswith("https://"):
             return False
+        if path_fault(self.source):
+            return True
         path = Path(self.source).expanduser()
         return path.exists() or path.suffix in FILE_SUFFIXES or not HUB_ID.fullmatch(self.source)
 
@@ -133,6 +137,8 @@ def missing_local(weight: Weight) -> str:
     """One sentence if ``weight`` names a local path that lacks what is needed there; else ''."""
     if not weight.is_local:
         return ""
+    if fault := path_fault(weight.source):
+        return f"{weight.source[:80]!r}: {fault}"
     path, wanted = Path(weight.source).expanduser(), KINDS[weight.kind]
     if not path.exists():
         return f"there is no {weight.source!r}; give {wanted} that exists, or a hub id (owner/name)"
@@ -187,6 +193,16 @@ def prefetch(weights: Iterable[Weight], into: Path | None = None) -> dict[Weight
             "copy DIR here and use the config lines it prints"
         )
     return paths
+
+
+def present(weight: Weight) -> Path | None:
+    """Path of the artefact if it lies on this machine, complete or not; the network is not used."""
+    if weight.source.startswith("https://"):
+        return None
+    if weight.is_local:
+        path = Path(weight.source).expanduser()
+        return path if path.exists() else None
+    return _cached_snapshot(weight.source)
 
 
 def _from_hub(weight: Weight, into: Path | None) -> Path:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -31,6 +31,21 @@ def load_state(path: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(_refusal(path, f"a {type(state).__name__} without tensors by name"))
     return state
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON file that holds an object.
+
+    Raises:
+        ValueError: it holds something else or is damaged; the message names it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
+        raise ValueError(f"{path} is no JSON or is damaged; fetch it again") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch it again")
+    return content
 
 
 def _refusal(path: Path, reason: str) -> str:
@@ -113,6 +128,19 @@ def fill_strictly(model: nn.Module, source: Path) -> nn.Module:
         raise ValueError(_misfit(source, type(model), mismatch))
     model.load_state_dict(state)
     return model
+
+
+def tensor_shapes(source: Path) -> dict[str, list[int]]:
+    """Shape of each tensor in a ``.safetensors`` file or in those of a folder, from their headers; unreadable ones add
+    none."""
+    shapes = {}
+    for file in [source] if source.is_file() else sorted(source.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as content:
+                shapes |= {key: content.get_slice(key).get_shape() for key in content.keys()}
+        except (SafetensorError, OSError):
+            continue  # said when it is loaded
+    return shapes
 
 
 def _weight_files(folder: Path) -> list[Path]:

@@ -59,9 +59,10 @@ class Objective(ABC):
     def begin_step(self, step: int) -> None:  # noqa: B027 (most objectives have none)
         """Make the draws that hold for a whole optimiser step, the same on every process."""
 
-    def scored_frames(self) -> int:
+    @classmethod
+    def scored_frames(cls, settings: Any, latent_frames: int) -> int:
         """F, the frames of each video that ``loss`` gives to the reward; by default as many as latent frames."""
-        return self.backbone.latent_shape()[1]
+        return latent_frames
 
     @abstractmethod
     def loss(

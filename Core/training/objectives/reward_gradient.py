@@ -7,9 +7,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
+
 from Core.backbones import Backbone, EncodedPrompt
 from Core.rewards import Reward, RewardOutput
-from Core.sampling.frame_choice import check_decode_frame
+from Core.sampling.frame_choice import check_decode_frame, choose_frames
 from Core.sampling.gradient_window import first_gradient_step
 from Core.training.rollout import Rollout, RolloutSettings
 from Core.utils.options import option
@@ -57,8 +59,9 @@ class RewardGradient(Objective):
             errors.append(str(error))
         return errors
 
-    def scored_frames(self) -> int:
-        return self.rollout.frame_numbers([0]).shape[1]
+    @classmethod
+    def scored_frames(cls, settings: RewardGradientSettings, latent_frames: int) -> int:
+        return choose_frames(settings.decode_frame, latent_frames, [torch.Generator()]).shape[1]
 
     def begin_step(self, step: int) -> None:
         self.first_grad_step = self.rollout.first_grad_step(step)

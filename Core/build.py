@@ -32,7 +32,8 @@ def build_backbone(
         if distributed.is_first_on_machine == turn:
             encoded = _encode(config, backbone, prompts)
         distributed.barrier()
-    backbone.load()
+    with backbone.loading("the model", backbone.weights.keys() - set(backbone.text_weights)):
+        backbone.load()
     return backbone, encoded
 
 

@@ -290,9 +290,9 @@ class Malicious:
 def test_malicious_pickle_is_refused_and_not_run(tmp_path, save, arguments):
     trace = tmp_path / "trace"
     save({"layers.0.weight": Malicious(trace)}, tmp_path / "head.pth")
-    with pytest.raises(ValueError, match="refused to load head.pth"):
+    with pytest.raises(ValueError, match="refused to load .*head.pth"):
         build_reward("aesthetic", arguments["aesthetic"] | {"head": str(tmp_path / "head.pth")})
-    with pytest.raises(ValueError, match="refused to load head.pth"):
+    with pytest.raises(ValueError, match="refused to load .*head.pth"):
         load_state(tmp_path / "head.pth")
     assert not trace.exists()
 
@@ -300,13 +300,13 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, save, arguments):
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"layers": {"0": torch.zeros(1)}}, {"step": 3}])
 def test_a_file_without_named_tensors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "head.pt")
-    with pytest.raises(ValueError, match="refused to load head.pt: .* without tensors by name"):
+    with pytest.raises(ValueError, match="refused to load .*head.pt: .* without tensors by name"):
         load_state(tmp_path / "head.pt")
 
 
 def test_damaged_safetensors_are_refused(tmp_path):
     (tmp_path / "head.safetensors").write_bytes(b"half of a download")
-    with pytest.raises(ValueError, match="refused to load head.safetensors: it is damaged"):
+    with pytest.raises(ValueError, match="refused to load .*head.safetensors: it is damaged"):
         load_state(tmp_path / "head.safetensors")
 
 

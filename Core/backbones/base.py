@@ -6,8 +6,8 @@ L text tokens, D text width, N sampling steps.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -19,7 +19,8 @@ from Core.modules.frozen_conv import forget_conv_inputs
 from Core.modules.quantization import store_linears_in_fp8, store_linears_in_nf4
 from Core.sampling.euler import DenoisingStep, Predict, RectifiedFlow, Step
 from Core.sampling.no_grad_steps import lean_steps
-from Core.utils.hub import Weight, locate
+from Core.utils.damage import loading, refuse_damaged
+from Core.utils.hub import Weight, locate, present
 from Core.utils.options import free_option, option, video_option
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -284,6 +285,20 @@ class Backbone(ABC):
     def denoiser_shapes(cls, settings: Any) -> Mapping[str, Sequence[int]]:
         """Shape of each of the denoiser's weights by name, as far as files on this machine say; loads nothing."""
         return {}
+
+    @contextmanager
+    def loading(self, what: str, keys: Iterable[str]) -> Iterator[None]:
+        """Load the weights of ``keys`` in the block; damaged files are named in a sentence.
+
+        Raises:
+            ValueError: one is damaged.
+        """
+        weights = self.weights_of(self.settings)
+        sources = [weights[key] for key in keys]
+        for place in filter(None, map(present, sources)):
+            refuse_damaged(place)
+        with loading(what, [weight.source for weight in sources]):
+            yield
 
     def fetch(self, text_encoder: bool = True) -> list[str]:
         """Bring all weights, or all but the text encoder's, to this machine; a sentence for each that cannot be had."""

@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from Core.sampling.euler import Predict
+from Core.utils.files import read_object
 from Core.utils.hub import Weight, locate, present
 from Core.utils.options import option, video_option
-from Core.utils.state_dict import read_object, tensor_shapes
+from Core.utils.state_dict import tensor_shapes
 from opensora.datasets.aspect import get_image_size, get_num_frames
 from opensora.utils.inference_utils import append_score_to_prompts, prepare_multi_resolution_info
 

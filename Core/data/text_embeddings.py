@@ -62,7 +62,8 @@ def _encode(backbone: Backbone, captions: Sequence[str]) -> Iterator[tuple[str, 
     """Each caption with its features; the encoder is there only while there are captions."""
     if not captions:
         return
-    encoder = backbone.text_encoder()
+    with backbone.loading("the text encoder", backbone.text_weights):
+        encoder = backbone.text_encoder()
     for start in range(0, len(captions), ENCODE_BATCH):
         batch = captions[start : start + ENCODE_BATCH]
         yield from zip(batch, encoder.encode(batch), strict=True)

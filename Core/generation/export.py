@@ -62,7 +62,8 @@ def write_merged(adapter: lora.Adapter, source: str, out: Path, config_file: str
     obeyed = {key: value for key, value in exact.items() if key in config.backbone.obeys}
     config = replace(config, models=replace(config.models, **obeyed))
     backbone = new_backbone(config, torch.device("cpu"))
-    backbone.load()
+    with backbone.loading("the model", backbone.weights.keys() - set(backbone.text_weights)):
+        backbone.load()
     model = lora.attach(backbone.denoiser, adapter.targets, rank=adapter.rank, alpha=adapter.alpha)
     lora.load(model, adapter, source)
     model.merge_and_unload().save_pretrained(out)

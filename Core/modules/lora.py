@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 import shutil
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from Core.utils import rng
+from Core.utils.files import read_object
 from Core.utils.state_dict import describe_mismatch, load_state
 
 if TYPE_CHECKING:  # imported where it is used: reading an adapter file must not wait for PEFT
@@ -196,7 +196,8 @@ def read(path: str | Path) -> Adapter:
     """
     path = Path(path).expanduser()
     file = _weights_file(path)
-    state = {key.replace(f".{ADAPTER}.", "."): value.float() for key, value in load_state(file).items()}
+    loaded = load_state(file)
+    state = {key.replace(f".{ADAPTER}.", "."): value for key, value in loaded.items()}
     settings = _settings(file)
     _refuse_variants(path, settings)
     downs = [key for key in state if key.endswith("lora_A.weight")]
@@ -204,6 +205,7 @@ def read(path: str | Path) -> Adapter:
         raise ValueError(
             f"{path} is no LoRA adapter: it holds {len(state)} tensors, {len(downs)} of them lora_A"
         )
+    _refuse_damage(path, state, settings)
     ranks = {state[key].shape[0] for key in downs}
     alpha = float(settings.get("lora_alpha", REFERENCE_ALPHA))
     if len(ranks) > 1 or not alpha.is_integer():
@@ -211,6 +213,7 @@ def read(path: str | Path) -> Adapter:
             f"the adapter {path} has layers of rank {', '.join(map(str, sorted(ranks)))} and alpha {alpha:g}; "
             "only one rank and a whole alpha for all layers are supported"
         )
+    state = {key: value.float() for key, value in state.items()}
     # A target may be longer than a layer's own name, which the keys alone do not tell.
     named = settings.get("target_modules")
     targets = named if named and isinstance(named, list) else {key.split(".")[-3] for key in downs}
@@ -227,6 +230,30 @@ def _refuse_variants(path: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
+def _refuse_damage(path: Path, state: Mapping[str, Tensor], settings: Mapping[str, Any]) -> None:
+    """Raise ValueError for tensors that are no matrices of floating-point numbers, or not those that settings tell."""
+    for key, tensor in state.items():
+        if tensor.dim() < 2 or not tensor.is_floating_point():
+            raise ValueError(
+                f"the adapter {path} is damaged or quantised: {key} is {tensor.dtype} {list(tensor.shape)}, not a "
+                "matrix of floating-point numbers; export the adapter again"
+            )
+    downs = {key.rpartition(".lora_A.")[0]: value for key, value in state.items() if ".lora_A." in key}
+    ranks, stated = {len(value) for value in downs.values()}, settings.get("r")
+    if stated is not None and downs and ranks != {stated}:
+        raise ValueError(
+            f"the adapter {path} is of rank {', '.join(map(str, sorted(ranks)))}, and its adapter_config.json says "
+            f"r={stated!r}; mend the file that is wrong"
+        )
+    targets = settings.get("target_modules")
+    listed = targets if isinstance(targets, list) else []
+    if unknown := [t for t in listed if not any(name == t or name.endswith(f".{t}") for name in downs)]:
+        raise ValueError(
+            f"the adapter {path} has no tensors for {', '.join(map(repr, unknown))}, which target_modules of its "
+            "adapter_config.json names; mend the file that is wrong"
+        )
+
+
 def _settings(file: Path) -> dict[str, Any]:
     """What a note in the file says, or else the configuration beside it; the reference's files have neither."""
     config = file.with_name("adapter_config.json")
@@ -236,10 +263,7 @@ def _settings(file: Path) -> dict[str, Any]:
         noted = (content.metadata() or {}).get(ALPHA_NOTE)
     if noted:
         return {ALPHA_NOTE: noted}
-    try:
-        return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{config} is no JSON or is damaged; export the adapter again") from error
+    return read_object(config) if config.exists() else {}
 
 
 def _weights_file(path: Path) -> Path:

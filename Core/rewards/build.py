@@ -11,7 +11,8 @@ import torch
 
 from Core.rewards.base import Reward
 from Core.rewards.mixture import Mixture, mixture_errors
-from Core.rewards.registry import construct, named_errors, resolve_reward
+from Core.rewards.registry import construct, named_errors, reading, resolve_reward
+from Core.rewards.user_files import blamed
 from Core.utils.hub import Weight, prefetch
 
 RewardFn = str | Mapping[str, float]
@@ -43,8 +44,12 @@ def prompt_errors(reward_fn: RewardFn, reward_args: RewardArgs, prompts: Sequenc
     Raises:
         FileNotFoundError: a file that tells (a list of classes) cannot be had.
     """
-    parts = _parts(reward_fn, reward_args)
-    return [e for name, own in parts.items() for e in resolve_reward(name).prompt_errors(own, prompts)]
+    errors = []
+    for name, own in _parts(reward_fn, reward_args).items():
+        cls = resolve_reward(name)
+        with blamed(cls.origin, "on the prompts"), reading(name, cls, own):
+            errors += cls.prompt_errors(own, prompts)
+    return errors
 
 
 def frames_needed(reward_fn: RewardFn, reward_args: RewardArgs = None) -> tuple[str, int]:

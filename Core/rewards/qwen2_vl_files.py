@@ -7,7 +7,6 @@ text file.
 import ast
 import functools
 import hashlib
-import json
 import math
 import re
 import string
@@ -22,6 +21,7 @@ from torch import Tensor, nn
 
 from Core.rewards.preprocess import CLIP_MEAN, CLIP_STD, read_processor_config
 from Core.rewards.qwen2_vl import Patches, Qwen2VL
+from Core.utils.files import read_object
 from Core.utils.state_dict import describe_mismatch, load_state, load_tokenizer, quiet_transformers
 
 HEAD = "rm_head."
@@ -109,21 +109,6 @@ def _constants(source: str, names: Sequence[str]) -> str:
 # --- settings
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: it is missing, damaged, or something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); fetch the folder again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not settings; fetch the folder again")
-    return values
-
-
 def load_config(folder: Path) -> Any:
     """transformers' ``Qwen2VLConfig`` of a folder.
 
@@ -132,7 +117,7 @@ def load_config(folder: Path) -> Any:
     """
     from transformers import Qwen2VLConfig
 
-    values = read_json(folder / "config.json")
+    values = read_object(folder / "config.json")
     if values.get("model_type") != "qwen2_vl":
         raise ValueError(
             f"{folder} holds a model of type {values.get('model_type')!r}, not 'qwen2_vl'; give Qwen2-VL's folder"

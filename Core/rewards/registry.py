@@ -3,14 +3,17 @@
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from Core.rewards.base import Reward, RewardInfo
 from Core.rewards.user_files import RewardFileError, blamed, contract_errors
+from Core.utils.damage import loading, refuse_damaged
 from Core.utils.files import path_fault
+from Core.utils.hub import present
 from Core.utils.registry import Registry
 
 # A new scorer is one file and one line here.
@@ -57,10 +60,24 @@ def resolve_reward(name: str) -> type[Reward]:
 def construct(name: str, args: Mapping[str, Any]) -> Reward:
     """Instantiate a scorer; ``slice_size``, which every scorer understands, is set on the instance."""
     cls = resolve_reward(name)
-    with blamed(cls.origin, "in its constructor"):
+    with blamed(cls.origin, "in its constructor"), reading(name, cls, args):
         reward = cls(**{key: value for key, value in args.items() if key != "slice_size"})
     reward.slice_size = args.get("slice_size", reward.slice_size)
     return reward
+
+
+@contextmanager
+def reading(name: str, cls: type[Reward], args: Mapping[str, Any]) -> Iterator[None]:
+    """Read weights of ``cls(**args)`` in the block; ValueError where they are damaged. A user's scorer answers for
+    itself."""
+    weights = cls.required_weights(args).values()
+    if cls.origin or not weights:
+        yield
+        return
+    for place in filter(None, map(present, weights)):
+        refuse_damaged(place)
+    with loading(f"reward {name!r}", [weight.source for weight in weights]):
+        yield
 
 
 def named_errors(cls: type[Reward], args: Mapping[str, Any]) -> list[str]:

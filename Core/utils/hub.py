@@ -5,7 +5,6 @@ looked for on this machine first; the network is used only for what is missing.
 """
 
 import hashlib
-import json
 import re
 import textwrap
 from collections.abc import Iterable
@@ -15,7 +14,7 @@ from typing import Literal
 
 import torch
 
-from Core.utils.files import path_fault
+from Core.utils.files import path_fault, read_object
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 FILE_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".txt", ".py", ".whl"}  # not of hub ids
@@ -129,8 +128,8 @@ def _lacks_tokenizer(folder: Path) -> str:
 
 def _has_shards(folder: Path, index: Path) -> bool:
     """Whether every shard an index file names is there."""
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return all((folder / shard).is_file() for shard in named)
+    named = read_object(index).get("weight_map")
+    return isinstance(named, dict) and all((folder / str(shard)).is_file() for shard in named.values())
 
 
 def missing_local(weight: Weight) -> str:
@@ -144,7 +143,10 @@ def missing_local(weight: Weight) -> str:
         return f"there is no {weight.source!r}; give {wanted} that exists, or a hub id (owner/name)"
     if path.is_file():
         return "" if weight.kind == "file" else f"{weight.source!r} is a file; give {wanted}"
-    lack = weight.lacks(path)
+    try:
+        lack = weight.lacks(path)
+    except ValueError as error:  # an index that is damaged
+        lack = str(error)
     return f"{weight.source!r} is not {wanted}: {lack}" if lack else ""
 
 

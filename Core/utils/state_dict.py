@@ -1,7 +1,5 @@
 """Reading weights: strict on what a model needs, and without ever running code from a file."""
 
-import json
-import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -13,6 +11,9 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from Core.utils.damage import is_weight, loading, reason_of, refuse_integers
+from Core.utils.files import read_object
+
 
 def load_state(path: Path) -> dict[str, Tensor]:
     """Tensors of a ``.safetensors``, ``.pt`` or ``.pth`` file on the CPU, without a wrapping "state_dict".
@@ -22,35 +23,24 @@ def load_state(path: Path) -> dict[str, Tensor]:
     """
     try:
         if path.suffix == ".safetensors":
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(_refusal(path, type(error).__name__)) from error
+            state: Any = load_file(path)
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(_refusal(path, reason_of(error))) from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(_refusal(path, f"a {type(state).__name__} without tensors by name"))
+    refuse_integers(path, [k for k, v in state.items() if is_weight(k) and not v.is_floating_point()])
     return state
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        ValueError: it holds something else or is damaged; the message names it.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} is no JSON or is damaged; fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got {type(content).__name__}; fetch it again")
-    return content
 
 
 def _refusal(path: Path, reason: str) -> str:
     return (
-        f"refused to load {path.name}: it is damaged or holds more than tensors ({reason}); "
+        f"refused to load {path}: it is damaged or holds more than tensors ({reason}); "
         "use a file from its official source, or a .safetensors"
     )
 
@@ -75,7 +65,8 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder; code beside it is not run."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with loading("the tokenizer", [folder]):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load_strictly(model_class: Any, folder: Path | None, unused: str = "", **kwargs: Any) -> Any:
@@ -88,7 +79,7 @@ def load_strictly(model_class: Any, folder: Path | None, unused: str = "", **kwa
     Raises:
         ValueError: keys are missing, unexpected, or of another shape; the message names them.
     """
-    with quiet_transformers():
+    with quiet_transformers(), loading(model_class.__name__, [folder or "the file"]):
         model, report = model_class.from_pretrained(
             folder,
             output_loading_info=True,
@@ -148,7 +139,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for file in (file for file in whole if file.is_file()):
         return [file]
     index = min(folder.glob("*.index.json"))  # by name, so safetensors first
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    shards = read_object(index)["weight_map"].values()
     return [folder / name for name in sorted(set(shards))]
 
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from Core.backbones.base import Prompt
-from Core.utils.options import free_option, option
+from Core.utils.options import TEXT_LIMIT, free_option, option
 
 # Lines of prompts → prompts; a model family's own grammar.
 Parse = Callable[[Sequence[str]], Sequence[Prompt]]
@@ -41,6 +41,10 @@ def read_lines(path: str | Path) -> list[str]:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"prompt file {str(path)!r} holds no prompts; write one a line")
+    if (longest := max(map(len, lines))) > TEXT_LIMIT:
+        raise ValueError(
+            f"prompt file {str(path)!r} has a line of {longest} characters; use at most {TEXT_LIMIT} for a prompt"
+        )
     return lines
 
 

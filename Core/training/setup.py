@@ -2,14 +2,14 @@
 
 import itertools
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from Core.backbones import Backbone
+from Core.backbones import Backbone, Prompt
 from Core.build import build_backbone
 from Core.config import Config, ConfigError
 from Core.modules import lora
@@ -17,7 +17,7 @@ from Core.rewards import Reward, build_reward, prompt_errors
 from Core.rewards.user_files import try_scorer
 from Core.training.metric_logging import Trackers, build_trackers
 from Core.training.resume import identity, prepare_folder
-from Core.training.trainer import Trainer
+from Core.training.trainer import Trainer, total_steps
 from Core.training.validation import Validation
 from Core.utils import rng
 from Core.utils.distributed import Distributed
@@ -46,7 +46,8 @@ def build_trainer(config: Config, distributed: Distributed, folder: Path) -> Tra
     batch = config.optimizer.global_batch(distributed.num_processes)
     chosen = prepare_folder(config, folder, prompts, batch) if distributed.is_main else None
     checkpoint = distributed.broadcast(chosen)
-    backbone, encoded = build_backbone(config, distributed, [*prompts, *val_prompts])
+    used = [*used_prompts(config, prompts, batch), *val_prompts]
+    backbone, encoded = build_backbone(config, distributed, [*prompts, *val_prompts], used)
     reward, monitors = build_scorers(config, distributed, backbone)
     adapt_for_training(config, backbone)
     if distributed.is_main:
@@ -63,6 +64,14 @@ def build_trainer(config: Config, distributed: Distributed, folder: Path) -> Tra
         trainer.resume(checkpoint)
         logger.info("continuing from %s", checkpoint.folder)
     return trainer
+
+
+def used_prompts(config: Config, prompts: Sequence[Prompt], global_batch: int) -> Sequence[Prompt]:
+    """Those that the run trains on: of a long list, its steps may not reach all."""
+    samples = total_steps(config, len(prompts), global_batch) * global_batch
+    if samples >= len(prompts):
+        return prompts
+    return [prompts[i] for i in rng.training_indices(config.run.seed, range(samples), len(prompts))]
 
 
 def report(folder: Path) -> None:

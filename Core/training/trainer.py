@@ -35,6 +35,12 @@ from Core.utils.timing import Stopwatch
 logger = logging.getLogger("vader")
 
 
+def total_steps(config: Config, prompts: int, global_batch: int) -> int:
+    """Optimiser steps of a run with so many prompts."""
+    epochs = math.ceil(config.optimizer.num_train_epochs * prompts / global_batch)
+    return min(config.optimizer.max_train_steps, epochs)
+
+
 class Trainer:
     """Everything a run needs, built and on its device.
 
@@ -79,9 +85,8 @@ class Trainer:
     @property
     def total_steps(self) -> int:
         """Optimiser steps until ``max_train_steps`` or ``num_train_epochs``, whichever comes first."""
-        settings = self.config.optimizer
-        batch = settings.global_batch(self.distributed.num_processes)
-        return min(settings.max_train_steps, math.ceil(settings.num_train_epochs * len(self.prompts) / batch))
+        batch = self.config.optimizer.global_batch(self.distributed.num_processes)
+        return total_steps(self.config, len(self.prompts), batch)
 
     def train_step(self) -> StepMetrics:
         timer = Stopwatch(self.distributed.device)

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import report_runs
 import reward_twins
 import torch
 import twins
@@ -21,6 +22,7 @@ from torch import nn
 from Core.backbones.opensora import OpenSora
 from Core.build import new_backbone
 from Core.config import build_config
+from Core.evaluation.report import write_report
 from Core.modules import lora
 from Core.rewards import build_reward
 
@@ -213,3 +215,38 @@ def test_an_index_names_files_beside_it(place_of, tmp_path, shards):
         ValueError, match="model.safetensors.index.json (must have a weight_map|names the file)"
     ):
         build_reward("pick_score", {"model": str(place)})
+
+
+def run_files(sound: Path) -> list[str]:
+    suffixes = (".csv", ".json", ".jsonl", ".txt", ".py", ".mp4")
+    return sorted(str(p.relative_to(sound)) for p in sound.rglob("*") if p.suffix in suffixes and p.is_file())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A run with an evaluation and a checkpoint's manifest."""
+    run = report_runs.training_run(tmp_path_factory.mktemp("finished") / "run", steps=4)
+    report_runs.evaluation(run / "evaluation")
+    (run / "checkpoints" / "step_000004").mkdir(parents=True)
+    (run / "checkpoints" / "step_000004" / "manifest.json").write_text(json.dumps({"sha256": {"a": "b"}}))
+    return run
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name not in ("scalars", "whole numbers")])
+def test_a_damaged_run_folder_is_named_or_reported_without(finished, tmp_path, damage, monkeypatch):
+    """A report of what is left, or a sentence on what is not; never anything else."""
+    monkeypatch.setattr("Core.evaluation.report.line_chart", lambda *_, **__: "<svg></svg>")
+    monkeypatch.setattr("Core.evaluation.report.stack_chart", lambda *_, **__: "<svg></svg>")
+    files = [
+        name for name in run_files(finished) if not name.endswith(".mp4") or name.endswith("0000_200.mp4")
+    ]
+    assert len(files) > 8
+    for file in files:
+        copy = shutil.copytree(finished, tmp_path / "copy")
+        DAMAGES[damage](copy / file, tmp_path / "trace")
+        try:
+            write_report(copy)
+        except (ValueError, OSError) as error:
+            assert Path(file).name in str(error) and "\n" not in str(error), (file, str(error))
+        assert not (tmp_path / "trace").exists()
+        shutil.rmtree(copy)

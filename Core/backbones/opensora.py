@@ -48,8 +48,10 @@ CHUNK_FRAMES, TIME_FACTOR, SPACE_FACTOR = 17, 4, 8
 ENTRIES = ("model", "vae", "text_encoder", "scheduler")
 WEIGHTS = "from_pretrained"
 # Keys of ``model`` that the shapes of its weights follow from.
-SHAPING = ("in_channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "pred_sigma")
-SHAPING += ("caption_channels", "model_max_length", "qk_norm")
+SHAPING = (
+    *("in_channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "pred_sigma"),
+    *("caption_channels", "model_max_length", "qk_norm"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,9 @@ from Core.config.files import RERUN, RESOLVED, read_run
 from Core.data.video import smaller
 from Core.evaluation.charts import Line, line_chart, stack_chart
 from Core.generation.manifest import read_manifest
+from Core.utils.damage import reason_of
 from Core.utils.environment import read_starts
-from Core.utils.files import write_whole
+from Core.utils.files import read_object, write_whole
 from Core.utils.tables import read_table
 
 logger = logging.getLogger("vader")
@@ -90,9 +91,24 @@ def write_report(run: Path) -> Path:
         raise FileNotFoundError(
             f"{str(run)!r} has neither metrics.csv nor evaluation.json; give the folder of a run or an evaluation"
         )
-    page = render(gather(run, evaluation))
+    try:
+        page = render(gather(run, evaluation))
+    except (LookupError, TypeError, AttributeError, ValueError, csv.Error, jinja2.TemplateError) as error:
+        if isinstance(error, ValueError) and str(run) in str(error):
+            raise
+        tables = ", ".join(str(path) for path in tables_of(run, evaluation))
+        raise ValueError(
+            f"one of {tables} is damaged ({reason_of(error)}); make it again, or move it away"
+        ) from error
     write_whole(run / REPORT, page)
     return run / REPORT
+
+
+def tables_of(run: Path, evaluation: Path | None) -> list[Path]:
+    """The tables of a report that are there."""
+    places = [run / "metrics.csv", run / "validation.csv"]
+    places += [evaluation / name for name in ("evaluation.json", "videos.csv")] if evaluation else []
+    return [path for path in places if path.exists()]
 
 
 def render(content: Mapping[str, Any]) -> str:
@@ -117,7 +133,7 @@ def content_policy(template: str) -> str:
 def gather(run: Path, evaluation: Path | None) -> dict[str, Any]:
     """Everything the template shows."""
     metrics, validation = read_rows(run / "metrics.csv"), read_rows(run / "validation.csv")
-    result = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8")) if evaluation else None
+    result = read_object(evaluation / "evaluation.json") if evaluation else None
     values = saved_values(run)
     videos = VideoBudget(VIDEO_BUDGET, run)
     relative = "" if evaluation in (None, run) else "evaluation/"
@@ -430,5 +446,10 @@ def newest_manifest(run: Path) -> dict[str, Any] | None:
     manifests = sorted(run.glob("checkpoints/step_*/manifest.json"))
     if not manifests:
         return None
-    content = json.loads(manifests[-1].read_text(encoding="utf-8"))
-    return {"folder": str(manifests[-1].parent.relative_to(run)), "sha256": content.get("sha256", {})}
+    try:
+        hashes = read_object(manifests[-1])["sha256"]
+    except (ValueError, KeyError) as error:
+        logger.warning("left out of the report: %s", error)
+        return None
+    shown = hashes if isinstance(hashes, dict) else {}
+    return {"folder": str(manifests[-1].parent.relative_to(run)), "sha256": shown}

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -58,7 +59,7 @@ def write_peft(adapter: lora.Adapter, out: Path) -> None:
 def write_merged(adapter: lora.Adapter, source: str, out: Path, config_file: str) -> None:
     """The base model's layout with W + alpha / rank · B A in place of each adapted W, computed in float32."""
     config = load_config([config_file])
-    exact = {"dtype": "fp32", "base_quant": "none"}
+    exact: dict[str, Any] = {"dtype": "fp32", "base_quant": "none"}
     obeyed = {key: value for key, value in exact.items() if key in config.backbone.obeys}
     config = replace(config, models=replace(config.models, **obeyed))
     backbone = new_backbone(config, torch.device("cpu"))

@@ -12,7 +12,7 @@ import torch
 
 from Core.backbones import Prompt
 from Core.utils import rng
-from Core.utils.files import write_whole
+from Core.utils.files import path_fault, write_whole
 
 logger = logging.getLogger("vader")
 MANIFEST = "prompts.jsonl"
@@ -89,17 +89,19 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
     manifest = folder / MANIFEST
     if not manifest.is_file():
         return []
-    lines = manifest.read_text(encoding="utf-8").splitlines()
+    lines = manifest.read_text(encoding="utf-8", errors="replace").splitlines()
     newest = {entry["name"]: entry for entry in map(_parse_line, lines) if entry}
     return [newest[name] for name in sorted(newest) if (folder / newest[name]["file"]).is_file()]
 
 
 def _parse_line(line: str) -> dict[str, Any]:
-    """An entry, or nothing where a crash cut the line short."""
+    """An entry, or nothing where a crash cut the line short, or it names no file of its folder."""
     try:
-        return json.loads(line)
-    except json.JSONDecodeError:
+        entry = json.loads(line)
+    except (ValueError, RecursionError):
         return {}
+    named = isinstance(entry, dict) and isinstance(entry.get("name"), str)
+    return entry if named and path_fault(str(entry.get("file", ""))) == "" else {}
 
 
 def tidy_manifest(folder: Path) -> None:

@@ -58,7 +58,7 @@ def _place(error: BaseException, origin: str) -> str:
 def contract_errors(cls: Any, info_class: type) -> list[str]:
     """What a class derived from ``Reward`` lacks, one sentence each; nothing of it is run."""
     errors = []
-    info = getattr(cls, "info", None)
+    info: Any = getattr(cls, "info", None)
     if not isinstance(info, info_class) or not isinstance(info.name, str) or not info.name:
         errors.append('it must have info = RewardInfo(name="…", summary="…", range="…") as a class attribute')
     for name, arguments in METHODS.items():

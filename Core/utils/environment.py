@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from Core.utils.files import write_whole
+from Core.utils.files import read_object, write_whole
 
 ENVIRONMENT = "environment.json"
 PACKAGES = (
@@ -53,9 +53,10 @@ def record_environment(folder: Path) -> None:
 def read_starts(folder: Path) -> list[dict[str, Any]]:
     """What ``record_environment`` wrote, oldest first; empty where it never ran."""
     try:
-        return json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
-    except (OSError, ValueError, KeyError):
+        starts = read_object(folder / ENVIRONMENT)["starts"]
+    except (ValueError, KeyError):
         return []
+    return starts if isinstance(starts, list) and all(isinstance(start, dict) for start in starts) else []
 
 
 def _hardware() -> dict[str, Any]:

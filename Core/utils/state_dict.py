@@ -124,7 +124,7 @@ def fill_strictly(model: nn.Module, source: Path) -> nn.Module:
 def tensor_shapes(source: Path) -> dict[str, list[int]]:
     """Shape of each tensor in a ``.safetensors`` file or in those of a folder, from their headers; unreadable ones add
     none."""
-    shapes = {}
+    shapes: dict[str, list[int]] = {}
     for file in [source] if source.is_file() else sorted(source.glob("*.safetensors")):
         try:
             with safe_open(file, "pt") as content:

@@ -10,7 +10,7 @@ from Core.config import Config, ConfigError
 from Core.data.text_embeddings import EncodedPrompts, all_cached, encode_prompts
 from Core.rewards import required_weights
 from Core.utils.distributed import Distributed
-from Core.utils.hub import prefetch
+from Core.utils.hub import commit_of, prefetch
 
 # What ``build_reward`` takes: a name or {name: weight}, and the arguments.
 Scorer = tuple[str | Mapping[str, float], Mapping[str, Any] | None]
@@ -71,6 +71,15 @@ def fetch_weights(
         return backbone.fetch(text_encoder=not cached) + fetch_scorers(scorers)
 
     once_per_machine(distributed, fetch)
+
+
+def commits_of_weights(config: Config, backbone: Backbone) -> dict[str, str]:
+    """Commits of the weights that come from the hub, by key of the configuration or name of the reward."""
+    weights = dict(backbone.weights_of(backbone.settings))
+    if config.run.is_vader_training:
+        own = required_weights(config.reward.reward_fn, config.reward.arguments)
+        weights |= {f"reward {weight.source}": weight for weight in own}
+    return {key: commit for key, weight in weights.items() if (commit := commit_of(weight))}
 
 
 def fetch_scorers(scorers: Iterable[Scorer]) -> list[str]:

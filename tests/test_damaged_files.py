@@ -17,14 +17,17 @@ import torch
 import twins
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
+from sampling_runs import picture
 from torch import nn
 
 from Core.backbones.opensora import OpenSora
 from Core.build import new_backbone
 from Core.config import build_config
+from Core.data.video import read_video
 from Core.evaluation.report import write_report
 from Core.modules import lora
 from Core.rewards import build_reward
+from opensora.datasets.utils import read_from_path
 
 
 class Code:
@@ -250,3 +253,16 @@ def test_a_damaged_run_folder_is_named_or_reported_without(finished, tmp_path, d
             assert Path(file).name in str(error) and "\n" not in str(error), (file, str(error))
         assert not (tmp_path / "trace").exists()
         shutil.rmtree(copy)
+
+
+@pytest.mark.parametrize("damage", [name for name in DAMAGES if name not in ("scalars", "whole numbers")])
+@pytest.mark.parametrize("frames", [1, 9], ids=["picture", "video"])
+def test_a_damaged_reference_is_named(tmp_path, frames, damage):
+    file = Path(picture(tmp_path / "reference", frames=frames))
+    DAMAGES[damage](file, tmp_path / "trace")
+    for read in (lambda: read_from_path(file, (8, 8)), lambda: read_video(file)):
+        try:
+            assert read().shape[0] == 3  # decoders mend a flipped byte
+        except (ValueError, FileNotFoundError) as error:
+            assert "reference." in str(error)
+    assert not (tmp_path / "trace").exists()

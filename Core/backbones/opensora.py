@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from Core.sampling.euler import Predict
-from Core.utils.files import read_object
+from Core.utils.damage import read_settings
 from Core.utils.hub import Weight, locate, present
 from Core.utils.options import option, video_option
 from Core.utils.state_dict import tensor_shapes
@@ -360,7 +360,7 @@ class OpenSora(Backbone):
 
         if upstream.is_upstream():
             return upstream.load_vae(self.settings.vae, self.weights_of(self.settings)["vae.from_pretrained"])
-        return build_module(self.settings.vae, MODELS)
+        return build_module(self._pinned("vae"), MODELS)
 
     def load_denoiser(self) -> nn.Module:
         from opensora.registry import MODELS, build_module
@@ -374,7 +374,14 @@ class OpenSora(Backbone):
         if upstream.is_upstream():
             weight = self.weights_of(self.settings)["model.from_pretrained"]
             return upstream.load_denoiser(entry, weight, **sizes)
-        return build_module(entry, MODELS, **sizes)
+        return build_module(self._pinned("model"), MODELS, **sizes)
+
+    def _pinned(self, name: str) -> dict[str, Any]:
+        """An entry whose hub id names a revision, which the networks do not know, with the folder in its place."""
+        entry = getattr(self.settings, name)
+        weight = self.weights_of(self.settings)[f"{name}.{WEIGHTS}"]
+        pinned = "@" in weight.source and not weight.is_local
+        return {**entry, WEIGHTS: str(locate(weight))} if pinned else entry
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -535,7 +542,7 @@ def _architecture_errors(settings: OpenSoraSettings) -> list[str]:
     if found is None or not (found / "config.json").is_file():
         return []
     try:
-        own = read_object(found / "config.json")
+        own = read_settings(found / "config.json")
     except ValueError as error:
         return [f"model.{WEIGHTS}: {error}"]
     given = {f"model.{key}": (settings.model[key], own.get(key)) for key in SHAPING if key in settings.model}

@@ -15,7 +15,7 @@ from safetensors.torch import save as serialize
 from torch import Tensor, nn
 
 from Core.utils import rng
-from Core.utils.files import read_object
+from Core.utils.damage import read_settings
 from Core.utils.state_dict import describe_mismatch, load_state
 
 if TYPE_CHECKING:  # imported where it is used: reading an adapter file must not wait for PEFT
@@ -263,7 +263,7 @@ def _settings(file: Path) -> dict[str, Any]:
         noted = (content.metadata() or {}).get(ALPHA_NOTE)
     if noted:
         return {ALPHA_NOTE: noted}
-    return read_object(config) if config.exists() else {}
+    return read_settings(config) if config.exists() else {}
 
 
 def _weights_file(path: Path) -> Path:

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from Core.utils.files import read_object
+from Core.utils.damage import read_settings
 from Core.utils.hub import PROCESSOR_FILES
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -178,7 +178,7 @@ def read_processor_config(folder: Path, harmless: Sequence[str] = ()) -> dict[st
     for name in PROCESSOR_FILES:
         path = folder / name
         if path.is_file():
-            values = read_object(path)
+            values = read_settings(path)
             config = values.get("image_processor") or values.get("video_processor") or values
             refuse_other_steps(config, path, harmless)
             return config

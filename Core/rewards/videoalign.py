@@ -28,7 +28,7 @@ from Core.rewards.qwen2_vl_files import (
     read_template,
     weight_files,
 )
-from Core.utils.files import read_object
+from Core.utils.damage import read_settings
 from Core.utils.hub import Weight, locate
 
 DIMENSIONS = ("VQ", "MQ", "TA")
@@ -99,7 +99,7 @@ def lora_settings(settings: Mapping[str, Any], checkpoint: Path) -> dict[str, An
     if "lora_alpha" in own:
         named = {"r": own.get("lora_r"), "lora_alpha": own["lora_alpha"], "use_rslora": own.get("use_rslora")}
         return {key: value for key, value in named.items() if value is not None}
-    return read_object(checkpoint / "adapter_config.json")
+    return read_settings(checkpoint / "adapter_config.json")
 
 
 def load_reward_state(checkpoint: Path, base: Weight, settings: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ class VideoAlign(VideoReward):
         super().__init__()
         required = self.required_weights({"model": model, "base": base, "template": template})
         folder, base_folder = locate(required["model"]), locate(required["base"])
-        settings = read_object(folder / SETTINGS)
+        settings = read_settings(folder / SETTINGS)
         refuse_other_settings(settings, folder / SETTINGS)
         data, statistics = settings.get("data_config", {}), settings.get("inference_config") or {}
         text = read_template(locate(required["template"]), PROMPT, MARKS)

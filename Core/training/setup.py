@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from Core.backbones import Backbone, Prompt
-from Core.build import build_backbone
+from Core.build import build_backbone, commits_of_weights
 from Core.config import Config, ConfigError
 from Core.modules import lora
 from Core.rewards import Reward, build_reward, prompt_errors
@@ -51,7 +51,7 @@ def build_trainer(config: Config, distributed: Distributed, folder: Path) -> Tra
     reward, monitors = build_scorers(config, distributed, backbone)
     adapt_for_training(config, backbone)
     if distributed.is_main:
-        record_environment(folder)
+        record_environment(folder, commits_of_weights(config, backbone))
     last_row = checkpoint.step if checkpoint else -1
     trackers = build_trackers(config, folder, last_row) if distributed.is_main else Trackers({})
     validation = Validation(config, distributed, backbone, reward, monitors, encoded[len(prompts) :])

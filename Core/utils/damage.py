@@ -5,11 +5,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from textwrap import shorten
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-
-from Core.utils.files import read_object
 
 # Of a model folder in the hub's layout; other JSON files may hold anything.
 OBJECTS = ("config.json", "*_config.json", "*.index.json", "tokenizer.json", "vocab.json")
@@ -26,7 +25,7 @@ def refuse_damaged(place: Path) -> None:
     if place.is_dir():
         for pattern in OBJECTS:
             for path in place.glob(pattern):
-                content = read_object(path)
+                content = read_settings(path)
                 if path.name.endswith(".index.json"):
                     _refuse_index(path, content)
         for path in place.glob("*.safetensors"):
@@ -63,6 +62,23 @@ def _refuse_index(path: Path, content: dict) -> None:
         raise ValueError(f"{path} must have a weight_map of file names; {REMEDY}")
     if outside := [name for name in shards.values() if Path(name).name != name]:
         raise ValueError(f"{path} names the file {outside[0]!r}, which is not beside it; {REMEDY}")
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The JSON object in a file of a model or an adapter.
+
+    Raises:
+        ValueError: it cannot be read, is damaged, or holds something else; the message names it.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # a folder; no JSON, or no UTF-8
+        raise ValueError(
+            f"{path} is no JSON or is damaged ({type(error).__name__}); fetch it again"
+        ) from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}; fetch it again")
+    return content
 
 
 @contextmanager

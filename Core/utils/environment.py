@@ -6,13 +6,14 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from Core.utils.files import read_object, write_whole
+from Core.utils.files import write_whole
 
 ENVIRONMENT = "environment.json"
 PACKAGES = (
@@ -40,10 +41,14 @@ def describe() -> dict[str, Any]:
     }
 
 
-def record_environment(folder: Path) -> None:
-    """Add this start to ``environment.json``; a run that was continued lists every start, once each."""
+def record_environment(folder: Path, weights: Mapping[str, str] | None = None) -> None:
+    """Add this start to ``environment.json``; a run that was continued lists every start, once each.
+
+    Args:
+        weights: commits of the weights from the hub, by key of the configuration.
+    """
     starts = read_starts(folder)
-    now = describe()
+    now = describe() | ({"weights": dict(weights)} if weights else {})
     if now not in starts:
         starts.append(now)
     folder.mkdir(parents=True, exist_ok=True)
@@ -53,10 +58,9 @@ def record_environment(folder: Path) -> None:
 def read_starts(folder: Path) -> list[dict[str, Any]]:
     """What ``record_environment`` wrote, oldest first; empty where it never ran."""
     try:
-        starts = read_object(folder / ENVIRONMENT)["starts"]
-    except (ValueError, KeyError):
+        return json.loads((folder / ENVIRONMENT).read_text(encoding="utf-8"))["starts"]
+    except (OSError, ValueError, KeyError, TypeError):
         return []
-    return starts if isinstance(starts, list) and all(isinstance(start, dict) for start in starts) else []
 
 
 def _hardware() -> dict[str, Any]:

@@ -1,12 +1,10 @@
 """Files that appear under their name only when they are whole."""
 
-import json
 import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 NAME_BYTES, PATH_BYTES = 255, 4095  # of Linux's file systems
 
@@ -27,23 +25,6 @@ def path_fault(text: str) -> str:
     if max(sizes, default=0) > NAME_BYTES or sum(sizes) + len(sizes) > PATH_BYTES:
         return f"a path has at most {NAME_BYTES} bytes between slashes and {PATH_BYTES} in all; shorten it"
     return ""
-
-
-def read_object(path: Path) -> dict[str, Any]:
-    """A JSON file that holds an object.
-
-    Raises:
-        ValueError: it cannot be read, is damaged, or holds something else; the message names it.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # a folder; no JSON, or no UTF-8
-        raise ValueError(
-            f"{path} is no JSON or is damaged ({type(error).__name__}); fetch it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}; fetch it again")
-    return content
 
 
 @contextmanager

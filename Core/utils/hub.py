@@ -10,13 +10,15 @@ import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
-from Core.utils.files import path_fault, read_object
+from Core.utils.damage import read_settings
+from Core.utils.files import path_fault
 
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")  # owner/name, or owner/name@revision
+COMMIT = re.compile(r"[0-9a-f]{40}")
 FILE_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".txt", ".py", ".whl"}  # not of hub ids
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
@@ -35,11 +37,11 @@ KINDS = {
 class Weight:
     """One published artefact.
 
-    source: hub id, https address, or local path. kind: ``model`` (folder in the transformers layout),
-    ``tokenizer`` (the same without weights), ``checkpoint`` (folder of another layout, see ``layouts``) or ``file`` (a
-    single one, ``file`` in its repository). parts: what a model folder must hold beside the network. layouts: what a
-    checkpoint folder may hold, alternatives in order, each a set of patterns. size: approximate download in bytes.
-    sha256: of a pinned file. licence: of the weights.
+    source: hub id (``owner/name``, or pinned ``owner/name@revision``), https address, or local path. kind: ``model``
+    (folder in the transformers layout), ``tokenizer`` (the same without weights), ``checkpoint`` (folder of another
+    layout, see ``layouts``) or ``file`` (a single one, ``file`` in its repository). parts: what a model folder must
+    hold beside the network. layouts: what a checkpoint folder may hold, alternatives in order, each a set of patterns.
+    size: approximate download in bytes. sha256: of a pinned file. licence: of the weights.
     """
 
     source: str
@@ -128,7 +130,7 @@ def _lacks_tokenizer(folder: Path) -> str:
 
 def _has_shards(folder: Path, index: Path) -> bool:
     """Whether every shard an index file names is there."""
-    named = read_object(index).get("weight_map")
+    named = read_settings(index).get("weight_map")
     return isinstance(named, dict) and all((folder / str(shard)).is_file() for shard in named.values())
 
 
@@ -219,12 +221,26 @@ def _from_hub(weight: Weight, into: Path | None) -> Path:
     raise FileNotFoundError(f"{weight.source} on the hub is not {KINDS[weight.kind]}: {weight.lacks(folder)}")
 
 
+def _repository(source: str) -> dict[str, Any]:
+    """A hub id as the hub's client takes it."""
+    name, _, revision = source.partition("@")
+    return {"repo_id": name, "revision": revision or None}
+
+
+def commit_of(weight: Weight) -> str | None:
+    """The commit that a hub id stands for in this machine's cache; None for anything else."""
+    if weight.is_local or weight.source.startswith("https://"):
+        return None
+    found = _cached_snapshot(weight.source)
+    return found.name if found and COMMIT.fullmatch(found.name) else None
+
+
 def _cached_snapshot(source: str) -> Path | None:
     """Folder of a repository in the hub's cache, complete or not."""
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, local_files_only=True))
+        return Path(snapshot_download(**_repository(source), local_files_only=True))
     except OSError:
         return None
 
@@ -234,7 +250,7 @@ def _download_snapshot(source: str, patterns: tuple[str, ...], folder: Path | No
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(source, allow_patterns=list(patterns), local_dir=folder))
+        return Path(snapshot_download(**_repository(source), allow_patterns=list(patterns), local_dir=folder))
     except _hub_errors() as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(textwrap.shorten(reason, REASON_LIMIT, placeholder=" …")) from error

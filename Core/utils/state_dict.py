@@ -11,8 +11,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from Core.utils.damage import is_weight, loading, reason_of, refuse_integers
-from Core.utils.files import read_object
+from Core.utils.damage import is_weight, loading, read_settings, reason_of, refuse_integers
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
@@ -139,7 +138,7 @@ def _weight_files(folder: Path) -> list[Path]:
     for file in (file for file in whole if file.is_file()):
         return [file]
     index = min(folder.glob("*.index.json"))  # by name, so safetensors first
-    shards = read_object(index)["weight_map"].values()
+    shards = read_settings(index)["weight_map"].values()
     return [folder / name for name in sorted(set(shards))]
 
 

@@ -55,7 +55,7 @@ def _place(error: BaseException, origin: str) -> str:
     return f" at line {lines[-1]}" if lines else ""
 
 
-def contract_errors(cls: Any, info_class: type) -> list[str]:
+def contract_errors(cls: Any, info_class: Any) -> list[str]:
     """What a class derived from ``Reward`` lacks, one sentence each; nothing of it is run."""
     errors = []
     info: Any = getattr(cls, "info", None)

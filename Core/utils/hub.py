@@ -221,10 +221,10 @@ def _from_hub(weight: Weight, into: Path | None) -> Path:
     raise FileNotFoundError(f"{weight.source} on the hub is not {KINDS[weight.kind]}: {weight.lacks(folder)}")
 
 
-def _repository(source: str) -> dict[str, Any]:
-    """A hub id as the hub's client takes it."""
+def _repository(source: str) -> tuple[str, dict[str, Any]]:
+    """A hub id without its revision, and that as an argument of the hub's client."""
     name, _, revision = source.partition("@")
-    return {"repo_id": name, "revision": revision or None}
+    return name, {"revision": revision} if revision else {}
 
 
 def commit_of(weight: Weight) -> str | None:
@@ -239,9 +239,10 @@ def _cached_snapshot(source: str) -> Path | None:
     """Folder of a repository in the hub's cache, complete or not."""
     from huggingface_hub import snapshot_download
 
+    name, pinned = _repository(source)
     try:
-        return Path(snapshot_download(**_repository(source), local_files_only=True))
-    except OSError:
+        return Path(snapshot_download(name, **pinned, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or no name the hub takes
         return None
 
 
@@ -249,8 +250,9 @@ def _download_snapshot(source: str, patterns: tuple[str, ...], folder: Path | No
     """Download the files of a repository that match; any failure becomes FileNotFoundError."""
     from huggingface_hub import snapshot_download
 
+    name, pinned = _repository(source)
     try:
-        return Path(snapshot_download(**_repository(source), allow_patterns=list(patterns), local_dir=folder))
+        return Path(snapshot_download(name, **pinned, allow_patterns=list(patterns), local_dir=folder))
     except _hub_errors() as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(textwrap.shorten(reason, REASON_LIMIT, placeholder=" …")) from error

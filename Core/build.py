@@ -5,12 +5,12 @@ from typing import Any
 
 import torch
 
-from Core.backbones import Backbone, EncodedPrompt, Prompt
+from Core.backbones import Backbone, Prompt
 from Core.config import Config, ConfigError
-from Core.data.text_embeddings import all_cached, encode_prompts
+from Core.data.text_embeddings import EncodedPrompts, all_cached, encode_prompts
 from Core.rewards import required_weights
 from Core.utils.distributed import Distributed
-from Core.utils.hub import prefetch
+from Core.utils.hub import commit_of, prefetch
 
 # What ``build_reward`` takes: a name or {name: weight}, and the arguments.
 Scorer = tuple[str | Mapping[str, float], Mapping[str, Any] | None]
@@ -22,23 +22,31 @@ def new_backbone(config: Config, device: torch.device) -> Backbone:
 
 
 def build_backbone(
-    config: Config, distributed: Distributed, prompts: Sequence[Prompt]
-) -> tuple[Backbone, list[EncodedPrompt]]:
-    """The loaded model family, and the prompts with their features."""
+    config: Config, distributed: Distributed, prompts: Sequence[Prompt], used: Sequence[Prompt] | None = None
+) -> tuple[Backbone, EncodedPrompts]:
+    """The loaded model family, and the prompts with the features of those that are ``used``, by default all."""
     backbone = new_backbone(config, distributed.device)
-    fetch_weights(config, backbone, distributed, prompts)
+    fetch_weights(config, backbone, distributed, used or prompts)
     # One process of a machine fills its cache, so that the encoder is loaded once and not once per process.
     for turn in (True, False):
         if distributed.is_first_on_machine == turn:
-            encoded = _encode(config, backbone, prompts)
+            encoded = _encode(config, backbone, prompts, used, distributed.is_main)
         distributed.barrier()
-    backbone.load()
+    with backbone.loading("the model", backbone.weights.keys() - set(backbone.text_weights)):
+        backbone.load()
     return backbone, encoded
 
 
-def _encode(config: Config, backbone: Backbone, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+def _encode(
+    config: Config,
+    backbone: Backbone,
+    prompts: Sequence[Prompt],
+    used: Sequence[Prompt] | None,
+    is_main: bool,
+) -> EncodedPrompts:
     try:
-        return encode_prompts(backbone, prompts, config.models.text_cache)
+        shown = is_main and config.run.verbose > 0
+        return encode_prompts(backbone, prompts, config.models.text_cache, used, shown)
     except torch.OutOfMemoryError as error:
         on_device = config.models.text_encoding == "device"
         smaller = "text_encoding='8bit' or 'cpu'" if on_device else "text_encoding='cpu'"
@@ -63,6 +71,15 @@ def fetch_weights(
         return backbone.fetch(text_encoder=not cached) + fetch_scorers(scorers)
 
     once_per_machine(distributed, fetch)
+
+
+def commits_of_weights(config: Config, backbone: Backbone) -> dict[str, str]:
+    """Commits of the weights that come from the hub, by key of the configuration or name of the reward."""
+    weights = dict(backbone.weights_of(backbone.settings))
+    if config.run.is_vader_training:
+        own = required_weights(config.reward.reward_fn, config.reward.arguments)
+        weights |= {f"reward {weight.source}": weight for weight in own}
+    return {key: commit for key, weight in weights.items() if (commit := commit_of(weight))}
 
 
 def fetch_scorers(scorers: Iterable[Scorer]) -> list[str]:

@@ -47,7 +47,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
-    parser.add_argument("config", help="config file, such as a run's config.py")
+    parser.add_argument("config", help="config file, or the folder of a run")
     parser.add_argument(
         "--adapter", action="append", required=True, help="adapter to compare; repeat for more"
     )

@@ -22,7 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 import torch  # noqa: E402
 from torch import nn  # noqa: E402
 
-from Core.config.load import read_saved  # noqa: E402
+from Core.config.files import read_run  # noqa: E402
 from Core.modules import lora  # noqa: E402
 from Core.training.metric_logging import CsvTracker  # noqa: E402
 from Core.training.nan_check import find_fault  # noqa: E402
@@ -110,7 +110,7 @@ def main() -> int:
     parser.add_argument("--json", type=Path, help="also write the numbers there")
     parser.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args()
-    config = read_saved(args.run / "config.py")
+    config = read_run(args.run)
     samples = config["train_batch_size"] * config["gradient_accumulation_steps"]
     if args.worker:
         measured = measure(samples, (4, 15, 30, 40), config["checkpointing_steps"])

@@ -50,6 +50,12 @@ def training_run(folder: Path, steps: int = 60) -> Path:
     return folder
 
 
+def write_manifest(folder: Path) -> None:
+    """The ``prompts.jsonl`` of the videos in ``folder``."""
+    entries = [{"name": path.stem, "file": path.name} for path in sorted(folder.glob("*.mp4"))]
+    (folder / "prompts.jsonl").write_text("".join(json.dumps(entry) + "\n" for entry in entries))
+
+
 def evaluation(folder: Path, adapters: tuple[str, ...] = ("fox",)) -> Path:
     """An evaluation whose adapters gain ``hps`` on all but two prompts and lose ``motion``; a video per row."""
     rows, generator = [], torch.Generator().manual_seed(0)
@@ -63,6 +69,7 @@ def evaluation(folder: Path, adapters: tuple[str, ...] = ("fox",)) -> Path:
                 file = f"videos/{variant}/{index:04d}_{seed}"
                 picture(folder / file, frames=9, seed=100 * number + index)
                 rows.append(Row(variant, index, prompt, seed, f"{file}.mp4", index < 2, scores))
+        write_manifest(folder / "videos" / variant)
     result = {
         "adapters": [{"name": name, "adapter": f"runs/{name}/adapter"} for name in adapters],
         "rewards": {"hps": {}},

@@ -1,5 +1,6 @@
 """Caption features: encoded once, kept on disk, and the encoder freed."""
 
+import contextlib
 import gc
 import os
 import shutil
@@ -9,7 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 import twins
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from Core.backbones import Backbone, Prompt, TextEncoder
@@ -18,6 +20,7 @@ from Core.backbones.opensora import OpenSora
 from Core.backbones.opensora_prompts import parse_prompts
 from Core.build import fetch_weights, new_backbone
 from Core.config import build_config
+from Core.data import text_embeddings
 from Core.data.text_embeddings import ENCODE_BATCH, all_cached, encode_prompts
 from Core.utils.distributed import Distributed
 
@@ -40,7 +43,15 @@ class CountingEncoder(TextEncoder):
 @pytest.fixture
 def backbone() -> SimpleNamespace:
     """A stand-in whose encoder gives each caption as many tokens as letters; ``built`` holds the encoders."""
-    family = SimpleNamespace(text_identity="letters", seen=[], built=[], caption=str, negative_caption=None)
+    family = SimpleNamespace(
+        text_identity="letters",
+        seen=[],
+        built=[],
+        caption=str,
+        negative_caption=None,
+        text_weights=(),
+        loading=lambda *_: contextlib.nullcontext(),
+    )
 
     def text_encoder() -> CountingEncoder:
         encoder = CountingEncoder(family.seen)
@@ -101,6 +112,48 @@ def test_a_damaged_file_is_written_anew(backbone, tmp_path, content):
     assert torch.equal(encoded(backbone, ["a"], tmp_path)["a"]["letters"], expected)
     assert torch.equal(load_file(file)["letters"], expected)
     assert [path for path in tmp_path.rglob("*") if path.is_file()] == [file]
+
+
+@pytest.mark.parametrize("damage", ["flipped", "another shape", "another name", "no hash", "hash of another"])
+def test_what_is_not_what_was_written_is_encoded_again(backbone, tmp_path, caplog, damage):
+    expected = encoded(backbone, ["a", "bb"], tmp_path)["a"]["letters"]
+    file = text_embeddings._cache_file(tmp_path, "letters", "a")
+    other = text_embeddings._cache_file(tmp_path, "letters", "bb")
+    features = load_file(file)
+    with safe_open(file, "pt") as content:
+        metadata = content.metadata()
+    if damage == "flipped":
+        content = bytearray(file.read_bytes())
+        content[-1] ^= 1
+        file.write_bytes(content)
+    elif damage == "hash of another":
+        save_file(load_file(other), file, metadata)
+    else:
+        changed = {"another shape": {"letters": expected[:, :1].clone()}, "another name": {"more": expected}}
+        save_file({**features, **changed.get(damage, {})}, file, None if damage == "no hash" else metadata)
+    assert not cached(backbone, ["a"], tmp_path)
+    assert torch.equal(encoded(backbone, ["a"], tmp_path)["a"]["letters"], expected)
+    assert backbone.seen == ["a", "bb", "a"] and cached(backbone, ["a"], tmp_path)
+    assert f"1 entries are damaged and made again, such as {file}" in caplog.text
+
+
+def test_only_used_prompts_are_encoded_and_few_are_held(backbone, tmp_path, monkeypatch):
+    prompts = [Prompt(chr(97 + number) * 4) for number in range(20)]
+    monkeypatch.setattr(text_embeddings, "HELD_BYTES", 100)
+    found = encode_prompts(backbone, prompts, tmp_path, used=prompts[5:15])
+    assert backbone.seen == [prompt.text for prompt in prompts[5:15]]
+    assert len(found) == 20 and len(found.store.held) == 2 and len(found[5:15]) == 10
+    assert [chr(one.features_of()["first"]) for one in found[5:15]] == [p.text[0] for p in prompts[5:15]]
+    for file in tmp_path.rglob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ValueError, match="text_cache: .* was removed or damaged while it was in use"):
+        found[14].features_of()
+
+
+def test_a_cache_that_cannot_be_written_is_held_in_memory(backbone, tmp_path, monkeypatch):
+    monkeypatch.setattr(text_embeddings, "HELD_BYTES", 0)
+    (tmp_path / "file").write_text("")
+    assert len(encoded(backbone, ["aaa"], tmp_path / "file")["aaa"]["letters"]) == 3
 
 
 def test_a_killed_run_keeps_what_it_has_encoded(backbone, tmp_path, monkeypatch):
@@ -174,9 +227,10 @@ def test_features_and_mask_of_a_batch_are_rebuilt(opensora, tmp_path):
 
 def test_the_identity_follows_weights_length_and_number_type(opensora, twin):
     entry = opensora.values["text_encoder"]
+    elsewhere = {**opensora.values["model"], "from_pretrained": "someone/with-10-tokens"}
     others = [
         dict(dtype="bf16"),
-        dict(text_encoder={**entry, "model_max_length": 10}),
+        dict(text_encoder={**entry, "model_max_length": 10}, model=elsewhere),
         dict(text_encoder={**entry, "from_pretrained": str(twin / "clip")}),
         dict(text_encoding="8bit"),
         dict(text_encoding="cpu"),

@@ -4,6 +4,7 @@ import json
 import re
 import runpy
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import FrozenInstanceError, fields
 from pathlib import Path
 from typing import Any, get_args
@@ -14,14 +15,17 @@ import yaml
 from torch import nn
 
 from Core.backbones import BACKBONES, Backbone, FamilySettings
-from Core.backbones.opensora import OpenSoraSettings
+from Core.backbones.opensora import OpenSora, OpenSoraSettings
 from Core.config import ConfigError, build_config, load_config
+from Core.config.files import read_file
 from Core.config.load import RETIRED
 from Core.config.schema import keys_of, sections_of
 from Core.modules import lora
 from Core.utils.options import default_of, fits
+from opensora.models.stdit.stdit3 import STDiT3, STDiT3Config
 
 ROOT = Path(__file__).resolve().parents[1]
+WIDE = {**twins.STDIT, "hidden_size": 96}
 SHIPPED = ROOT / "Open-Sora" / "configs" / "opensora-v1-2" / "vader"
 INHERITED = """resolution aspect_ratio num_frames fps save_fps frame_interval image_size multi_resolution
 condition_frame_length align aes flow camera_motion model vae text_encoder scheduler prompt prompt_path start_index
@@ -199,6 +203,70 @@ def test_a_config_may_be_yaml_or_json(values, tmp_path, suffix):
     assert load_config([str(other), "--lr", "3e-4"]) == python
 
 
+@pytest.mark.parametrize("as_base", [False, True])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "lr: !!python/object/apply:os.mknod [{!r}]",
+        "lr: !!python/object/new:os.mknod [{!r}]",
+        "lr: !!python/name:os.mknod",
+        "custom_imports: {{imports: [code]}}",
+    ],
+)
+def test_nothing_in_a_yaml_file_is_run(tmp_path, monkeypatch, line, as_base):
+    trace = tmp_path / "trace"
+    (tmp_path / "code.py").write_text(f"import os\nos.mknod({str(trace)!r})\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    file = tmp_path / "config.yaml"
+    file.write_text(line.format(str(trace)) + "\n")
+    if as_base:
+        (tmp_path / "own.py").write_text("_base_ = ['config.yaml']\n")
+        file = tmp_path / "own.py"
+    with pytest.raises(ConfigError) as error:
+        load_config([str(file), "--check-only"])
+    assert not trace.exists()
+    assert any("cannot be read" in s or "unknown key 'custom_imports'" in s for s in error.value.errors)
+
+
+@pytest.mark.parametrize("text", ["1e-3", "1.5e3", "-2E-1", "+1.e2"])
+def test_yaml_reads_numbers_as_python_does(tmp_path, text):
+    (tmp_path / "config.yaml").write_text(f"lr: {text}\nprompt: '{text}'\n")
+    assert read_file(str(tmp_path / "config.yaml")) == {"lr": float(text), "prompt": text}
+
+
+def test_a_run_folder_is_read_as_data(values, tmp_path):
+    """What lies in a folder may be somebody else's: its config.py is not run."""
+    config = build_config({**values, "wandb_entity": "{{ $HOME:snow }}{{ fileDirname }}"})
+    config.save(tmp_path / "config.py")
+    (tmp_path / "config.py").write_text("raise SystemExit\n")
+    assert json.dumps(load_config([str(tmp_path)]).flat()) == json.dumps(config.flat())
+    assert load_config([str(tmp_path), "--cfg-options", "seed=7", "scheduler.cfg_scale=2"]).run.seed == 7
+    for damage in ("", "[]", "{", "[" * 100_000):
+        (tmp_path / "config.json").write_text(damage)
+        with pytest.raises(ConfigError, match="config.json is no saved configuration"):
+            load_config([str(tmp_path)])
+
+
+@pytest.mark.parametrize("code", ["lr = lambda: 1", "from math import sqrt\nlr = sqrt", "def lr(): pass"])
+def test_a_function_is_no_value(file, code):
+    Path(file).write_text(Path(file).read_text().replace("lr = 0.001\n", "") + code + "\n")
+    with pytest.raises(ConfigError) as error:
+        load_config([file])
+    (sentence,) = error.value.errors
+    assert sentence.startswith("lr must be a number, got ")
+
+
+def test_helpers_in_a_config_file_are_no_keys(file):
+    Path(file).write_text(Path(file).read_text() + "def half(x): return x / 2\nseed = int(half(14))\n")
+    assert load_config([file]).run.seed == 7
+
+
+def test_a_config_file_that_exits_is_an_error(tmp_path):
+    (tmp_path / "config.py").write_text("raise SystemExit(0)\n")
+    with pytest.raises(ConfigError, match="cannot be read: SystemExit: 0"):
+        load_config([str(tmp_path / "config.py")])
+
+
 def test_other_kinds_of_files_are_named(tmp_path):
     (tmp_path / "config.toml").write_text("lr = 1")
     with pytest.raises(ConfigError, match="config.toml' must end in one of .py, .yaml, .yml, .json"):
@@ -242,7 +310,7 @@ def test_all_errors_come_at_once(values):
     [
         (dict(image_size=None, resolution="241p"), "resolution='241p' is unknown; choose one of 144p"),
         (dict(image_size=None, aspect_ratio="7:7"), "aspect_ratio='7:7' does not exist at resolution '240p'"),
-        (dict(image_size=(0, 32)), "height, width and num_frames must be positive"),
+        (dict(image_size=(0, 32)), "image_size must be at least 1, got 0"),
         (dict(image_size=(4, 4)), "image_size"),
         (dict(image_size=None, resolution=None), "give image_size=.* or resolution and aspect_ratio"),
         (dict(num_frames="3s"), "num_frames='3s' is not valid"),
@@ -261,10 +329,10 @@ def test_all_errors_come_at_once(values):
         (dict(lora_dropout=1.0), "lora_dropout must be below 1, got 1.0"),
         (dict(loop=2), "loop is for inference; remove it or set is_vader_training=False"),
         (dict(prompt_path=None), "no prompts: set prompt_path"),
-        (dict(prompt=[" "]), "prompt is empty or holds an empty prompt"),
-        (dict(prompt=["a fox", ""]), "prompt is empty or holds an empty prompt"),
-        (dict(prompt=[]), "prompt is empty or holds an empty prompt"),
-        (dict(lora_targets=[]), "lora_targets is empty"),
+        (dict(prompt=[" "]), "prompt must not be empty or hold an empty text; remove it, or give a value"),
+        (dict(prompt=["a fox", ""]), "prompt must not be empty or hold an empty text"),
+        (dict(prompt=[]), "prompt must not be empty; remove it, or give a value"),
+        (dict(lora_targets=[]), "lora_targets must not be empty"),
         (dict(early_stop=dict(monitor="diversity")), "raise num_val_seeds"),
         (dict(early_stop=dict(monitor="motion"), num_frames=1), "needs videos of more than one frame"),
         (
@@ -274,6 +342,41 @@ def test_all_errors_come_at_once(values):
         (dict(start_index=3, end_index=2), r"end_index \(2\) must be above start_index \(3\)"),
         (dict(lora_ckpt_path="nowhere"), "lora_ckpt_path: there is no file or folder 'nowhere'"),
         (dict(reward_fn="beauty"), "beauty"),
+        (dict(lora_ckpt_path=""), "lora_ckpt_path must not be empty"),
+        (dict(lora_ckpt_path=["base", ""]), "lora_ckpt_path must not be empty or hold an empty text"),
+        (dict(project_dir=" "), "project_dir must not be empty"),
+        (dict(project_dir="~nobody-here/run"), "project_dir: there is no user 'nobody-here' on this machine"),
+        (dict(prompt_path="x" * 300), "prompt_path: a path has at most 255 bytes between slashes"),
+        (dict(text_cache="x/" * 3000), "text_cache: a path has at most 255 bytes .* 4095 in all"),
+        (dict(project_dir="a\0b"), "project_dir must not hold a null character"),
+        (dict(reward_args=dict(model="~nobody-here/clip")), "there is no user 'nobody-here'"),
+        (dict(reward_fn="~nobody-here/mine.py:Mine"), "there is no user 'nobody-here'"),
+        (dict(reward_args=dict(slice_size=0)), "slice_size must be at least 1, got 0"),
+        (dict(reward_fn={"motion": 10**400}), "reward_fn.motion must be at most 1000000000, got 1000"),
+        (dict(reward_args=dict(model=len)), "reward_args.model must be data .*, got <built-in function len>"),
+        (dict(prompt=["a fox"], end_index=1), "end_index counts lines of prompt_path, which prompt replaces"),
+        (dict(prompt=["x" * 10_001]), "prompt must have at most 10000 characters, got 10001"),
+        (dict(image_size=(60_000, 60_000)), "height × width × num_frames must be at most 8589934592"),
+        (dict(image_size=(2**63, 32)), "image_size must be at most 65536, got"),
+        (dict(save_fps=1e12), "save_fps must be at most 1000, got"),
+        (dict(fps=0.1, frame_interval=1000), "fps / frame_interval must be at least 0.01"),
+        (
+            dict(monitors=["motion"], num_frames=1, decode_frame=0),
+            "monitors: 'motion' needs videos of at least 2",
+        ),
+        (
+            dict(monitors=["motion"], monitor_args=dict(motion=5)),
+            "the arguments of reward 'motion' must be a dict",
+        ),
+        (
+            dict(reward_fn="motion", reward_args={}),
+            "reward 'motion' needs at least 2 frames of a video, and gets 1",
+        ),
+        (
+            dict(reward_fn="hinge", reward_args=dict(reward="motion", target=1.0)),
+            "reward 'hinge' needs at least 2 frames of a video, and gets 1",
+        ),
+        (dict(seed=2**64), "seed must be at most 9223372036854775807"),
     ],
 )
 def test_values_that_cannot_be_are_named(values, changes, message):
@@ -392,15 +495,60 @@ def test_wrong_values_in_entries_come_together(values):
 
 def test_an_adapter_is_trained_on_with_the_scaling_it_has(values, tmp_path):
     """Under another alpha or rank the same weights would be another adapter from the first step on."""
-    model = lora.attach(nn.Sequential(nn.Linear(4, 4)), ["0"], rank=3, alpha=5)
-    lora.save(model, tmp_path / "adapter")
-    values |= dict(lora_ckpt_path=str(tmp_path / "adapter"))
+    values |= dict(lora_ckpt_path=save_adapter(tmp_path / "adapter", OpenSora.lora_targets))
     (sentence,) = errors_of({**values, "lora_rank": 3, "lora_alpha": 8})
     assert "has lora_alpha=5, but the configuration has lora_alpha=8;" in sentence
     assert sentence.endswith("set lora_alpha=5")
     assert errors_of({**values, "lora_rank": 4})[0].endswith("set lora_rank=3 and lora_alpha=5")
     build_config({**values, "lora_rank": 3, "lora_alpha": 5})
     build_config({**values, "is_vader_training": False})  # inference goes by the adapter
+
+
+def save_adapter(folder: Path, targets: Sequence[str], model: nn.Module | None = None) -> str:
+    """An adapter of rank 3 and alpha 5, for the twin's denoiser if no ``model`` is given."""
+    lora.save(lora.attach(model or twins.stdit(), targets, rank=3, alpha=5), folder)
+    return str(folder)
+
+
+def test_adapters_that_cannot_be_are_named_before_anything_loads(values, tmp_path):
+    values |= dict(lora_rank=3, lora_alpha=5)
+    small = save_adapter(tmp_path / "small", ["0"], nn.Sequential(nn.Linear(4, 4)))
+    wide = save_adapter(tmp_path / "wide", ["qkv", "q_linear", "kv_linear"], STDiT3(STDiT3Config(**WIDE)))
+    qkv = save_adapter(tmp_path / "qkv", ["qkv"])
+    for training in (True, False):
+        keys = {**values, "is_vader_training": training}
+        assert "does not fit the model: 1 unexpected: 0" in errors_of({**keys, "lora_ckpt_path": small})[0]
+        assert "of another shape: spatial_blocks.0.attn" in errors_of({**keys, "lora_ckpt_path": wide})[0]
+    (sentence,) = errors_of({**values, "lora_ckpt_path": qkv})
+    assert sentence.endswith("so set lora_targets=['qkv']")
+    build_config({**values, "lora_ckpt_path": qkv, "lora_targets": ["attn.qkv"]})
+    (sentence,) = errors_of({**values, "lora_targets": ["qkv", "to_q"]})
+    assert sentence.startswith("lora_targets: no linear layer is named 'to_q'; there are ")
+    (sentence,) = errors_of({**values, "lora_ckpt_path": "base"})
+    assert sentence.startswith("lora_ckpt_path='base' is for inference; ")
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(model=dict(depth=3)), "model.depth is 3, but the weights in '.*stdit' have 2; set that"),
+        (dict(model=dict(patch_size=[1, 4, 4])), r"model.patch_size is \[1, 4, 4\], but the weights"),
+        (dict(text_encoder=dict(model_max_length=9)), "text_encoder.model_max_length is 9, but .* have 24"),
+    ],
+)
+def test_sizes_that_the_weights_do_not_have_are_named_before_they_load(values, changes, message):
+    (entry,) = changes
+    (sentence,) = errors_of({**values, entry: {**values[entry], **changes[entry]}})
+    assert re.match(message, sentence)
+    build_config(
+        {**values, "model": {**values["model"], "depth": 2, "patch_size": (1, 2, 2), "qk_norm": True}}
+    )
+
+
+@pytest.mark.parametrize("flags", [["--lr", "3e-4"], ["--debug"], ["--cfg-options", "lr=1"], ["--lr=1"]])
+def test_a_flag_before_the_config_file_is_said_to_be_one(file, flags):
+    with pytest.raises(ConfigError, match=f"the config file comes before the flags: CONFIG {flags[0][:4]}"):
+        load_config([*flags, file])
 
 
 def test_a_config_file_that_is_none(tmp_path):

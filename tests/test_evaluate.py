@@ -369,8 +369,8 @@ def test_a_validation_s_motion_is_that_of_the_scorer_of_that_name(twin, tmp_path
         reward_fn={"motion": 1.0, "pick_score": 1.0}, reward_args={"motion": own, "pick_score": clip}
     )
     keys = {
-        "reward": dict(reward_fn="motion", reward_args=own),
-        "part": mixture,
+        "reward": dict(reward_fn="motion", reward_args=own, decode_frame="all"),
+        "part": mixture | dict(decode_frame="all"),
         "monitor": dict(monitors=["motion"], monitor_args={"motion": own}),
     }[role]
     made, real = [], validation.write_videos

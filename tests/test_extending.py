@@ -1,5 +1,6 @@
 """A second family and a second objective, each in one file: the examples that the docs show."""
 
+import json
 import sys
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from Core.backbones import BACKBONES
 from Core.build import new_backbone
 from Core.cli import main
 from Core.config import ConfigError, build_config, load_config
-from Core.config.load import read_saved
+from Core.config.files import read_run
 from Core.training.objectives import OBJECTIVES
 from Core.utils.tables import read_table
 from scripts import download_weights
@@ -58,12 +59,10 @@ def test_a_second_family_trains_saves_and_generates(run, tmp_path):
 
 
 def test_its_run_is_saved_with_its_keys_alone(run):
-    saved = read_saved(run / "config.py")
+    saved = read_run(run)
     assert (saved["backbone"], saved["sampling_steps"]) == ("toy", 8)
     assert not {"model", "vae", "scheduler", "aes"} & saved.keys()
-    assert load_config([str(run / "config.py")]).flat() == saved | {
-        key: tuple(value) for key, value in saved.items() if isinstance(value, tuple)
-    }
+    assert json.loads(json.dumps(load_config([str(run / "config.py")]).flat())) == saved
 
 
 @pytest.mark.parametrize(
@@ -171,7 +170,7 @@ def test_a_family_and_an_objective_named_by_a_flag_replace_the_files_with_their_
 
 
 def test_an_unknown_objective_is_refused():
-    assert "objective must be one of reward_gradient, one_jump, got 'ppo'" in errors_of("--objective", "ppo")
+    assert "objective must be one of " in errors_of("--objective", "ppo")
 
 
 def test_a_name_in_use_is_refused(examples):

@@ -1,5 +1,8 @@
 """The report: complete, self-contained, small, and seen in a real browser."""
 
+import base64
+import hashlib
+import html
 import json
 import re
 import shutil
@@ -7,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from report_runs import PROMPTS, evaluation, training_run
+from report_runs import PROMPTS, evaluation, training_run, write_manifest
 from sampling_runs import picture
 
 from Core.data.video import read_video
@@ -52,7 +55,7 @@ def test_everything_of_the_run_is_there(run, page):
     ):
         assert f"<h3>{title}</h3>" in page
     assert "motion falls while the reward rises" in page
-    assert "lora_rank" in page and "sha256" not in page  # this run has no checkpoint
+    assert "lora_rank" in page and "newest checkpoint" not in page  # this run has no checkpoint
     start = json.loads((run / "environment.json").read_text())["starts"][0]
     assert start["versions"]["torch"] in page and start["hardware"]["cpu"] in page
     assert all(prompt in page for prompt in PROMPTS)
@@ -96,6 +99,7 @@ def test_a_run_without_evaluation_shows_its_validations(tmp_path):
 @pytest.mark.parametrize("line", ["open({!r}, 'w')", "lr = open({!r}, 'w')", "import os; os.mknod({!r})"])
 def test_code_in_a_run_s_config_is_told_and_not_run(tmp_path, caplog, line):
     run = training_run(tmp_path / "run")
+    (run / "config.json").unlink()  # as earlier versions left it
     trace = tmp_path / "trace"
     with open(run / "config.py", "a") as file:
         file.write(line.format(str(trace)) + "\n")
@@ -114,10 +118,41 @@ def test_an_evaluation_alone_and_several_adapters(tmp_path):
 
 def test_large_videos_are_made_smaller_or_left_out(tmp_path):
     file = Path(picture(tmp_path / "large", frames=9, size=(270, 480)))
-    budget = VideoBudget(file.stat().st_size)
+    write_manifest(tmp_path)
+    budget = VideoBudget(file.stat().st_size, tmp_path)
     assert len(budget.uri(file)) < file.stat().st_size
-    assert VideoBudget(100).uri(file) is None
-    assert list(tmp_path.iterdir()) == [file]
+    assert VideoBudget(100, tmp_path).uri(file) is None
+    assert {path.name for path in tmp_path.iterdir()} == {file.name, "prompts.jsonl"}
+
+
+def test_only_videos_that_the_run_made_are_embedded(tmp_path, caplog):
+    """A run is somebody else's data: what its tables name may lie anywhere on the reader's disk."""
+    run = tmp_path / "run"
+    run.mkdir()
+    secret = Path(picture(tmp_path / "secret", frames=9))
+    mine, other = Path(picture(run / "mine", frames=9)), Path(picture(run / "other", frames=9))
+    (run / "link.mp4").symlink_to(secret)
+    (run / "notes.txt").write_text("private")
+    write_manifest(run)
+    other.rename(run / "unlisted.mp4")
+    listed = [{"name": name, "file": name} for name in ("../secret.mp4", str(secret), "notes.txt")]
+    with open(run / "prompts.jsonl", "a") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in listed)
+    budget = VideoBudget(1 << 20, run)
+    assert budget.uri(mine).startswith("data:video/mp4;base64,")
+    for name in ("../secret.mp4", str(secret), "link.mp4", "notes.txt", "unlisted.mp4", "gone.mp4"):
+        caplog.clear()
+        assert budget.uri(run / name) is None
+        assert name in caplog.text
+
+
+def test_the_page_runs_its_own_script_and_reaches_no_network(page):
+    policy = re.search(r'http-equiv="Content-Security-Policy" content="([^"]+)"', page)[1]
+    policy = html.unescape(policy)
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.DOTALL)
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy.startswith(f"default-src 'none'; script-src 'sha256-{digest}'; ")
+    assert "http" not in policy and "unsafe-eval" not in policy
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path):

@@ -211,7 +211,10 @@ def test_own_scorer_from_a_file(tmp_path):
     assert "have no 'gian': did you mean 'gain'?" in check_reward_config(f"{file}:Red", {"gian": 1})[0]
     assert "has no class 'Blue' derived from" in check_reward_config(f"{file}:Blue")[0]
     (tmp_path / "broken.py").write_text("import nowhere_to_be_found")
-    assert "fails on import: ModuleNotFoundError" in check_reward_config(f"{tmp_path / 'broken.py'}:Red")[0]
+    assert (
+        "fails on import at line 1: ModuleNotFoundError"
+        in check_reward_config(f"{tmp_path / 'broken.py'}:Red")[0]
+    )
 
 
 def test_registering_a_name_twice_is_refused(monkeypatch):
@@ -309,9 +312,9 @@ class Malicious:
 def test_malicious_pickle_is_refused_and_not_run(tmp_path, save, arguments):
     trace = tmp_path / "trace"
     save({"layers.0.weight": Malicious(trace)}, tmp_path / "head.pth")
-    with pytest.raises(ValueError, match="refused to load head.pth"):
+    with pytest.raises(ValueError, match="refused to load .*head.pth"):
         build_reward("aesthetic", arguments["aesthetic"] | {"head": str(tmp_path / "head.pth")})
-    with pytest.raises(ValueError, match="refused to load head.pth"):
+    with pytest.raises(ValueError, match="refused to load .*head.pth"):
         load_state(tmp_path / "head.pth")
     assert not trace.exists()
 
@@ -319,13 +322,13 @@ def test_malicious_pickle_is_refused_and_not_run(tmp_path, save, arguments):
 @pytest.mark.parametrize("content", [[1, 2], torch.zeros(3), {"layers": {"0": torch.zeros(1)}}, {"step": 3}])
 def test_a_file_without_named_tensors_is_refused(tmp_path, content):
     torch.save(content, tmp_path / "head.pt")
-    with pytest.raises(ValueError, match="refused to load head.pt: .* without tensors by name"):
+    with pytest.raises(ValueError, match="refused to load .*head.pt: .* without tensors by name"):
         load_state(tmp_path / "head.pt")
 
 
 def test_damaged_safetensors_are_refused(tmp_path):
     (tmp_path / "head.safetensors").write_bytes(b"half of a download")
-    with pytest.raises(ValueError, match="refused to load head.safetensors: it is damaged"):
+    with pytest.raises(ValueError, match="refused to load .*head.safetensors: it is damaged"):
         load_state(tmp_path / "head.safetensors")
 
 

@@ -461,7 +461,7 @@ def test_wrong_folders_are_refused(copied):
     (Path(base) / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     assert "a model of type 'qwen2_5_vl', not 'qwen2_vl'" in refusal(copied)
     (Path(base) / "config.json").write_text("{")
-    assert "config.json cannot be read as JSON" in refusal(copied)
+    assert "config.json is no JSON or is damaged" in refusal(copied)
 
 
 def test_other_settings_are_refused(copied):
@@ -487,14 +487,14 @@ def test_damaged_and_foreign_weights_are_refused(copied, tmp_path):
     save_file(kept, checkpoint / "adapter_model.safetensors")
     assert "a LoRA of 'language_model.layers.0.mlp.up_proj' without its other half" in refusal(copied)
     (checkpoint / "adapter_model.safetensors").write_bytes(b"damaged")
-    assert "refused to load adapter_model.safetensors: it is damaged" in refusal(copied)
+    assert "adapter_model.safetensors: it is damaged" in refusal(copied)
     torch.save(state | {"base_model.model.extra": torch.zeros(1)}, checkpoint / "model.pth")
     assert "do not fit the model its settings describe: 1 unexpected: extra" in refusal(copied)
     state["base_model.model.model.embed_tokens.weight"] = torch.zeros(263, 64)
     torch.save(state, checkpoint / "model.pth")
     assert "embeddings of 263 tokens, its tokenizer 266: the reward's special tokens" in refusal(copied)
     (checkpoint / "model.pth").write_bytes(b"damaged")
-    assert "refused to load model.pth: it is damaged" in refusal(copied)
+    assert "model.pth: it is damaged" in refusal(copied)
     weights = load_file(QWEN2_VL / "hpsv3" / "HPSv3.safetensors")
     del weights["rm_head.3.weight"]
     save_file(weights, tmp_path / "HPSv3.safetensors")

@@ -6,8 +6,8 @@ L text tokens, D text width, N sampling steps.
 
 import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -22,7 +22,8 @@ from Core.modules.quantization import store_linears_in_fp8, store_linears_in_nf4
 from Core.sampling.euler import DenoisingStep, Predict, RectifiedFlow, Step
 from Core.sampling.guidance import PredictionObserver
 from Core.sampling.no_grad_steps import lean_steps
-from Core.utils.hub import Weight, locate
+from Core.utils.damage import loading, refuse_damaged
+from Core.utils.hub import Weight, locate, present
 from Core.utils.options import free_option, option, video_option
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
@@ -47,15 +48,24 @@ class VideoSettings:
     resolution: str | None = video_option("240p", "column of the resolution table, such as `240p`")
     aspect_ratio: str | None = video_option("3:4", "height:width, a row of the resolution table")
     image_size: tuple[int, int] | None = video_option(
-        None, "(height, width) in pixels; replaces resolution and aspect_ratio"
+        None, "(height, width) in pixels; replaces resolution and aspect_ratio", minimum=1, maximum=1 << 16
     )
     num_frames: str | int = video_option(
-        "2s", "duration (`2s`, `4s`, `8s`, `16s`) or number of frames; 1 makes images"
+        "2s",
+        "duration (`2s`, `4s`, `8s`, `16s`) or number of frames; 1 makes images",
+        minimum=1,
+        maximum=1 << 16,
     )
-    fps: float = video_option(24, "frames per second the model is conditioned on", above=0)
-    frame_interval: int = video_option(1, "files play at fps / frame_interval", minimum=1, may_change=True)
+    fps: float = video_option(24, "frames per second the model is conditioned on", minimum=0.1, maximum=1000)
+    frame_interval: int = video_option(
+        1, "files play at fps / frame_interval", minimum=1, maximum=1000, may_change=True
+    )
     save_fps: float | None = video_option(
-        None, "frames per second of the files; replaces fps / frame_interval", above=0, may_change=True
+        None,
+        "frames per second of the files; replaces fps / frame_interval",
+        minimum=0.1,
+        maximum=1000,
+        may_change=True,
     )
     save_gif: bool = video_option(False, "also write an animated GIF of each video", may_change=True)
 
@@ -84,7 +94,7 @@ class ModelSettings:
         "device",
         "where captions are encoded: on the `device`, there in `8bit` (bitsandbytes), or on the `cpu`",
     )
-    text_cache: str = free_option("~/.cache/vader/text", "folder of cached prompt embeddings")
+    text_cache: str = free_option("~/.cache/vader/text", "folder of cached prompt embeddings", path=True)
     compile_blocks: bool = option(
         False, "compile the denoiser's blocks for training (torch.compile); the first step is slow"
     )
@@ -291,6 +301,25 @@ class Backbone(ABC):
     def weights_of(cls, settings: FamilySettings) -> dict[str, Weight]:
         """The weights that a configuration names, by key."""
         return {key: weight.at(str(_value_at(settings, key))) for key, weight in cls.weights.items()}
+
+    @classmethod
+    def denoiser_shapes(cls, settings: Any) -> Mapping[str, Sequence[int]]:
+        """Shape of each of the denoiser's weights by name, as far as files on this machine say; loads nothing."""
+        return {}
+
+    @contextmanager
+    def loading(self, what: str, keys: Iterable[str]) -> Iterator[None]:
+        """Load the weights of ``keys`` in the block; damaged files are named in a sentence.
+
+        Raises:
+            ValueError: one is damaged.
+        """
+        weights = self.weights_of(self.settings)
+        sources = [weights[key] for key in keys]
+        for place in filter(None, map(present, sources)):
+            refuse_damaged(place)
+        with loading(what, [weight.source for weight in sources]):
+            yield
 
     def fetch(self, text_encoder: bool = True) -> list[str]:
         """Bring all weights, or all but the text encoder's, to this machine; a sentence for each that cannot be had."""

@@ -23,6 +23,7 @@ from Core.modules.autocast import keep_out_of_autocast
 from Core.sampling import guidance
 from Core.sampling.euler import Predict
 from Core.sampling.guidance import Combine, PredictionObserver
+from Core.utils.damage import read_settings
 from Core.utils.hub import locate, missing_local, present
 from Core.utils.options import video_option
 
@@ -36,7 +37,7 @@ from .base import (
     file_identity,
     weight_errors,
 )
-from .diffusers_files import INDEX, PipelineWeight, component_config, read_json
+from .diffusers_files import INDEX, PipelineWeight, component_config
 
 DIFFUSERS = "0.42"  # the oldest with every family's pipeline
 VAE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -188,8 +189,11 @@ class DiffusersBackbone(Backbone):
         except ValueError:
             return errors  # said of the video itself
         errors += cls.length_errors(spec.num_frames)
-        folder = None if errors else present(cls.weights_of(settings)["model_path"])
-        return errors + (cls.folder_errors(folder, settings, spec) if folder else [])
+        weight = cls.weights_of(settings)["model_path"]
+        folder = None if errors else present(weight)
+        if folder and not weight.lacks(folder):
+            errors += cls.folder_errors(folder, settings, spec)
+        return errors
 
     @classmethod
     def length_errors(cls, frames: int) -> list[str]:
@@ -206,7 +210,7 @@ class DiffusersBackbone(Backbone):
     def folder_errors(cls, folder: Path, settings: Any, video: VideoSpec) -> list[str]:
         """What is wrong with a configuration for the pipeline in ``folder``; reads its JSON files alone."""
         try:
-            kind = read_json(folder / INDEX).get("_class_name")
+            kind = read_settings(folder / INDEX).get("_class_name")
             if kind not in cls.pipelines:
                 return [
                     f"model_path: {settings.model_path!r} holds a {kind}, and this family needs a "
@@ -354,8 +358,14 @@ class DiffusersBackbone(Backbone):
         if combine:
             null = self.batch_text([{**features, **(self.negative or {})} for features in text])
             both = {key: torch.cat([captions[key], null[key]]) for key in captions}
-        branches = (self._branch(condition) for condition in (captions, null, both))
-        return guidance.guided(*branches, combine, null_grad=null_grad, observe=observe)
+        return guidance.guided(
+            self._branch(captions),
+            self._branch(null),
+            self._branch(both),
+            combine,
+            null_grad=null_grad,
+            observe=observe,
+        )
 
     def _branch(self, condition: Mapping[str, Tensor]) -> Predict:
         return lambda z, t, generated=None: self.predict(z, t, condition)

@@ -1,11 +1,11 @@
 """Pipelines on disk, in the layout of ``DiffusionPipeline.save_pretrained``: a folder per component, and an index."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from Core.utils.damage import read_settings
 from Core.utils.hub import Weight
 
 INDEX = "model_index.json"
@@ -57,28 +57,12 @@ class PipelineWeight(Weight):
                 return True
             index = folder / f"{stem}.safetensors.index{dot}.json"
             if index.is_file():
-                shards = set(read_json(index)["weight_map"].values())
+                shards = set(read_settings(index)["weight_map"].values())
                 return all((folder / shard).is_file() for shard in shards)
         return False
-
-
-def read_json(path: Path) -> Mapping[str, Any]:
-    """A JSON object.
-
-    Raises:
-        ValueError: damaged, or another kind of JSON.
-        OSError: no such file.
-    """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{path} is no JSON or is damaged; fetch it again") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object; fetch it again")
-    return content
 
 
 def component_config(folder: Path, component: str) -> Mapping[str, Any]:
     """Configuration of one component of the pipeline in ``folder``."""
     marker = next((file for name, file in MARKERS.items() if component.startswith(name)), "config.json")
-    return read_json(folder / component / marker)
+    return read_settings(folder / component / marker)

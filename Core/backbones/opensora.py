@@ -7,8 +7,9 @@ Axes: B batch, C channels, T latent frames, h, w latent rows and columns, L text
 
 import functools
 import inspect
+import json
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -17,8 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from Core.sampling.euler import Predict
-from Core.utils.hub import Weight, locate
+from Core.utils.damage import read_settings
+from Core.utils.hub import Weight, locate, present
 from Core.utils.options import option, video_option
+from Core.utils.state_dict import tensor_shapes
 from opensora.datasets.aspect import get_image_size, get_num_frames
 from opensora.utils.inference_utils import append_score_to_prompts, prepare_multi_resolution_info
 
@@ -44,6 +47,11 @@ from .opensora_sampling import guided_velocity, rflow_timesteps
 CHUNK_FRAMES, TIME_FACTOR, SPACE_FACTOR = 17, 4, 8
 ENTRIES = ("model", "vae", "text_encoder", "scheduler")
 WEIGHTS = "from_pretrained"
+# Keys of ``model`` that the shapes of its weights follow from.
+SHAPING = (
+    *("in_channels", "patch_size", "hidden_size", "depth", "num_heads", "mlp_ratio", "pred_sigma"),
+    *("caption_channels", "model_max_length", "qk_norm"),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,16 +59,18 @@ class ModelEntry:
     """Keys of ``model``; those beside its weights override the sizes in the weights' ``config.json``."""
 
     type: Literal["STDiT3-XL/2", "STDiT3-3B/2"] = option("STDiT3-XL/2", "size of the denoiser")
-    from_pretrained: str | None = option(None, "hub id or local path of the weights")
+    from_pretrained: str | None = option(None, "hub id or local path of the weights", path=True)
     force_huggingface: bool = option(False, "upstream's name for a hub id; has no effect here")
     enable_sequence_parallelism: Literal[False] = option(False, "upstream's key; must be False")
     enable_flash_attn: bool = option(False, "upstream's key; PyTorch picks the kernel")
     enable_layernorm_kernel: bool = option(False, "upstream's key; PyTorch picks the kernel")
-    input_size: list[int | None] = option([None, None, None], "upstream's key")
-    input_sq_size: int = option(512, "side in pixels at which positions are not scaled", minimum=1)
-    in_channels: int = option(4, "latent channels", minimum=1)
+    input_size: list[int | None] = option([None, None, None], "upstream's key", minimum=1)
+    input_sq_size: int = option(
+        512, "side in pixels at which positions are not scaled", minimum=1, maximum=1 << 16
+    )
+    in_channels: int = option(4, "latent channels", minimum=1, maximum=1 << 12)
     patch_size: tuple[int, int, int] = option(
-        (1, 2, 2), "latent frames, rows and columns of a token", minimum=1
+        (1, 2, 2), "latent frames, rows and columns of a token", minimum=1, maximum=64
     )
     hidden_size: int = option(1152, "width", minimum=1, maximum=1 << 16)
     depth: int = option(28, "pairs of blocks", minimum=1, maximum=1 << 10)
@@ -78,7 +88,7 @@ class VaeEntry:
     """Keys of ``vae``."""
 
     type: Literal["OpenSoraVAE_V1_2"] = option("OpenSoraVAE_V1_2", "kind of VAE")
-    from_pretrained: str | None = option(None, "hub id or local path of the weights")
+    from_pretrained: str | None = option(None, "hub id or local path of the weights", path=True)
     micro_frame_size: int | None = option(CHUNK_FRAMES, "frames coded together", minimum=1, maximum=1 << 16)
     micro_batch_size: int | None = option(
         4, "frames of the image VAE's forward pass", minimum=1, maximum=1 << 16
@@ -94,9 +104,11 @@ class TextEncoderEntry:
     """Keys of ``text_encoder``."""
 
     type: Literal["t5"] = option("t5", "kind of text encoder")
-    from_pretrained: str | None = option(None, "hub id or local path of the weights and the tokenizer")
+    from_pretrained: str | None = option(
+        None, "hub id or local path of the weights and the tokenizer", path=True
+    )
     model_max_length: int = option(300, "tokens per caption", minimum=1, maximum=1 << 16)
-    cache_dir: str | None = option(None, "download folder in place of the hub's cache")
+    cache_dir: str | None = option(None, "download folder in place of the hub's cache", path=True)
     shardformer: Literal[False] = option(False, "upstream's key for colossalai's layers; must be False")
     local_files_only: bool = option(False, "never use the network")
 
@@ -107,7 +119,7 @@ class SchedulerEntry:
 
     type: Literal["rflow"] = option("rflow", "kind of sampler")
     num_sampling_steps: int = option(30, "Euler steps of a video", minimum=1, maximum=1000)
-    cfg_scale: float = option(7.0, "classifier-free guidance scale", minimum=0)
+    cfg_scale: float = option(7.0, "classifier-free guidance scale", minimum=0, maximum=1000)
     use_timestep_transform: bool = option(False, "shift timesteps by resolution and length")
     use_discrete_timesteps: bool = option(False, "round timesteps to whole numbers")
 
@@ -131,22 +143,24 @@ class OpenSoraSettings(FamilySettings):
     multi_resolution: str | None = video_option(
         "STDiT2", "kind of size conditioning the weights were trained with"
     )
-    aes: float | None = video_option(6.5, "aesthetic score to condition on")
-    flow: float | None = video_option(None, "motion score to condition on")
+    aes: float | None = video_option(6.5, "aesthetic score to condition on", minimum=0, maximum=100)
+    flow: float | None = video_option(None, "motion score to condition on", minimum=0, maximum=1000)
     camera_motion: str | None = video_option(None, "camera motion to condition on, such as `pan left`")
     reference_path: list[str] | None = option(
-        None, "per prompt: pictures or videos to condition on, separated by `;`"
+        None, "per prompt: pictures or videos to condition on, separated by `;`", empty=True
     )
-    mask_strategy: list[str] | None = option(None, "per prompt: which reference frames to keep, and where")
-    loop: int = video_option(1, "clips per video, each continuing the one before", minimum=1)
+    mask_strategy: list[str] | None = option(
+        None, "per prompt: which reference frames to keep, and where", empty=True
+    )
+    loop: int = video_option(1, "clips per video, each continuing the one before", minimum=1, maximum=1 << 10)
     condition_frame_length: int = video_option(
-        5, "latent frames a clip takes over from the one before", minimum=1
+        5, "latent frames a clip takes over from the one before", minimum=1, maximum=1 << 16
     )
     condition_frame_edit: float = video_option(
         0.0, "how far the frames taken over may change, 0 to 1", minimum=0, maximum=1
     )
     align: int | None = video_option(
-        5, "positions of given frames are rounded to this many latent frames", minimum=1
+        5, "positions of given frames are rounded to this many latent frames", minimum=1, maximum=1 << 16
     )
 
     @property
@@ -258,6 +272,7 @@ class OpenSora(Backbone):
                 f"multi_resolution must be {' or '.join(map(repr, MULTI_RESOLUTION))}, which tell the denoiser the "
                 f"size of the video, got {settings.multi_resolution!r}"
             )
+        errors += _architecture_errors(settings)
         errors += _length_errors(settings, video) + _package_errors(models, training)
         return errors + (_training_errors(settings) if training else cls._loop_errors(settings, video))
 
@@ -306,6 +321,11 @@ class OpenSora(Backbone):
             count_latents=count,
         )
 
+    @classmethod
+    def denoiser_shapes(cls, settings: OpenSoraSettings) -> Mapping[str, Sequence[int]]:
+        found = present(cls.weights_of(settings)["model.from_pretrained"])
+        return tensor_shapes(found) if found else {}
+
     def fetch(self, text_encoder: bool = True) -> list[str]:
         errors = super().fetch(text_encoder)
         if upstream.is_upstream():
@@ -341,7 +361,7 @@ class OpenSora(Backbone):
 
         if upstream.is_upstream():
             return upstream.load_vae(self.settings.vae, self.weights_of(self.settings)["vae.from_pretrained"])
-        return build_module(self.settings.vae, MODELS)
+        return build_module(self._pinned("vae"), MODELS)
 
     def load_denoiser(self) -> nn.Module:
         from opensora.registry import MODELS, build_module
@@ -355,7 +375,14 @@ class OpenSora(Backbone):
         if upstream.is_upstream():
             weight = self.weights_of(self.settings)["model.from_pretrained"]
             return upstream.load_denoiser(entry, weight, **sizes)
-        return build_module(entry, MODELS, **sizes)
+        return build_module(self._pinned("model"), MODELS, **sizes)
+
+    def _pinned(self, name: str) -> dict[str, Any]:
+        """An entry whose hub id names a revision, which the networks do not know, with the folder in its place."""
+        entry = getattr(self.settings, name)
+        weight = self.weights_of(self.settings)[f"{name}.{WEIGHTS}"]
+        pinned = "@" in weight.source and not weight.is_local
+        return {**entry, WEIGHTS: str(locate(weight))} if pinned else entry
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -511,6 +538,25 @@ def _training_errors(settings: OpenSoraSettings) -> list[str]:
         f"{key} is for inference; remove it or set is_vader_training=False"
         for key, value in single.items()
         if getattr(settings, key) != value
+    ]
+
+
+def _architecture_errors(settings: OpenSoraSettings) -> list[str]:
+    """Sizes that the weights do not have, where a ``config.json`` on this machine tells."""
+    found = present(Weight(source=str(settings.model.get(WEIGHTS))))
+    if found is None or not (found / "config.json").is_file():
+        return []
+    try:
+        own = read_settings(found / "config.json")
+    except ValueError as error:
+        return [f"model.{WEIGHTS}: {error}"]
+    given = {f"model.{key}": (settings.model[key], own.get(key)) for key in SHAPING if key in settings.model}
+    length = settings.text_encoder.get("model_max_length")
+    given["text_encoder.model_max_length"] = (length, own.get("model_max_length"))
+    return [
+        f"{key} is {value!r}, but the weights in {str(found)!r} have {had!r}; set that"
+        for key, (value, had) in given.items()
+        if None not in (value, had) and json.dumps(value) != json.dumps(had) and value != had
     ]
 
 

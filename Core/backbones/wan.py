@@ -22,11 +22,12 @@ from Core.sampling import guidance
 from Core.sampling.euler import Predict
 from Core.sampling.guidance import Combine
 from Core.sampling.scheduler_step import SchedulerStep
+from Core.utils.damage import read_settings
 from Core.utils.options import option, video_option
 
 from .base import EncodedPrompt, Features, ModelSettings, TextEncoder, VideoSettings, VideoSpec, gather_frames
 from .diffusers_base import DiffusersBackbone, DiffusersSettings, Published, clean_caption, pad_features
-from .diffusers_files import INDEX, component_config, read_json
+from .diffusers_files import INDEX, component_config
 from .image_prompts import ImagePrompt, first_frame, parse_image_prompts
 
 TEXT_SIZE = 22_700_000_000  # UMT5-XXL in float32
@@ -73,7 +74,7 @@ class Experts(nn.Module):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        return [*self.high_noise.blocks, *self.low_noise.blocks]  # type: ignore[misc]
+        return [*self.high_noise.blocks, *self.low_noise.blocks]
 
     def forward(self, hidden_states: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
         """hidden_states [B, C, T, h, w], timestep [B], conditions [B, …] → velocity [B, C', T, h, w]."""
@@ -168,24 +169,24 @@ class Wan(DiffusersBackbone):
 
     @property
     def is_two_experts(self) -> bool:
-        return read_json(self.folder / INDEX).get("boundary_ratio") is not None
+        return read_settings(self.folder / INDEX).get("boundary_ratio") is not None
 
     @property
     def expands_timesteps(self) -> bool:
         """Whether the denoiser takes a timestep per token, so that a given first frame has no noise."""
-        return bool(read_json(self.folder / INDEX).get("expand_timesteps"))
+        return bool(read_settings(self.folder / INDEX).get("expand_timesteps"))
 
     @property
     def boundary(self) -> float:
         """The timestep from which on the high-noise expert is asked."""
-        return read_json(self.folder / INDEX)["boundary_ratio"] * self.process.num_timesteps
+        return read_settings(self.folder / INDEX)["boundary_ratio"] * self.process.num_timesteps
 
     def load_denoiser(self) -> nn.Module:
         from diffusers import WanTransformer3DModel
 
         names = EXPERTS.values() if self.is_two_experts else ("transformer",)
-        networks = [self.load_network(WanTransformer3DModel, name, self.dtype) for name in names]
-        return Experts(*networks, self.boundary) if self.is_two_experts else networks[0]
+        first, *second = (self.load_network(WanTransformer3DModel, name, self.dtype) for name in names)
+        return Experts(first, second[0], self.boundary) if second else first
 
     def load_vae(self) -> nn.Module:
         from diffusers import AutoencoderKLWan
@@ -206,7 +207,7 @@ class Wan(DiffusersBackbone):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        return list(self.denoiser.blocks)  # type: ignore[arg-type]
+        return list(self.denoiser.blocks)
 
     def adapter_targets(self, suffixes: Sequence[str]) -> list[str]:
         expert = self.settings.train_experts
@@ -327,7 +328,7 @@ class Wan(DiffusersBackbone):
         config = self.vae.config
         return tuple(
             torch.tensor(v).to(z).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)
-        )  # type: ignore[return-value]
+        )
 
     def _decode_step(self, z: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """One latent frame's pixels, in the VAE's own patches, and the cache for the next."""

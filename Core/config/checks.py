@@ -1,17 +1,21 @@
 """Sentences on values that do not go together or name what is not there; nothing is loaded."""
 
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
 
 from Core.data.prompts import prompt_file_errors
-from Core.modules import base_adapters, lora
-from Core.rewards import check_reward_config, parts_without_gradient
+from Core.modules import base_adapters
+from Core.rewards import check_reward_config, frames_needed, parts_without_gradient
 from Core.sampling.frame_choice import frames_of_video, is_of_video
 from Core.training.objectives.base import no_gradient_sentence
 
-from .schema import BASE, Config
+from .adapter_checks import adapter_errors
+from .schema import Config
 
+PIXEL_LIMIT = 1 << 33  # of a video: about a thousand frames of 4K
+SLOWEST_FPS = 0.01
 # Common keys that a family need not obey.
 OPTIONAL_KEYS = (
     "dtype",
@@ -37,7 +41,7 @@ def config_errors(config: Config) -> list[str]:
     if training:
         errors += _training_errors(config)
     if not errors:
-        errors += _prompt_errors(config)
+        errors += _prompt_errors(config) + (_frame_errors(config) if training else [])
     return errors + _path_errors(config)
 
 
@@ -53,7 +57,8 @@ def _obeyed_errors(config: Config) -> list[str]:
 
 def _decode_errors(config: Config) -> list[str]:
     """A way of decoding that the family has not, or frames that the video has not."""
-    objective, known = config.objective, config.backbone.decode_contexts
+    objective: Any = config.objective
+    known = config.backbone.decode_contexts
     if "decode_context" not in config.backbone.obeys or not hasattr(objective, "decode_context"):
         return []
     context, chosen = objective.decode_context, objective.decode_frame
@@ -86,8 +91,12 @@ def _video_errors(config: Config) -> list[str]:
     sizes = (spec.height, spec.width, spec.num_frames)
     if min(sizes) < 1:
         return [f"height, width and num_frames must be positive, got {sizes}"]
-    if max(sizes) > 1 << 16:
-        return [f"height, width and num_frames must be at most {1 << 16}, got {sizes}"]
+    if math.prod(sizes) > PIXEL_LIMIT:
+        return [f"height × width × num_frames must be at most {PIXEL_LIMIT}, got {math.prod(sizes)}"]
+    if video.file_fps < SLOWEST_FPS:
+        return [
+            f"fps / frame_interval must be at least {SLOWEST_FPS}, the slowest a file can play, got {video.file_fps:g}"
+        ]
     return []
 
 
@@ -101,12 +110,6 @@ def _training_errors(config: Config) -> list[str]:
     if config.models.base_quant == "nf4" and config.models.dtype == "fp8":
         errors.append(
             "base_quant='nf4' and dtype='fp8' both say how weights are stored; set dtype='bf16' with nf4"
-        )
-    if config.adapter.lora_targets == []:
-        errors.append("lora_targets is empty; name layers, or set None for the family's own")
-    if isinstance(config.adapter.lora_ckpt_path, list):
-        errors.append(
-            f"lora_ckpt_path must be one adapter in training, got {config.adapter.lora_ckpt_path!r}"
         )
     return (
         errors
@@ -123,6 +126,29 @@ def _gradient_errors(config: Config) -> list[str]:
         return []
     found = parts_without_gradient(config.reward.reward_fn, config.reward.arguments)
     return [no_gradient_sentence(f"reward {name!r}") for name in found]
+
+
+def _frame_errors(config: Config) -> list[str]:
+    """Scorers of a valid configuration that see fewer frames than they need."""
+    frames = config.video_spec.num_frames
+    latent = config.backbone.count_latent_frames(frames, config.family)
+    name, needed = frames_needed(config.reward.reward_fn, config.reward.arguments)
+    scored = config.objective_class.count_scored_frames(config.objective, latent, config.video_spec)
+    if needed > scored:
+        return [
+            f"reward {name!r} needs at least {needed} frames of a video, and gets {scored}; "
+            "set decode_frame='all', or raise num_frames"
+        ]
+    arguments = config.validation.monitor_args
+    needs = {
+        monitor: frames_needed(monitor, arguments.get(monitor))[1] for monitor in config.validation.monitors
+    }
+    return [
+        f"monitors: {monitor!r} needs videos of at least {needed} frames, and num_frames={frames}; remove it, or raise "
+        "num_frames"
+        for monitor, needed in needs.items()
+        if needed > frames
+    ]
 
 
 def _compile_errors(config: Config) -> list[str]:
@@ -198,11 +224,7 @@ def _prompt_errors(config: Config) -> list[str]:
 
 
 def _path_errors(config: Config) -> list[str]:
-    errors = []
-    paths = config.adapter.lora_ckpt_path or []
-    for path in [paths] if isinstance(paths, str) else paths:
-        if path != BASE:
-            errors += _adapter_errors(config, path)
+    errors = adapter_errors(config)
     errors += base_adapters.errors(config.models.base_adapters, config.backbone.original_names)
     for key, value in (("project_dir", config.run.project_dir), ("text_cache", config.models.text_cache)):
         folder = Path(value).expanduser().absolute()
@@ -210,27 +232,6 @@ def _path_errors(config: Config) -> list[str]:
         if not _writable(existing):
             errors.append(f"{key}: cannot write to {str(folder)!r}; choose a folder you may write to")
     return errors
-
-
-def _adapter_errors(config: Config, path: str) -> list[str]:
-    """Whether an adapter can be read, and be trained on with the scaling it has."""
-    if not Path(path).expanduser().exists():
-        return [f"lora_ckpt_path: there is no file or folder {path!r}"]
-    try:
-        adapter = lora.read(path, config.backbone.original_names)
-    except (ValueError, OSError) as error:
-        return [f"lora_ckpt_path: {error}"]
-    given = {"lora_rank": config.adapter.lora_rank, "lora_alpha": config.adapter.lora_alpha}
-    own = {"lora_rank": adapter.rank, "lora_alpha": adapter.alpha}
-    differing = [key for key in own if own[key] != given[key]]
-    if not config.run.is_vader_training or not differing:
-        return []
-    has = " and ".join(f"{key}={own[key]}" for key in differing)
-    asked = " and ".join(f"{key}={given[key]}" for key in differing)
-    return [
-        f"lora_ckpt_path: the adapter {path!r} has {has}, but the configuration has {asked}; a loaded adapter keeps "
-        f"its rank and alpha, so set {has}"
-    ]
 
 
 def _writable(folder: Path) -> bool:

@@ -1,27 +1,24 @@
 """From a config file and flags to a checked configuration."""
 
 import argparse
-import ast
-import re
+import sys
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from Core.backbones import BACKBONES
 from Core.training.objectives import OBJECTIVES
 from Core.utils.errors import ConfigError
-from Core.utils.options import FlagParser, add_flags, check_values, default_of, parse_literal
+from Core.utils.options import FlagParser, add_flags, check_values, default_of, parse_literal, shown
 from Core.utils.registry import Registry, did_you_mean
 
 from .checks import config_errors
+from .files import SUFFIXES, NotAValue, read_file
 from .schema import Config, keys_of, sections_of
 
 # Keys that choose a section of the configuration.
 CHOICES: dict[str, Registry[Any]] = {"backbone": BACKBONES, "objective": OBJECTIVES}
-SUFFIXES = (".py", ".yaml", ".yml", ".json")
-EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 # Keys of earlier versions, with the value that meant "off": a config file may still hold that.
 RETIRED = {"prefix_cache": 1, "noise_repeats": 1}
 
@@ -49,11 +46,14 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[st
     _add_overrides(first)
     for flag in CHOICES:
         first.add_argument(f"--{flag}", default=argparse.SUPPRESS)
+    _refuse_flags_first(sys.argv[1:] if argv is None else argv)
     chosen, rest = first.parse_known_args(argv)
     helping = bool({"-h", "--help"} & set(rest))
     values: dict[str, Any] = {}
     if chosen.config is not None and not (helping and not Path(chosen.config).is_file()):
         values = read_file(chosen.config, chosen.cfg_options)
+        known = keys_of(_schemas(values))
+        values = {key: v for key, v in values.items() if key in known or not isinstance(v, NotAValue)}
     named = {key: vars(chosen)[key] for key in CHOICES if key in vars(chosen)}
     overridden = {entry.partition("=")[0].partition(".")[0] for entry in chosen.cfg_options}
     replaced = keys_of(_schemas(values)).keys() - keys_of(schemas := _schemas({**values, **named})).keys()
@@ -61,6 +61,13 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[st
     flags = vars(_parser(schemas).parse_args(argv))
     del flags["config"], flags["cfg_options"]
     return values, flags
+
+
+def _refuse_flags_first(argv: Sequence[str]) -> None:
+    """What follows a flag may be its value or the config file; which, only the config's family would tell."""
+    flag = argv[0].partition("=")[0] if argv else ""
+    if flag.startswith("--") and flag not in ("--help", *(f"--{key}" for key in CHOICES)):
+        raise ConfigError([f"the config file comes before the flags: CONFIG {flag} …"])
 
 
 def _add_overrides(parser: argparse.ArgumentParser) -> None:
@@ -93,65 +100,6 @@ def _parser(schemas: Mapping[str, type]) -> FlagParser:
                 option = "--" + flag.replace("_", "-")
                 group.add_argument(option, type=parse_literal, metavar="VALUE", help=f"{key} of {entry}")
     return parser
-
-
-def read_file(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Keys of a config file after ``key=value`` overrides.
-
-    Raises:
-        ConfigError: no such file, or one that cannot be read.
-    """
-    if not Path(path).is_file():
-        raise ConfigError([f"config file {path!r} does not exist; give the path of a config file"])
-    if Path(path).suffix not in SUFFIXES:
-        raise ConfigError([f"config file {path!r} must end in one of {', '.join(SUFFIXES)}"])
-    malformed = [entry for entry in overrides if "=" not in entry]
-    if malformed:
-        raise ConfigError([f"--cfg-options takes KEY=VALUE, got {entry!r}" for entry in malformed])
-    from mmengine.config import Config as FileConfig
-
-    try:
-        file = FileConfig.fromfile(path)
-        file.merge_from_dict(
-            {key: parse_literal(value) for key, _, value in (o.partition("=") for o in overrides)}
-        )
-    except Exception as error:  # a config file is a program, so anything may come out of it
-        reason = str(error) or "no reason given"
-        raise ConfigError(
-            [f"config file {path!r} cannot be read: {type(error).__name__}: {reason}"]
-        ) from error
-    values = file.to_dict()
-    if Path(path).suffix in (".yaml", ".yml"):
-        values = _with_exponents(values)
-    return {key: value for key, value in values.items() if not isinstance(value, ModuleType)}
-
-
-def _with_exponents(value: Any) -> Any:
-    """YAML 1.1 takes 1e-3 and 1.5e3 for text, since it wants a point and a sign in the exponent."""
-    if isinstance(value, dict):
-        return {key: _with_exponents(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_with_exponents(inner) for inner in value]
-    return float(value) if isinstance(value, str) and EXPONENT.fullmatch(value) else value
-
-
-def read_saved(path: Path) -> dict[str, Any]:
-    """Keys of a ``config.py`` that ``Config.save`` wrote, read as data: nothing in it is run.
-
-    Raises:
-        ValueError, OSError: no such file, or it holds more than literals.
-    """
-    values, line = {}, 1
-    try:
-        for node in ast.parse(path.read_text(encoding="utf-8")).body:
-            line = node.lineno
-            if not (isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name)):
-                raise ValueError
-            values[node.targets[0].id] = ast.literal_eval(node.value)
-    except (SyntaxError, ValueError) as error:
-        line = getattr(error, "lineno", None) or line
-        raise ValueError(f"{path} is no saved configuration: line {line} is no key with a value") from error
-    return values
 
 
 def build_config(values: Mapping[str, Any], flags: Mapping[str, Any] | None = None) -> Config:
@@ -228,7 +176,7 @@ def _owner(key: str) -> str:
 
 def _unknown_choice(key: str, value: str, table: Mapping[str, Any]) -> str:
     hint = did_you_mean(value, list(table))
-    return f"{key} must be one of {', '.join(table)}, got {value!r}" + (f": {hint}" if hint else "")
+    return f"{key} must be one of {', '.join(table)}, got {shown(value)}" + (f": {hint}" if hint else "")
 
 
 def _without_retired(values: dict[str, Any]) -> tuple[dict[str, Any], list[str]]:

@@ -6,6 +6,7 @@ keys of others: ``family`` by ``backbone``, and ``objective`` by ``objective``.
 
 import dataclasses
 import functools
+import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -35,7 +36,9 @@ class AdapterSettings:
     """The LoRA adapter."""
 
     lora_rank: int = option(16, "rank of the adapter", minimum=1, maximum=1 << 12)
-    lora_alpha: int = option(8, "the adapter's output is scaled by lora_alpha / lora_rank", minimum=1)
+    lora_alpha: int = option(
+        8, "the adapter's output is scaled by lora_alpha / lora_rank", minimum=1, maximum=1 << 16
+    )
     lora_dropout: float = option(0.0, "dropout of the adapter's input while training", minimum=0, below=1)
     lora_targets: list[str] | None = option(
         None,
@@ -45,8 +48,11 @@ class AdapterSettings:
         None,
         "adapter to start from or to sample with (PEFT, diffusers, ComfyUI, kohya); inference takes several, `base` "
         "being the plain model",
+        path=True,
     )
-    lora_scale: float = free_option(1.0, "strength of the adapter in inference; 0 turns it off", minimum=0)
+    lora_scale: float = free_option(
+        1.0, "strength of the adapter in inference; 0 turns it off", minimum=0, maximum=1000
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +60,7 @@ class OptimizerSettings:
     """Steps of training and how each is taken."""
 
     objective: str = option("reward_gradient", "training objective")
-    lr: float = option(2e-4, "learning rate of AdamW", above=0)
+    lr: float = option(2e-4, "learning rate of AdamW", above=0, maximum=1000)
     lr_schedule: Literal["constant", "cosine", "linear"] = option(
         "constant", "learning rate schedule after warm-up"
     )
@@ -66,7 +72,7 @@ class OptimizerSettings:
         below=1,
     )
     adam_betas: tuple[float, float] = option((0.9, 0.999), "betas of AdamW", minimum=0, below=1)
-    weight_decay: float = option(0.01, "weight decay of AdamW", minimum=0)
+    weight_decay: float = option(0.01, "weight decay of AdamW", minimum=0, maximum=1000)
     use_AdamW8bit: bool = option(False, "keep the optimiser state in 8 bits (bitsandbytes)")
     max_grad_norm: float = option(1.0, "gradient norm to clip to", above=0)
     train_batch_size: int = free_option(1, "videos per process and backward pass", minimum=1, maximum=1 << 16)
@@ -79,7 +85,7 @@ class OptimizerSettings:
         "bf16", "autocast dtype of training; `fp8` needs hardware kernels and is refused"
     )
     max_bad_steps: int = free_option(
-        10, "stop after this many steps in a row without a finite gradient", minimum=1
+        10, "stop after this many steps in a row whose gradient is not finite, or exactly zero", minimum=1
     )
 
     def global_batch(self, num_processes: int) -> int:
@@ -92,22 +98,29 @@ class RunSettings:
     """What to do, and where."""
 
     is_vader_training: bool = option(True, "train; False generates videos")
-    num_sample: int = free_option(1, "videos per prompt, with seeds from `seed` upwards", minimum=1)
+    num_sample: int = free_option(
+        1, "videos per prompt, with seeds from `seed` upwards", minimum=1, maximum=1 << 16
+    )
     seed: int = option(200, "seed of every random draw", minimum=0, maximum=(1 << 63) - 1)
-    project_dir: str = free_option("runs/vader", "folder of the run")
+    project_dir: str = free_option("runs/vader", "folder of the run", path=True)
     checkpointing_steps: int = free_option(50, "optimiser steps between checkpoints", minimum=1)
     keep_checkpoints: int = free_option(
         2, "number of newest checkpoints to keep, besides the best by validation", minimum=1
     )
     resume: str = free_option(
-        "auto", "`auto` continues the run in project_dir, `never` starts over; or a checkpoint folder"
+        "auto",
+        "`auto` continues the run in project_dir, `never` starts over; or a checkpoint folder",
+        path=True,
     )
-    verbose: int = free_option(1, "0 quiet, 1 progress, 2 also the progress of each sample", minimum=0)
+    verbose: int = free_option(
+        1, "0 quiet, 1 progress, 2 also the progress of each sample", minimum=0, maximum=2
+    )
     check_only: bool | int = free_option(
         False,
         "check the configuration, download the weights, and stop; a number also checks the global batch of that many "
         "processes",
         minimum=1,
+        maximum=1 << 20,
     )
     debug: bool = free_option(
         False, "find the operation behind a NaN (slow), one validation batch, no tracker"
@@ -135,7 +148,7 @@ class ValidationSettings:
     val_batch_size: int = free_option(1, "videos generated at once", minimum=1, maximum=1 << 16)
     num_val_runs: int = free_option(2, "batches per validation", minimum=1, maximum=1 << 16)
     num_val_seeds: int = free_option(
-        1, "videos per validation prompt; 2 or more also measure diversity", minimum=1
+        1, "videos per validation prompt; 2 or more also measure diversity", minimum=1, maximum=1 << 16
     )
     monitors: list[str] = free_option(
         [], "rewards to measure on the validation videos, besides motion, dynamic_degree and diversity"
@@ -244,8 +257,9 @@ class Config:
         return frozenset(fixed)
 
     def save(self, path: Path) -> None:
-        """Write a config file that gives this configuration again."""
+        """Write a config file that gives this configuration again, and the same as JSON beside it."""
         write_whole(path, "".join(f"{key} = {value!r}\n" for key, value in self.flat().items()))
+        write_whole(path.with_suffix(".json"), json.dumps(self.flat(), indent=1, ensure_ascii=False) + "\n")
 
 
 def sections_of(values: Mapping[str, Any]) -> dict[str, type]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from Core.backbones.base import Prompt
-from Core.utils.options import free_option, option
+from Core.utils.options import TEXT_LIMIT, free_option, option
 
 # Lines of prompts → prompts; a model family's own grammar.
 Parse = Callable[[Sequence[str]], Sequence[Prompt]]
@@ -16,11 +16,11 @@ class PromptSettings:
     """Which prompts a run uses."""
 
     prompt: list[str] | None = option(None, "list of prompts; replaces prompt_path")
-    prompt_path: str | None = option(None, "file with one prompt per line")
+    prompt_path: str | None = option(None, "file with one prompt per line", path=True)
     start_index: int | None = option(None, "first line of prompt_path to use", minimum=0)
     end_index: int | None = option(None, "line of prompt_path to stop before", minimum=0)
     val_prompt_path: str | None = free_option(
-        None, "validation prompts; None uses the first training prompts"
+        None, "validation prompts; None uses the first training prompts", path=True
     )
 
 
@@ -41,6 +41,10 @@ def read_lines(path: str | Path) -> list[str]:
     lines = [line.strip() for line in text.split("\n") if line.strip()]
     if not lines:
         raise ValueError(f"prompt file {str(path)!r} holds no prompts; write one a line")
+    if (longest := max(map(len, lines))) > TEXT_LIMIT:
+        raise ValueError(
+            f"prompt file {str(path)!r} has a line of {longest} characters; use at most {TEXT_LIMIT} for a prompt"
+        )
     return lines
 
 
@@ -57,8 +61,12 @@ def prompt_file_errors(settings: PromptSettings, training: bool) -> list[str]:
                 read_lines(path)
         except (OSError, ValueError) as error:
             errors.append(f"{key}: {error}")
-    if settings.prompt is not None and not (settings.prompt and all(t.strip() for t in settings.prompt)):
-        errors.append("prompt is empty or holds an empty prompt; give at least one prompt, and no empty ones")
+    if settings.prompt is not None:
+        errors += [
+            f"{key} counts lines of prompt_path, which prompt replaces; remove {key} or prompt"
+            for key in ("start_index", "end_index")
+            if getattr(settings, key) is not None
+        ]
     start, end = settings.start_index or 0, settings.end_index
     if end is not None and end <= start:
         errors.append(f"end_index ({end}) must be above start_index ({start})")

@@ -21,7 +21,7 @@ import numpy as np
 
 from Core.build import fetch_scorers, once_per_machine
 from Core.config import BASE, Config
-from Core.config.load import read_saved
+from Core.config.files import read_run
 from Core.data.prompts import read_lines
 from Core.evaluation.metrics import PairedGain, paired_gain
 from Core.evaluation.score_videos import Clip, Scorers, write_csv, write_json
@@ -152,15 +152,12 @@ def prompts_of_runs(adapters: Sequence[str]) -> list[str] | None:
 
 
 def training_prompts(adapter: Path) -> list[str] | None:
-    """Prompts of the run an adapter lies in, by the ``config.py`` above it."""
-    above = list(adapter.absolute().parents)[:3]
-    config = next((folder / "config.py" for folder in above if (folder / "config.py").is_file()), None)
-    if config is None:
-        return None
+    """Prompts of the run an adapter lies in, by the configuration above it."""
     try:
-        saved = Config.of(read_saved(config))
-        return [prompt.reward_text for prompt in saved.prompt_list]
-    except (ValueError, OSError, TypeError) as error:
+        found = filter(None, map(read_run, list(adapter.absolute().parents)[:3]))
+        values = next(found, None)
+        return [prompt.reward_text for prompt in Config.of(values).prompt_list] if values else None
+    except (ValueError, OSError, TypeError, AttributeError) as error:
         logger.warning("which prompts %s was trained on is not known: %s", adapter, error)
         return None
 

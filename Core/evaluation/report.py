@@ -4,6 +4,8 @@ Everything shown is read from files of the run folder, and the page names the fi
 """
 
 import base64
+import csv
+import hashlib
 import json
 import logging
 import math
@@ -16,10 +18,11 @@ import jinja2
 from markupsafe import Markup
 
 from Core.config import BASE, Config
-from Core.config.load import read_saved
+from Core.config.files import RERUN, RESOLVED, read_run
 from Core.data.video import smaller
 from Core.evaluation.charts import Line, line_chart, stack_chart
 from Core.generation.manifest import read_manifest
+from Core.utils.damage import read_settings, reason_of
 from Core.utils.environment import read_starts
 from Core.utils.files import write_whole
 from Core.utils.tables import read_table, read_text_table
@@ -32,6 +35,7 @@ VIDEO_BUDGET = 12_000_000
 SELECTED_PROMPTS, UNSELECTED_PROMPTS = 3, 6
 LISTED_PROMPTS = 200
 REENCODED_WIDTH, REENCODED_CRF = 320, 30
+EMBEDDED = {".mp4": "video/mp4", ".png": "image/png"}
 TITLES = {
     "reward": "Reward",
     "loss": "Loss",
@@ -87,9 +91,24 @@ def write_report(run: Path) -> Path:
         raise FileNotFoundError(
             f"{str(run)!r} has neither metrics.csv nor evaluation.json; give the folder of a run or an evaluation"
         )
-    page = render(gather(run, evaluation))
+    try:
+        page = render(gather(run, evaluation))
+    except (LookupError, TypeError, AttributeError, ValueError, csv.Error, jinja2.TemplateError) as error:
+        if isinstance(error, ValueError) and str(run) in str(error):
+            raise
+        tables = ", ".join(str(path) for path in tables_of(run, evaluation))
+        raise ValueError(
+            f"one of {tables} is damaged ({reason_of(error)}); make it again, or move it away"
+        ) from error
     write_whole(run / REPORT, page)
     return run / REPORT
+
+
+def tables_of(run: Path, evaluation: Path | None) -> list[Path]:
+    """The tables of a report that are there."""
+    places = [run / "metrics.csv", run / "validation.csv"]
+    places += [evaluation / name for name in ("evaluation.json", "videos.csv")] if evaluation else []
+    return [path for path in places if path.exists()]
 
 
 def render(content: Mapping[str, Any]) -> str:
@@ -97,15 +116,26 @@ def render(content: Mapping[str, Any]) -> str:
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {"number": number, "signed": signed, "percent": lambda share: f"{share:.0%}"}
-    return environment.from_string(TEMPLATE.read_text(encoding="utf-8")).render(content)
+    template = TEMPLATE.read_text(encoding="utf-8")
+    return environment.from_string(template).render(content, policy=content_policy(template))
+
+
+def content_policy(template: str) -> str:
+    """Content-Security-Policy of the page: its own script by hash, what is inside the page, and no network."""
+    script = template[template.index("<script>") + len("<script>") : template.index("</script>")]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return (
+        f"default-src 'none'; script-src 'sha256-{digest}'; style-src 'unsafe-inline'; img-src data:; "
+        "media-src data:; base-uri 'none'; form-action 'none'"
+    )
 
 
 def gather(run: Path, evaluation: Path | None) -> dict[str, Any]:
     """Everything the template shows."""
     metrics, validation = read_rows(run / "metrics.csv"), read_rows(run / "validation.csv")
-    result = json.loads((evaluation / "evaluation.json").read_text(encoding="utf-8")) if evaluation else None
-    values = saved_values(run / "config.py")
-    videos = VideoBudget(VIDEO_BUDGET)
+    result = read_settings(evaluation / "evaluation.json") if evaluation else None
+    values = saved_values(run)
+    videos = VideoBudget(VIDEO_BUDGET, run)
     relative = "" if evaluation in (None, run) else "evaluation/"
     return {
         "name": run.resolve().name,
@@ -122,17 +152,18 @@ def gather(run: Path, evaluation: Path | None) -> dict[str, Any]:
         "prompts": (result or {}).get("per_prompt", [])[:LISTED_PROMPTS],
         "main": main_measure(result) if result else None,
         "config": config_rows(values),
+        "config_file": RESOLVED if (run / RESOLVED).is_file() else RERUN,
         "starts": read_starts(run) or (read_starts(evaluation) if evaluation else []),
         "warnings": warnings(run / "log.txt"),
         "checkpoint": newest_manifest(run),
     }
 
 
-def saved_values(path: Path) -> dict[str, Any]:
-    """The keys of a run's ``config.py``, read as data; empty where there is none or it holds a program."""
+def saved_values(run: Path) -> dict[str, Any]:
+    """The run's resolved configuration, read as data; empty where there is none or it holds a program."""
     try:
-        return read_saved(path) if path.is_file() else {}
-    except ValueError as error:
+        return read_run(run) or {}
+    except (ValueError, OSError) as error:
         logger.warning("the configuration is left out of the report: %s", error)
         return {}
 
@@ -268,14 +299,18 @@ class VideoBudget:
 
     Args:
         total: bytes; a file that takes more than a fortieth of it is encoded again, smaller.
+        root: folder that the files must lie in, wherever links lead.
     """
 
-    def __init__(self, total: int):
-        self.left, self.each = total, total // 40
+    def __init__(self, total: int, root: Path):
+        self.left, self.each, self.root = total, total // 40, root.resolve()
 
     def uri(self, file: Path) -> str | None:
-        """The file's content as a data URI, None when it does not fit any more or is gone."""
-        if not file.is_file():
+        """The file's content as a data URI; None when it does not fit any more, is gone, or is no video of the run."""
+        if not self.belongs(file):
+            logger.warning(
+                "left out of the report, since it is gone or no video that this run made: %s", file
+            )
             return None
         content = file.read_bytes()
         if len(content) > self.each and file.suffix == ".mp4":
@@ -283,8 +318,12 @@ class VideoBudget:
         if len(content) > self.left:
             return None
         self.left -= len(content)
-        kind = "video/mp4" if file.suffix == ".mp4" else "image/png"
-        return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+        return f"data:{EMBEDDED[file.suffix]};base64,{base64.b64encode(content).decode()}"
+
+    def belongs(self, file: Path) -> bool:
+        """Whether it is a video inside the run's folder, and one that the ``prompts.jsonl`` beside it names."""
+        inside = file.resolve().is_relative_to(self.root) and file.suffix in EMBEDDED
+        return inside and any(entry["file"] == file.name for entry in read_manifest(file.parent))
 
 
 def evaluation_groups(
@@ -402,5 +441,10 @@ def newest_manifest(run: Path) -> dict[str, Any] | None:
     manifests = sorted(run.glob("checkpoints/step_*/manifest.json"))
     if not manifests:
         return None
-    content = json.loads(manifests[-1].read_text(encoding="utf-8"))
-    return {"folder": str(manifests[-1].parent.relative_to(run)), "sha256": content.get("sha256", {})}
+    try:
+        hashes = read_settings(manifests[-1])["sha256"]
+    except (ValueError, KeyError) as error:
+        logger.warning("left out of the report: %s", error)
+        return None
+    shown = hashes if isinstance(hashes, dict) else {}
+    return {"folder": str(manifests[-1].parent.relative_to(run)), "sha256": shown}

@@ -3,6 +3,7 @@
 import contextlib
 import logging
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from safetensors.torch import save as serialize
 from Core.backbones import BACKBONES, Backbone, ModelSettings
 from Core.build import new_backbone
 from Core.config import load_config
-from Core.config.load import read_file, read_saved
+from Core.config.files import read_file, read_run
 from Core.modules import lora, lora_formats
 from Core.utils.files import replacing_folder, write_whole
 
@@ -75,9 +76,9 @@ def _refuse_options(out: Path, form: str, config: str | None, with_base_adapters
 def _settings_of_run(source: Path) -> Mapping[str, Any]:
     """The configuration of the run an adapter lies in; empty where it lies in none."""
     for folder in source.absolute().parents[:RUN_DEPTH]:
-        if (folder / "config.py").is_file():
-            with contextlib.suppress(ValueError, OSError):  # another program's
-                return read_saved(folder / "config.py")
+        with contextlib.suppress(ValueError, OSError):  # another program's
+            if settings := read_run(folder):
+                return settings
     return {}
 
 
@@ -166,10 +167,14 @@ def write_merged(
     adapter: lora.Adapter, source: str, out: Path, config_file: str, with_base_adapters: bool
 ) -> None:
     """The base model's layout with W + alpha / rank · B A in place of each adapted W, computed in float32."""
-    flags = ["--dtype", "fp32", "--base-quant", "none"]
-    config = load_config([config_file, *flags, *([] if with_base_adapters else ["--base-adapters", "[]"])])
+    flags = [] if with_base_adapters else ["--base-adapters", "[]"]
+    config = load_config([config_file, *flags])
+    exact: dict[str, Any] = {"dtype": "fp32", "base_quant": "none"}
+    obeyed = {key: value for key, value in exact.items() if key in config.backbone.obeys}
+    config = replace(config, models=replace(config.models, **obeyed))
     backbone = new_backbone(config, torch.device("cpu"))
-    backbone.load()
+    with backbone.loading("the model", backbone.weights.keys() - set(backbone.text_weights)):
+        backbone.load()
     model = lora.attach(backbone.denoiser, adapter.targets, **adapter.sizes)
     lora.load(model, adapter, source)
     with replacing_folder(out) as folder:

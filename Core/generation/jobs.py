@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from Core.backbones import Backbone
-from Core.build import build_backbone
+from Core.build import build_backbone, commits_of_weights, new_backbone
 from Core.config import BASE, Config
 from Core.generation.generate import write_videos
 from Core.generation.manifest import Sample, clear_partial, plan_samples, tidy_manifest, unfinished
@@ -141,7 +141,7 @@ def sample(config: Config, distributed: Distributed, folder: Path) -> None:
     variants = chosen_variants(config)
     folders = [folder / variant.name if len(variants) > 1 else folder for variant in variants]
     if distributed.is_main:
-        record_environment(folder)
+        record_environment(folder, commits_of_weights(config, new_backbone(config, distributed.device)))
     make_videos(config, distributed, variants, folders)
 
 

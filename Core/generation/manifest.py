@@ -12,7 +12,7 @@ import torch
 
 from Core.backbones import Prompt
 from Core.utils import rng
-from Core.utils.files import write_whole
+from Core.utils.files import path_fault, write_whole
 
 logger = logging.getLogger("vader")
 MANIFEST = "prompts.jsonl"
@@ -95,13 +95,13 @@ def read_manifest(folder: Path) -> list[dict[str, Any]]:
 
 
 def _parse_line(line: str) -> dict[str, Any]:
-    """An entry, or nothing where a crash cut the line short or something else damaged it."""
+    """An entry, or nothing where the line is cut short or damaged, or names no file of its folder."""
     try:
         entry = json.loads(line)
     except (ValueError, RecursionError):
         return {}
-    whole = isinstance(entry, dict) and all(isinstance(entry.get(key), str) for key in ("name", "file"))
-    return entry if whole else {}
+    named = isinstance(entry, dict) and isinstance(entry.get("name"), str)
+    return entry if named and path_fault(str(entry.get("file", ""))) == "" else {}
 
 
 def tidy_manifest(folder: Path) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from torch import Tensor, nn
 from Core.modules import lora_formats
 from Core.modules.lora_formats import PEFT_PREFIX, Layers
 from Core.utils import rng
+from Core.utils.damage import read_settings
 from Core.utils.files import replacing_folder
 from Core.utils.state_dict import describe_mismatch, load_state, read_metadata
 
@@ -99,11 +99,8 @@ def attach(
 
     names = [name for name, module in model.named_modules() if isinstance(module, ADAPTED)]
     for target in targets:
-        if not any(name == target or name.endswith("." + target) for name in names):
-            last = sorted({name.rpartition(".")[2] for name in names})
-            raise ValueError(
-                f"lora_targets: no linear layer is named {target!r}; there are {', '.join(last)}"
-            )
+        if error := target_error(target, names):
+            raise ValueError(error)
     settings = LoraConfig(
         r=rank,
         lora_alpha=alpha,
@@ -128,6 +125,19 @@ def patterns(ranks: Mapping[str, int], alphas: Mapping[str, int]) -> dict[str, d
         "rank_pattern": {f"^{name}": rank for name, rank in ranks.items()},
         "alpha_pattern": {f"^{name}": alpha for name, alpha in alphas.items()},
     }
+
+
+def target_error(target: str, names: Sequence[str]) -> str:
+    """A sentence where ``target`` matches none of the layers ``names``; else empty."""
+    if any(name == target or name.endswith("." + target) for name in names):
+        return ""
+    last = sorted({name.rpartition(".")[2] for name in names})
+    return f"lora_targets: no layer that can be adapted is named {target!r}; there are {', '.join(last)}"
+
+
+def layer_shapes(adapter: "Adapter") -> dict[str, tuple[int, ...]]:
+    """Shape of each weight that an adapter adapts, by the layer's name in its model."""
+    return {name: (layer.up.shape[0], *layer.down.shape[1:]) for name, layer in adapter.layers.items()}
 
 
 class StepDropout(nn.Module):
@@ -236,10 +246,13 @@ def read(path: str | Path, names: Mapping[str, str] = NOTHING) -> Adapter:
     state = load_state(file)
     settings = _settings(file)
     _refuse_variants(path, settings)
+    _refuse_other_numbers(path, state)
     try:
         layers = lora_formats.read_layers(state, settings, names)
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
+    if any(key.startswith(PEFT_PREFIX) for key in state):
+        _refuse_disagreement(path, layers, settings)
     layers = {name: layer.in_float32().with_whole_alpha() for name, layer in layers.items()}
     return Adapter(layers, tuple(sorted(_targets(state, settings, layers))))
 
@@ -266,6 +279,33 @@ def _refuse_variants(path: Path, settings: Mapping[str, Any]) -> None:
         )
 
 
+def _refuse_other_numbers(path: Path, state: Mapping[str, Tensor]) -> None:
+    """Raise ValueError for tensors that are not floating-point numbers."""
+    for key, tensor in state.items():
+        if not tensor.is_floating_point():
+            raise ValueError(
+                f"the adapter {path} is damaged or quantised: {key} is {tensor.dtype} {list(tensor.shape)}, not of "
+                "floating-point numbers; export the adapter again"
+            )
+
+
+def _refuse_disagreement(path: Path, layers: Layers, settings: Mapping[str, Any]) -> None:
+    """Raise ValueError where tensors have other ranks, or other layers, than the settings beside them tell."""
+    ranks, stated = {layer.rank for layer in layers.values()}, settings.get("r")
+    if stated is not None and not settings.get("rank_pattern") and ranks != {stated}:
+        raise ValueError(
+            f"the adapter {path} is of rank {', '.join(map(str, sorted(ranks)))}, and its adapter_config.json says "
+            f"r={stated!r}; mend the file that is wrong"
+        )
+    targets = settings.get("target_modules")
+    listed = targets if isinstance(targets, list) else []
+    if unknown := [t for t in listed if not any(name == t or name.endswith(f".{t}") for name in layers)]:
+        raise ValueError(
+            f"the adapter {path} has no tensors for {', '.join(map(repr, unknown))}, which target_modules of its "
+            "adapter_config.json names; mend the file that is wrong"
+        )
+
+
 def _settings(file: Path) -> dict[str, Any]:
     """What the file's metadata say, or else the configuration beside it; the reference's files have neither."""
     config = file.with_name("adapter_config.json")
@@ -274,13 +314,14 @@ def _settings(file: Path) -> dict[str, Any]:
     noted = read_metadata(file)
     if ALPHA_NOTE in noted:
         return {ALPHA_NOTE: noted[ALPHA_NOTE]}
-    source = file if lora_formats.METADATA in noted else config
+    if lora_formats.METADATA not in noted:
+        return read_settings(config) if config.exists() else {}
     try:
-        if lora_formats.METADATA in noted:
-            return lora_formats.settings_in(noted[lora_formats.METADATA])
-        return json.loads(config.read_text(encoding="utf-8")) if config.is_file() else {}
-    except ValueError as error:  # no JSON, or no UTF-8
-        raise ValueError(f"{source} is no JSON or is damaged; export the adapter again") from error
+        return lora_formats.settings_in(noted[lora_formats.METADATA])
+    except ValueError as error:
+        raise ValueError(
+            f"{file} has metadata that are no JSON or damaged; export the adapter again"
+        ) from error
 
 
 def _weights_file(path: Path) -> Path:

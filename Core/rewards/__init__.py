@@ -4,6 +4,7 @@ from Core.rewards.base import ImageReward, Reward, RewardInfo, RewardOutput, Vid
 from Core.rewards.build import (
     build_reward,
     check_reward_config,
+    frames_needed,
     parts_without_gradient,
     prompt_errors,
     required_weights,
@@ -21,6 +22,7 @@ __all__ = [
     "Weight",
     "build_reward",
     "check_reward_config",
+    "frames_needed",
     "parts_without_gradient",
     "prompt_errors",
     "register",

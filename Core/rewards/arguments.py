@@ -4,7 +4,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any, get_type_hints
 
-from Core.utils.options import describe_type, fits
+from Core.utils.options import Bounds, describe_type, fits, shown
 from Core.utils.registry import did_you_mean
 
 
@@ -18,7 +18,7 @@ def argument_errors(cls: Any, args: Mapping[str, Any], label: str, shared: Mappi
     parameters = {
         n: p for n, p in inspect.signature(cls.__init__).parameters.items() if p.kind is p.KEYWORD_ONLY
     }
-    hints = get_type_hints(cls.__init__)
+    hints = get_type_hints(cls.__init__, include_extras=True)
     allowed = {name: hints.get(name, Any) for name in parameters} | dict(shared)
     errors = [unknown_name(key, allowed, f"{label} have") for key in args if key not in allowed]
     errors += [
@@ -26,12 +26,18 @@ def argument_errors(cls: Any, args: Mapping[str, Any], label: str, shared: Mappi
         for name, parameter in parameters.items()
         if parameter.default is parameter.empty and name not in args
     ]
-    errors += [
-        f"{label}: {key} must be {describe_type(allowed[key])}, got {value!r}"
-        for key, value in args.items()
-        if key in allowed and not fits(value, allowed[key])
-    ]
+    for key, value in args.items():
+        if key in allowed:
+            errors += [f"{label}: {error}" for error in _value_errors(key, value, allowed[key])]
     return errors
+
+
+def _value_errors(name: str, value: Any, annotation: Any) -> list[str]:
+    """What is wrong with one argument; bounds of its own stand in its type: ``Annotated[int, Bounds(minimum=1)]``."""
+    if not fits(value, annotation):
+        return [f"{name} must be {describe_type(annotation)}, got {shown(value)}"]
+    stated = [extra for extra in getattr(annotation, "__metadata__", ()) if isinstance(extra, Bounds)]
+    return (stated or [Bounds(empty=isinstance(value, Mapping))])[0].errors(name, value)
 
 
 def unknown_name(key: Any, allowed: Mapping[str, Any] | list[str], label: str) -> str:

@@ -6,7 +6,7 @@ Axes: B videos, F frames of each, N images (N = B·F inside an image scorer), H 
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,11 +15,14 @@ from torch.utils.checkpoint import checkpoint
 
 from Core.rewards.arguments import argument_errors
 from Core.rewards.preprocess import to_unit_range
+from Core.rewards.user_files import blamed
 from Core.utils.hub import Weight, missing_local
+from Core.utils.options import Bounds
 
-SHARED_ARGUMENTS = {"slice_size": int, "device": str}  # that every scorer takes beside its own
 Score = Callable[[Tensor, list[str]], Tensor]
 SAMPLED_FRAMES = 8
+# That every scorer takes beside its own.
+SHARED_ARGUMENTS: dict[str, Any] = {"slice_size": Annotated[int, Bounds(minimum=1)], "device": str}
 
 
 @dataclass(frozen=True)
@@ -76,6 +79,7 @@ class Reward(nn.Module):
     info: ClassVar[RewardInfo]
     differentiable: ClassVar[bool] = True  # whether its scores have a gradient to the frames
     full_precision: ClassVar[tuple[str, ...]] = ()  # attributes that stay float32 in a half-precision scorer
+    origin: ClassVar[str] = ""  # "path/to/file.py:Class" of a user's scorer
     slice_size: int = 32  # images (or clips) per forward; more are scored slice by slice
     placement: torch.device | None = None  # where the networks stay; None = where the caller puts them
 
@@ -122,6 +126,11 @@ class Reward(nn.Module):
     def required_weights(cls, args: Mapping[str, Any]) -> dict[str, Weight]:
         """Weights that ``cls(**args)`` loads, by the constructor argument that names them."""
         return {key: weight.at(args.get(key) or weight.source) for key, weight in cls.info.weights.items()}
+
+    @classmethod
+    def frames_needed(cls, args: Mapping[str, Any]) -> int:
+        """Frames of a video without which ``cls(**args)`` cannot score it."""
+        return getattr(cls, "min_frames", 1)
 
     @classmethod
     def config_errors(cls, args: Mapping[str, Any]) -> list[str]:
@@ -173,12 +182,16 @@ class Reward(nn.Module):
         return self.to(wanted)
 
     def judge(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
-        """``evaluate`` where the networks are placed; the result is on the device of the frames."""
-        if self.placement is None:
-            return self.evaluate(frames, prompts)
-        output = self.evaluate(frames.to(self.placement), prompts)
-        parts = {name: part.to(frames.device) for name, part in output.parts.items()}
-        return RewardOutput(output.score.to(frames.device), output.loss.to(frames.device), parts)
+        """``evaluate`` where the networks are placed; the result is on the device of the frames.
+
+        Errors name the file where the scorer is a user's.
+        """
+        with blamed(self.origin, "while scoring"):
+            if self.placement is None:
+                return self.evaluate(frames, prompts)
+            output = self.evaluate(frames.to(self.placement), prompts)
+            parts = {name: part.to(frames.device) for name, part in output.parts.items()}
+            return RewardOutput(output.score.to(frames.device), output.loss.to(frames.device), parts)
 
     @abstractmethod
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:

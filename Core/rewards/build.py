@@ -11,7 +11,8 @@ import torch
 
 from Core.rewards.base import Reward
 from Core.rewards.mixture import Mixture, mixture_errors
-from Core.rewards.registry import construct, resolve_reward
+from Core.rewards.registry import construct, named_errors, reading, resolve_reward
+from Core.rewards.user_files import blamed
 from Core.utils.hub import Weight, prefetch
 
 RewardFn = str | Mapping[str, float]
@@ -26,7 +27,7 @@ def check_reward_config(reward_fn: RewardFn, reward_args: Any = None) -> list[st
     if isinstance(reward_fn, Mapping):
         return mixture_errors(reward_fn, args)
     try:
-        return resolve_reward(reward_fn).config_errors(args)
+        return named_errors(resolve_reward(reward_fn), args)
     except ValueError as error:
         return [str(error)]
 
@@ -43,8 +44,20 @@ def prompt_errors(reward_fn: RewardFn, reward_args: RewardArgs, prompts: Sequenc
     Raises:
         FileNotFoundError: a file that tells (a list of classes) cannot be had.
     """
-    parts = _parts(reward_fn, reward_args)
-    return [e for name, own in parts.items() for e in resolve_reward(name).prompt_errors(own, prompts)]
+    errors = []
+    for name, own in _parts(reward_fn, reward_args).items():
+        cls = resolve_reward(name)
+        with blamed(cls.origin, "on the prompts"), reading(name, cls, own):
+            errors += cls.prompt_errors(own, prompts)
+    return errors
+
+
+def frames_needed(reward_fn: RewardFn, reward_args: RewardArgs = None) -> tuple[str, int]:
+    """The scorer of a valid configuration that needs the most frames of a video, and how many."""
+    parts = _parts(reward_fn, reward_args).items()
+    return max(
+        ((name, resolve_reward(name).frames_needed(own)) for name, own in parts), key=lambda part: part[1]
+    )
 
 
 def parts_without_gradient(reward_fn: RewardFn, reward_args: RewardArgs = None) -> list[str]:

@@ -17,8 +17,9 @@ from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.heads import linear_layers
 from Core.rewards.preprocess import ImageTransform
 from Core.rewards.tokens import Tokens
+from Core.utils.damage import read_settings
 from Core.utils.hub import Weight, locate
-from Core.utils.state_dict import load_state, load_strictly, load_tokenizer, read_json
+from Core.utils.state_dict import load_state, load_strictly, load_tokenizer
 
 CHECKPOINT, SETTINGS = "ImageReward.pt", "med_config.json"
 MODEL = Weight(
@@ -130,7 +131,9 @@ class ImageRewardV1(ImageReward):
         file = folder / CHECKPOINT
         state = load_state(file)
         vision = load_vision(part_of(state, IMAGE, file))
-        text = load_text(part_of(state, TEXT, file), read_json(folder / SETTINGS), vision.config.hidden_size)
+        text = load_text(
+            part_of(state, TEXT, file), read_settings(folder / SETTINGS), vision.config.hidden_size
+        )
         words = load_tokenizer(locate(TOKENIZER.at(tokenizer)))
         # As BLIP adds them; they do not occur in a prompt, but the embeddings have them.
         words.add_special_tokens({"bos_token": "[DEC]", "additional_special_tokens": ["[ENC]"]})

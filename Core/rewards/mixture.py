@@ -8,8 +8,9 @@ from torch import Tensor, nn
 
 from Core.rewards.arguments import argument_errors
 from Core.rewards.base import Reward, RewardInfo, RewardOutput
-from Core.rewards.registry import construct, resolve_reward
+from Core.rewards.registry import construct, named_errors, resolve_reward
 from Core.utils.hub import Weight
+from Core.utils.options import NUMBER_LIMIT, shown
 
 
 class Mixture(Reward):
@@ -106,8 +107,10 @@ def mixture_errors(weights: Mapping[Any, Any], args: Mapping[str, Any]) -> list[
     errors = [] if weights else ["a reward mixture needs at least one part, got an empty dict"]
     seen: dict[str, Any] = {}
     for name, weight in weights.items():
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight < float("inf"):
-            errors.append(f"weight of reward {name!r} must be a number above 0, got {weight!r}")
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 < weight <= NUMBER_LIMIT:
+            errors.append(
+                f"weight of reward {name!r} must be a number above 0, got {shown(weight)}; at most {NUMBER_LIMIT}"
+            )
         errors += _part_errors(name, args.get(name, {}), seen)
     errors += [
         f"reward_args has settings for {name!r}, no part of the mixture ({', '.join(map(str, weights))})"
@@ -132,4 +135,4 @@ def _part_errors(name: Any, own: Any, seen: dict[str, Any]) -> list[str]:
         if scorer in seen
     ]
     seen.update(dict.fromkeys(scorers, name))
-    return errors + cls.config_errors(own)
+    return errors + named_errors(cls, own)

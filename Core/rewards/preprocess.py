@@ -5,7 +5,6 @@ gradient reaches the frames, and it reproduces the 8-bit pipelines the published
 antialiased bilinear / bicubic resampling as in Pillow, integer output sizes as in torchvision.
 """
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from Core.utils.damage import read_settings
 from Core.utils.hub import PROCESSOR_FILES
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
@@ -190,10 +190,7 @@ def read_processor_config(folder: Path, harmless: Sequence[str] = ()) -> dict[st
     for name in PROCESSOR_FILES:
         path = folder / name
         if path.is_file():
-            try:
-                values = json.loads(path.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise ValueError(f"{path} is damaged ({error}); fetch the model folder again") from error
+            values = read_settings(path)
             config = values.get("image_processor") or values.get("video_processor") or values
             refuse_other_steps(config, path, harmless)
             return config

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 
 from Core.rewards.preprocess import CLIP_MEAN, CLIP_STD, read_processor_config
 from Core.rewards.qwen2_vl import Patches, Qwen2VL
-from Core.utils.state_dict import describe_mismatch, load_state, load_tokenizer, quiet_transformers, read_json
+from Core.utils.damage import read_settings
+from Core.utils.state_dict import describe_mismatch, load_state, load_tokenizer, quiet_transformers
 
 HEAD = "rm_head."
 EMBEDDINGS = "language_model.embed_tokens.weight"
@@ -116,7 +117,7 @@ def load_config(folder: Path) -> Any:
     """
     from transformers import Qwen2VLConfig
 
-    values = read_json(folder / "config.json")
+    values = read_settings(folder / "config.json")
     if values.get("model_type") != "qwen2_vl":
         raise ValueError(
             f"{folder} holds a model of type {values.get('model_type')!r}, not 'qwen2_vl'; give Qwen2-VL's folder"

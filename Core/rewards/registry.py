@@ -3,14 +3,19 @@
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from Core.rewards.base import SHARED_ARGUMENTS, Reward
+from Core.rewards.base import SHARED_ARGUMENTS, Reward, RewardInfo
+from Core.rewards.user_files import RewardFileError, blamed, contract_errors
+from Core.utils.damage import loading, refuse_damaged
+from Core.utils.files import path_fault
+from Core.utils.hub import present
 from Core.utils.registry import Registry
 
 # A new scorer is one file and one line here.
@@ -64,16 +69,43 @@ def resolve_reward(name: str) -> type[Reward]:
 
 def construct(name: str, args: Mapping[str, Any]) -> Reward:
     """Instantiate a scorer; the arguments that every scorer takes are set on the instance."""
+    cls = resolve_reward(name)
     own = {key: value for key, value in args.items() if key not in SHARED_ARGUMENTS}
-    reward = resolve_reward(name)(**own)
+    with blamed(cls.origin, "in its constructor"), reading(name, cls, args):
+        reward = cls(**own)
     reward.slice_size = args.get("slice_size", reward.slice_size)
     reward.placement = torch.device(args["device"]) if args.get("device") else None
     return reward
 
 
+@contextmanager
+def reading(name: str, cls: type[Reward], args: Mapping[str, Any]) -> Iterator[None]:
+    """Read weights of ``cls(**args)`` in the block; ValueError where they are damaged. A user's scorer answers for
+    itself."""
+    weights = cls.required_weights(args).values()
+    if cls.origin or not weights:
+        yield
+        return
+    for place in filter(None, map(present, weights)):
+        refuse_damaged(place)
+    with loading(f"reward {name!r}", [weight.source for weight in weights]):
+        yield
+
+
+def named_errors(cls: type[Reward], args: Mapping[str, Any]) -> list[str]:
+    """``cls.config_errors``, where a user's file may fail as well."""
+    try:
+        with blamed(cls.origin, "on its arguments"):
+            return cls.config_errors(args)
+    except RewardFileError as error:
+        return [str(error)]
+
+
 def _class_from_file(spec: str) -> type[Reward]:
-    """Import ``Class`` from "path/to/file.py:Class"."""
+    """Import ``Class`` from "path/to/file.py:Class"; ValueError says what it lacks."""
     path, _, attribute = spec.rpartition(":")
+    if fault := path_fault(path):
+        raise ValueError(f"reward {spec[:80]!r}: {fault}")
     file = Path(path).expanduser().resolve()
     if not file.is_file():
         raise ValueError(f"reward {spec!r}: there is no file {path!r}")
@@ -82,6 +114,9 @@ def _class_from_file(spec: str) -> type[Reward]:
         raise ValueError(
             f"reward {spec!r}: {path!r} has no class {attribute!r} derived from Core.rewards.Reward"
         )
+    if faults := contract_errors(found, RewardInfo):
+        raise ValueError(f"reward {spec!r}: {'; '.join(faults)}")
+    found.origin = f"{file}:{attribute}"
     return found
 
 
@@ -92,8 +127,9 @@ def _import_file(file: Path) -> ModuleType:
         spec: Any = importlib.util.spec_from_file_location(name, file)
         sys.modules[name] = importlib.util.module_from_spec(spec)
         try:
-            spec.loader.exec_module(sys.modules[name])
-        except Exception as error:  # the file is the user's program, so anything may come out of it
+            with blamed(str(file), "on import"):
+                spec.loader.exec_module(sys.modules[name])
+        except BaseException:
             del sys.modules[name]
-            raise ValueError(f"reward file {str(file)!r} fails on import: {error!r}") from error
+            raise
     return sys.modules[name]

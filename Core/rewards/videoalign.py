@@ -28,8 +28,8 @@ from Core.rewards.qwen2_vl_files import (
     read_template,
     weight_files,
 )
+from Core.utils.damage import read_settings
 from Core.utils.hub import Weight, locate
-from Core.utils.state_dict import read_json
 
 DIMENSIONS = ("VQ", "MQ", "TA")
 MARKS = tuple(f"<|{name}_reward|>" for name in DIMENSIONS)
@@ -99,7 +99,7 @@ def lora_settings(settings: Mapping[str, Any], checkpoint: Path) -> dict[str, An
     if "lora_alpha" in own:
         named = {"r": own.get("lora_r"), "lora_alpha": own["lora_alpha"], "use_rslora": own.get("use_rslora")}
         return {key: value for key, value in named.items() if value is not None}
-    return read_json(checkpoint / "adapter_config.json")
+    return read_settings(checkpoint / "adapter_config.json")
 
 
 def load_reward_state(checkpoint: Path, base: Weight, settings: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -166,7 +166,7 @@ class VideoAlign(VideoReward):
         super().__init__()
         required = self.required_weights({"model": model, "base": base, "template": template})
         folder, base_folder = locate(required["model"]), locate(required["base"])
-        settings = read_json(folder / SETTINGS)
+        settings = read_settings(folder / SETTINGS)
         refuse_other_settings(settings, folder / SETTINGS)
         data, statistics = settings.get("data_config", {}), settings.get("inference_config") or {}
         text = read_template(locate(required["template"]), PROMPT, MARKS)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from Core.rewards.arguments import argument_errors
 from Core.rewards.base import Reward, RewardInfo, RewardOutput
-from Core.rewards.registry import construct, resolve_reward
+from Core.rewards.registry import construct, named_errors, resolve_reward
 from Core.utils.hub import Weight
 
 
@@ -50,13 +50,17 @@ class Wrapper(Reward):
         if errors := argument_errors(cls, args, f"reward_args of {cls.info.name!r}", shared={}):
             return errors
         try:
-            return resolve_reward(args["reward"]).config_errors(own_arguments(args))
+            return named_errors(resolve_reward(args["reward"]), own_arguments(args))
         except ValueError as error:
             return [f"reward_args of {cls.info.name!r}: reward: {error}"]
 
     @classmethod
     def has_gradient(cls, args: Mapping[str, Any]) -> bool:
         return resolve_reward(args["reward"]).has_gradient(own_arguments(args))
+
+    @classmethod
+    def frames_needed(cls, args: Mapping[str, Any]) -> int:
+        return resolve_reward(args["reward"]).frames_needed(own_arguments(args))
 
     @classmethod
     def prompt_errors(cls, args: Mapping[str, Any], prompts: Sequence[str]) -> list[str]:

@@ -33,9 +33,10 @@ class Process(Protocol):
     """
 
     num_timesteps: int
+    end: int
 
     def step(self, z: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-        """The deterministic step of ``z`` from ``t`` to ``t_next``; 0 is data."""
+        """The deterministic step of ``z`` from ``t`` to ``t_next``; ``end`` is data."""
 
     def stochastic_step(
         self, z: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor, noise_level: float

@@ -80,3 +80,10 @@ def choose_frames(value: int | str, num_latent_frames: int, generators: Sequence
     if mode == RANDOM_FRAME:
         return torch.stack([torch.randint(num_latent_frames, (1,), generator=g) for g in generators])
     return torch.tensor(fixed.get(mode, [mode])).repeat(len(generators), 1)
+
+
+def count_frames(value: Any, num_latent_frames: int, num_frames: int, fps: float) -> int:
+    """F, how many frames of a video ``decode_frame`` = ``value`` asks for."""
+    if (times := frames_of_video(value, num_frames, fps)) is not None:
+        return len(times)
+    return choose_frames(value, num_latent_frames, [torch.Generator()]).shape[1]

@@ -14,8 +14,8 @@ from Core.training.checkpoint import Checkpoint, Checkpoints
 logger = logging.getLogger("vader")
 GLOBAL_BATCH = "global batch"
 RUN_FILES = (
-    *("checkpoints", "samples", "adapter", "metrics.csv", "validation.csv", "config.py", "tensorboard"),
-    *("evaluation", "report.html", "environment.json", "wandb_id.txt", "wandb"),
+    *("checkpoints", "samples", "adapter", "metrics.csv", "validation.csv", "config.py", "config.json"),
+    *("tensorboard", "evaluation", "report.html", "environment.json", "wandb_id.txt", "wandb"),
 )
 
 

@@ -1,28 +1,33 @@
 """Training, from a configuration to a finished run: build everything, continue or begin, fit."""
 
+import itertools
 import logging
 import math
 import shutil
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from Core.backbones import Backbone
-from Core.build import build_backbone
+from Core.backbones import Backbone, Prompt
+from Core.build import build_backbone, commits_of_weights
 from Core.config import Config, ConfigError
 from Core.modules import lora
 from Core.rewards import Reward, build_reward, prompt_errors
+from Core.rewards.user_files import try_scorer
 from Core.training.metric_logging import Trackers, build_trackers
 from Core.training.optimizer import state_bytes
 from Core.training.resume import identity, prepare_folder
-from Core.training.trainer import Trainer
+from Core.training.trainer import Trainer, total_steps
 from Core.training.validation import Validation
+from Core.utils import rng
 from Core.utils.distributed import Distributed
 from Core.utils.environment import record_environment
 
 logger = logging.getLogger("vader")
+TRIED_VIDEOS = 2  # enough to tell a score per video from one for all
 
 
 def train(config: Config, distributed: Distributed, folder: Path) -> None:
@@ -47,11 +52,12 @@ def build_trainer(config: Config, distributed: Distributed, folder: Path) -> Tra
     prompts, val_prompts = config.prompt_list, config.validation_prompt_list
     chosen = prepare_folder(config, folder, prompts, batch) if distributed.is_main else None
     checkpoint = distributed.broadcast(chosen)
-    backbone, encoded = build_backbone(config, distributed, [*prompts, *val_prompts])
+    used = [*used_prompts(config, prompts, batch), *val_prompts]
+    backbone, encoded = build_backbone(config, distributed, [*prompts, *val_prompts], used)
     reward, monitors = build_scorers(config, distributed, backbone)
     adapt_for_training(config, backbone)
     if distributed.is_main:
-        record_environment(folder)
+        record_environment(folder, commits_of_weights(config, backbone))
     last_row = checkpoint.step if checkpoint else -1
     trackers = build_trackers(config, folder, last_row) if distributed.is_main else Trackers({})
     validation = Validation(config, distributed, backbone, reward, monitors, encoded[len(prompts) :])
@@ -59,6 +65,7 @@ def build_trainer(config: Config, distributed: Distributed, folder: Path) -> Tra
         config, identity(config, prompts, batch), distributed, backbone, reward, encoded[: len(prompts)],
         validation, folder, trackers,
     )  # fmt: skip
+    try_user_scorers(trainer, reward, monitors)
     if checkpoint:
         trainer.resume(checkpoint)
         logger.info("continuing from %s", checkpoint.folder)
@@ -87,6 +94,16 @@ def saved_sizes(trainer: Trainer) -> tuple[int, int]:
     adapter = sum(p.numel() * p.element_size() for p in trainer.parameters)
     moments = state_bytes(trainer.config.optimizer, trainer.parameters)
     return adapter, adapter + moments + (adapter if trainer.ema else 0)
+
+
+def used_prompts(config: Config, prompts: Sequence[Prompt], global_batch: int) -> Sequence[Prompt]:
+    """Those that the run trains on: of a long list, its steps may not reach all."""
+    group = config.objective.videos_per_prompt
+    samples = total_steps(config, len(prompts), global_batch) * global_batch
+    if samples >= len(prompts) * group:
+        return prompts
+    drawn = range(-(-samples // group))
+    return [prompts[i] for i in rng.training_indices(config.run.seed, drawn, len(prompts))]
 
 
 def report(folder: Path) -> None:
@@ -128,6 +145,31 @@ def build_scorers(
         name: build_reward(name, arguments.get(name), **placed) for name in config.validation.monitors
     }
     return reward, monitors
+
+
+def try_user_scorers(trainer: Trainer, reward: Reward, monitors: Mapping[str, Reward]) -> None:
+    """Have scorers from users' files score noise once, so that their faults show before the first step.
+
+    Raises:
+        ValueError: one fails, or lacks the gradient that the objective needs.
+    """
+    video, objective = trainer.backbone.video, trainer.objective
+    encoded = trainer.prompts[: min(TRIED_VIDEOS, trainer.config.optimizer.train_batch_size)]
+    prompts = [one.prompt.reward_text for one in encoded]
+    for scorer in user_scorers(reward):
+        count = objective.count_scored_frames(objective.settings, trainer.backbone.latent_shape()[1], video)
+        shape = (len(prompts), count, 3, video.height, video.width)
+        frames = torch.rand(shape, generator=rng.generator(0, "trial")).to(trainer.distributed.device)
+        try_scorer(scorer, frames * 2 - 1, prompts, objective.needs_reward_gradient)
+    for scorer in itertools.chain.from_iterable(map(user_scorers, monitors.values())):
+        count = len(scorer.sample_frames(video.num_frames, video.fps))
+        frames = torch.rand((1, count, 3, video.height, video.width), generator=rng.generator(0, "trial"))
+        try_scorer(scorer, frames.to(trainer.distributed.device) * 2 - 1, prompts[:1], False)
+
+
+def user_scorers(reward: Reward) -> list[Reward]:
+    """Those from users' files, in a mixture or a wrapper too."""
+    return [part for part in reward.modules() if isinstance(part, Reward) and part.origin]
 
 
 def scorer_dtype(base: torch.dtype, mixed_precision: str) -> torch.dtype:

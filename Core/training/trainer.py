@@ -36,6 +36,12 @@ from Core.utils.timing import Stopwatch
 logger = logging.getLogger("vader")
 
 
+def total_steps(config: Config, prompts: int, global_batch: int) -> int:
+    """Optimiser steps of a run with so many prompts, until ``max_train_steps`` or ``num_train_epochs``."""
+    videos = config.optimizer.num_train_epochs * prompts * config.objective.videos_per_prompt
+    return min(config.optimizer.max_train_steps, math.ceil(videos / global_batch))
+
+
 class Trainer:
     """Everything a run needs, built and on its device.
 
@@ -73,16 +79,15 @@ class Trainer:
         self.history = ValidationHistory(config.validation.early_stop, lower)
         self.stop = StopRequest()
         self.step = self.bad_steps = self.skipped_steps = 0
+        self.still_steps = 0  # steps in a row whose gradient was exactly zero
         self.recent_rewards: list[float] = []
         self.save_fault = ""  # why the last save failed
 
     @property
     def total_steps(self) -> int:
         """Optimiser steps until ``max_train_steps`` or ``num_train_epochs``, whichever comes first."""
-        settings = self.config.optimizer
-        batch = settings.global_batch(self.distributed.num_processes)
-        videos = settings.num_train_epochs * len(self.prompts) * self.objective.group_size
-        return min(settings.max_train_steps, math.ceil(videos / batch))
+        batch = self.config.optimizer.global_batch(self.distributed.num_processes)
+        return total_steps(self.config, len(self.prompts), batch)
 
     def train_step(self) -> StepMetrics:
         timer = Stopwatch(self.distributed.device)
@@ -199,6 +204,7 @@ class Trainer:
         self.step += 1
         if not metrics.scaler_calibrating:
             self.bad_steps = self.bad_steps + 1 if metrics.skipped else 0
+        self.still_steps = self.still_steps + 1 if metrics.grad_norm == 0 else 0
         self.skipped_steps += metrics.skipped
         self.recent_rewards.append(metrics.reward)
         self.trackers.log(metrics.scalars(lr) | {"train/skipped_steps": self.skipped_steps}, self.step)
@@ -208,9 +214,9 @@ class Trainer:
         """Validate and save where it is time to; whether the run was asked to stop.
 
         Raises:
-            ValueError: too many steps in a row had no finite gradient; everything is saved.
+            ValueError: too many steps in a row had no finite gradient, or none at all; everything is saved.
         """
-        exhausted = self.bad_steps >= self.config.optimizer.max_bad_steps
+        exhausted = self.why_hopeless()
         if self.validation_is_due() and not stopping:
             self.validate()
             stopping = self.distributed.any(self.stop.requested)
@@ -219,11 +225,24 @@ class Trainer:
             self.save()
         if exhausted:
             kept = f"not saved ({self.save_fault})" if self.save_fault else "saved"
-            raise ValueError(
-                f"{self.bad_steps} steps in a row had no finite reward and gradient; the run is {kept} at step "
-                f"{self.step}; lower lr, or set mixed_precision='bf16'"
-            )
+            reason, advice = exhausted
+            raise ValueError(f"{reason}; the run is {kept} at step {self.step}; {advice}")
         return stopping
+
+    def why_hopeless(self) -> tuple[str, str] | None:
+        """Why further steps would not train, and what to change; None while they may."""
+        limit = self.config.optimizer.max_bad_steps
+        if self.bad_steps >= limit:
+            reason = f"{self.bad_steps} steps in a row had no finite reward and gradient"
+            return reason, "lower lr, or set mixed_precision='bf16'"
+        if self.still_steps >= limit and self.objective.needs_reward_gradient:
+            reason = f"the gradient of {self.still_steps} steps in a row was exactly zero"
+            advice = (
+                f"the loss of reward_fn={self.config.reward.reward_fn!r} does not depend on the frames there: look for "
+                "rounding, thresholds and targets that have been reached"
+            )
+            return reason, advice
+        return None
 
     def finished(self) -> bool:
         return self.step >= self.total_steps or bool(self.history.stop_reason())

@@ -7,6 +7,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,14 @@ def describe() -> dict[str, Any]:
     }
 
 
-def record_environment(folder: Path) -> None:
-    """Add this start to ``environment.json``; a run that was continued lists every start, once each."""
+def record_environment(folder: Path, weights: Mapping[str, str] | None = None) -> None:
+    """Add this start to ``environment.json``; a run that was continued lists every start, once each.
+
+    Args:
+        weights: commits of the weights from the hub, by key of the configuration.
+    """
     starts = read_starts(folder)
-    now = describe()
+    now = describe() | ({"weights": dict(weights)} if weights else {})
     if now not in starts:
         starts.append(now)
     folder.mkdir(parents=True, exist_ok=True)

@@ -5,19 +5,22 @@ looked for on this machine first; the network is used only for what is missing.
 """
 
 import hashlib
-import json
 import logging
 import re
 import textwrap
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
+from Core.utils.damage import read_settings
+from Core.utils.files import path_fault
+
 logger = logging.getLogger("vader")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*(@[\w.-]+)?")  # owner/name, or owner/name@revision
+COMMIT = re.compile(r"[0-9a-f]{40}")
 FILE_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".txt", ".py", ".whl"}  # not of hub ids
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
 MODEL_FILES = (*TOKENIZER_FILES, "model*.safetensors")
@@ -37,11 +40,11 @@ KINDS = {
 class Weight:
     """One published artefact.
 
-    source: hub id, https address, or local path. kind: ``model`` (folder in the transformers layout),
-    ``tokenizer`` (the same without weights), ``checkpoint`` (folder of another layout, see ``layouts``) or ``file`` (a
-    single one, ``file`` in its repository). parts: what a model folder must hold beside the network. layouts: what a
-    checkpoint folder may hold, alternatives in order, each a set of patterns. size: approximate download in bytes.
-    sha256: of a pinned file. licence: of the weights.
+    source: hub id (``owner/name``, or pinned ``owner/name@revision``), https address, or local path. kind: ``model``
+    (folder in the transformers layout), ``tokenizer`` (the same without weights), ``checkpoint`` (folder of another
+    layout, see ``layouts``) or ``file`` (a single one, ``file`` in its repository). parts: what a model folder must
+    hold beside the network. layouts: what a checkpoint folder may hold, alternatives in order, each a set of patterns.
+    size: approximate download in bytes. sha256: of a pinned file. licence: of the weights.
     """
 
     source: str
@@ -66,6 +69,8 @@ class Weight:
         """Whether ``source`` names a path, existing or not, rather than a hub id or an address."""
         if self.source.startswith("https://"):
             return False
+        if path_fault(self.source):
+            return True
         path = Path(self.source).expanduser()
         return path.exists() or path.suffix in FILE_SUFFIXES or not HUB_ID.fullmatch(self.source)
 
@@ -128,20 +133,25 @@ def _lacks_tokenizer(folder: Path) -> str:
 
 def _has_shards(folder: Path, index: Path) -> bool:
     """Whether every shard an index file names is there."""
-    named = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
-    return all((folder / shard).is_file() for shard in named)
+    named = read_settings(index).get("weight_map")
+    return isinstance(named, dict) and all((folder / str(shard)).is_file() for shard in named.values())
 
 
 def missing_local(weight: Weight) -> str:
     """One sentence if ``weight`` names a local path that lacks what is needed there; else ''."""
     if not weight.is_local:
         return ""
+    if fault := path_fault(weight.source):
+        return f"{weight.source[:80]!r}: {fault}"
     path, wanted = Path(weight.source).expanduser(), KINDS[weight.kind]
     if not path.exists():
         return f"there is no {weight.source!r}; give {wanted} that exists, or a hub id (owner/name)"
     if path.is_file():
         return "" if weight.kind == "file" else f"{weight.source!r} is a file; give {wanted}"
-    lack = weight.lacks(path)
+    try:
+        lack = weight.lacks(path)
+    except ValueError as error:  # an index that is damaged
+        lack = str(error)
     return f"{weight.source!r} is not {wanted}: {lack}" if lack else ""
 
 
@@ -169,14 +179,6 @@ def _find(weight: Weight, into: Path | None) -> Path:
     return folder / weight.file if weight.kind == "file" and folder.is_dir() else folder
 
 
-def present(weight: Weight) -> Path | None:
-    """``locate`` without the network: None where the artefact is not on this machine."""
-    if weight.is_local:
-        return None if missing_local(weight) else Path(weight.source).expanduser()
-    folder = _cached_snapshot(weight.source)
-    return None if folder is None or weight.lacks(folder) else folder
-
-
 def prefetch(weights: Iterable[Weight], into: Path | None = None) -> dict[Weight, Path]:
     """Bring all ``weights`` to this machine, as ``locate`` does each.
 
@@ -200,6 +202,16 @@ def prefetch(weights: Iterable[Weight], into: Path | None = None) -> dict[Weight
     return paths
 
 
+def present(weight: Weight) -> Path | None:
+    """Path of the artefact if it lies on this machine, complete or not; the network is not used."""
+    if weight.source.startswith("https://"):
+        return None
+    if weight.is_local:
+        path = Path(weight.source).expanduser()
+        return path if path.exists() else None
+    return _cached_snapshot(weight.source)
+
+
 def _from_hub(weight: Weight, into: Path | None) -> Path:
     """Folder with the files of a hub repository that ``weight`` needs; no network call if they are here."""
     present = into / weight.name if into else _cached_snapshot(weight.source)
@@ -213,13 +225,28 @@ def _from_hub(weight: Weight, into: Path | None) -> Path:
     raise FileNotFoundError(f"{weight.source} on the hub is not {KINDS[weight.kind]}: {weight.lacks(folder)}")
 
 
+def _repository(source: str) -> tuple[str, dict[str, Any]]:
+    """A hub id without its revision, and that as an argument of the hub's client."""
+    name, _, revision = source.partition("@")
+    return name, {"revision": revision} if revision else {}
+
+
+def commit_of(weight: Weight) -> str | None:
+    """The commit that a hub id stands for in this machine's cache; None for anything else."""
+    if weight.is_local or weight.source.startswith("https://"):
+        return None
+    found = _cached_snapshot(weight.source)
+    return found.name if found and COMMIT.fullmatch(found.name) else None
+
+
 def _cached_snapshot(source: str) -> Path | None:
     """Folder of a repository in the hub's cache, complete or not."""
     from huggingface_hub import snapshot_download
 
+    name, pinned = _repository(source)
     try:
-        return Path(snapshot_download(source, local_files_only=True))
-    except OSError:
+        return Path(snapshot_download(name, **pinned, local_files_only=True))
+    except (OSError, ValueError):  # not in the cache, or no name the hub takes
         return None
 
 
@@ -227,8 +254,9 @@ def _download_snapshot(source: str, patterns: tuple[str, ...], folder: Path | No
     """Download the files of a repository that match; any failure becomes FileNotFoundError."""
     from huggingface_hub import snapshot_download
 
+    name, pinned = _repository(source)
     try:
-        return Path(snapshot_download(source, allow_patterns=list(patterns), local_dir=folder))
+        return Path(snapshot_download(name, **pinned, allow_patterns=list(patterns), local_dir=folder))
     except _hub_errors() as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise FileNotFoundError(textwrap.shorten(reason, REASON_LIMIT, placeholder=" …")) from error

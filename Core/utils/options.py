@@ -2,18 +2,98 @@
 
 import argparse
 import ast
-import math
+import operator
 import types
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import MISSING, Field, field, fields
+from collections.abc import Callable, Collection, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import partial
 from typing import Any, Literal, NoReturn, Union, get_args, get_origin
 
 from Core.utils.errors import ConfigError
+from Core.utils.files import path_fault
 from Core.utils.registry import did_you_mean
 
+# Beyond these a number or a text is a slip, whatever the key; a key may state its own bounds.
+NUMBER_LIMIT, TEXT_LIMIT, NESTING_LIMIT = 10**9, 10_000, 20
 ARTICLES = {int: "a whole number", float: "a number", str: "a string", bool: "True or False"}
 ARTICLES |= {dict: "a dict", Mapping: "a dict", type(None): "None"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bounds:
+    """What a value of the right type must be beside that.
+
+    minimum, maximum, above, below: of a number, or of each number of a sequence. path: a text that names a file or
+    folder, or a hub id. empty: a text, a list or a dict may be empty.
+    """
+
+    minimum: float | None = None
+    maximum: float | None = None
+    above: float | None = None
+    below: float | None = None
+    path: bool = False
+    empty: bool = False
+
+    def errors(self, name: str, value: Any) -> list[str]:
+        """What is wrong with the value of ``name``, one sentence at most; types are not looked at."""
+        items = value if isinstance(value, (list, tuple)) else [value]
+        found = [self._emptiness(name, value), *(self._fault(name, item) for item in items)]
+        return [error for error in found if error][:1]
+
+    def _emptiness(self, name: str, value: Any) -> str:
+        empty = isinstance(value, (str, list, tuple, Mapping)) and not (
+            value.strip() if isinstance(value, str) else value
+        )
+        return f"{name} must not be empty; remove it, or give a value" if empty and not self.empty else ""
+
+    def _fault(self, name: str, value: Any) -> str:
+        if isinstance(value, str):
+            return self._text_fault(name, value)
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            return _data_fault(name, value)
+        if value != value or value in (float("inf"), float("-inf")):
+            return f"{name} must be finite, got {shown(value)}"
+        for words, bound, holds in self._limits():
+            if not holds(value, bound):
+                return f"{name} must be {words} {bound}, got {shown(value)}"
+        return ""
+
+    def _limits(self) -> Iterator[tuple[str, float, Callable[[Any, Any], bool]]]:
+        """Each bound in words, with its test; the general limit on a side where the key has none."""
+        lowest = -NUMBER_LIMIT if self.minimum is None and self.above is None else self.minimum
+        highest = NUMBER_LIMIT if self.maximum is None and self.below is None else self.maximum
+        limits = (("at least", lowest, operator.ge), ("at most", highest, operator.le))
+        strict = (("above", self.above, operator.gt), ("below", self.below, operator.lt))
+        yield from ((words, bound, holds) for words, bound, holds in (*limits, *strict) if bound is not None)
+
+    def _text_fault(self, name: str, text: str) -> str:
+        if len(text) > TEXT_LIMIT:
+            return f"{name} must have at most {TEXT_LIMIT} characters, got {len(text)}"
+        if "\0" in text:
+            return f"{name} must not hold a null character, got {shown(text)}"
+        if not text.strip() and not self.empty:
+            return f"{name} must not be empty or hold an empty text; remove it, or give a value"
+        fault = path_fault(text) if self.path and text.strip() else ""
+        return f"{name}: {fault}, got {shown(text)}" if fault else ""
+
+
+def _data_fault(name: str, value: Any, depth: int = 0) -> str:
+    """What in a dict or a list is no data: neither text, number, bool, None nor a dict or a list of these."""
+    if depth > NESTING_LIMIT:
+        return f"{name} must not be nested more than {NESTING_LIMIT} deep"
+    if isinstance(value, Mapping):
+        inner = [
+            (f"{name}.{shown(key)}" if not isinstance(key, str) else f"{name}.{key}", v)
+            for key, v in value.items()
+        ]
+        return next(filter(None, (_data_fault(key, v, depth + 1) for key, v in inner)), "")
+    if isinstance(value, (list, tuple)):
+        return next(filter(None, (_data_fault(name, item, depth + 1) for item in value)), "")
+    if value is None or isinstance(value, bool):
+        return ""
+    if isinstance(value, (str, int, float)):
+        return Bounds(empty=True)._fault(name, value)
+    return f"{name} must be data (text, numbers, lists, dicts), got {shown(value)}"
 
 
 def option(
@@ -24,6 +104,8 @@ def option(
     maximum: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    path: bool = False,
+    empty: bool = False,
     entry: type | None = None,
     remakes_videos: bool = False,
     may_change: bool = False,
@@ -32,12 +114,13 @@ def option(
 
     Args:
         default: copied per instance where it is mutable.
-        minimum, maximum, above, below: bounds of a number, or of each number of a sequence.
+        minimum, maximum, above, below, path, empty: see ``Bounds``; what the default is empty of may be empty.
         entry: dataclass of options that describes the keys of a dict.
         remakes_videos: a generated video depends on it.
         may_change: a run that is resumed may have another value.
     """
-    bounds = {"at least": minimum, "at most": maximum, "above": above, "below": below}
+    empty = empty or default in ("", [], {})
+    bounds = Bounds(minimum=minimum, maximum=maximum, above=above, below=below, path=path, empty=empty)
     metadata: dict[str, Any] = {"doc": doc, "bounds": bounds, "entry": entry}
     metadata |= {"remakes_videos": remakes_videos, "may_change": may_change}
     if isinstance(default, (list, dict)):
@@ -57,8 +140,14 @@ def default_of(entry: Field) -> Any:
     return factory()
 
 
+def _bare(annotation: Any) -> Any:
+    """A type without what ``Annotated`` adds to it."""
+    return annotation.__origin__ if hasattr(annotation, "__metadata__") else annotation
+
+
 def describe_type(annotation: Any) -> str:
     """The type in words, for messages and documentation."""
+    annotation = _bare(annotation)
     origin, args = get_origin(annotation), get_args(annotation)
     if origin in (Union, types.UnionType):
         return " or ".join(describe_type(arg) for arg in args)
@@ -74,6 +163,7 @@ def describe_type(annotation: Any) -> str:
 
 def fits(value: Any, annotation: Any) -> bool:
     """Whether a value from a config file has the annotated type; an int serves as a float, a bool as no number."""
+    annotation = _bare(annotation)
     if annotation is Any:
         return True
     origin, args = get_origin(annotation), get_args(annotation)
@@ -112,44 +202,17 @@ def check_values(known: Mapping[str, Field], values: Mapping[str, Any], prefix: 
 
 def _value_errors(entry: Field, name: str, value: Any) -> list[str]:
     if not fits(value, entry.type):
-        return [f"{name} must be {describe_type(entry.type)}, got {_shown(value)}"]
+        return [f"{name} must be {describe_type(entry.type)}, got {shown(value)}"]
     if (schema := entry.metadata["entry"]) and value:
         return check_values({inner.name: inner for inner in fields(schema)}, value, f"{name}.")
-    numbers = value if isinstance(value, (list, tuple)) else [value]
-    return [error for number in numbers if (error := _number_error(entry, name, number))][:1]
+    return entry.metadata["bounds"].errors(name, value)
 
 
-def _number_error(entry: Field, name: str, value: Any) -> str:
-    """What is wrong with the size of a number; empty for what is none."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        return ""
-    if not _is_finite(value):
-        return f"{name} must be finite, got {_shown(value)}"
-    holds: dict[str, Callable[[Any, Any], bool]] = {
-        "at least": lambda a, b: a >= b,
-        "at most": lambda a, b: a <= b,
-        "above": lambda a, b: a > b,
-        "below": lambda a, b: a < b,
-    }
-    for words, bound in entry.metadata["bounds"].items():
-        if bound is not None and not holds[words](value, bound):
-            return f"{name} must be {words} {bound}, got {_shown(value)}"
-    return ""
-
-
-def _is_finite(value: int | float) -> bool:
-    """Whether a float can hold the number."""
-    try:
-        return math.isfinite(value)
-    except OverflowError:
-        return False
-
-
-def _shown(value: Any, limit: int = 200) -> str:
-    """``repr`` that fits a sentence; Python refuses to print numbers of thousands of digits."""
+def shown(value: Any, limit: int = 200) -> str:
+    """``repr`` that fits a sentence; Python refuses to print numbers of thousands of digits and deep nesting."""
     try:
         text = repr(value)
-    except ValueError:
+    except (ValueError, RecursionError):
         return f"a {type(value).__name__} too long to print"
     return text if len(text) <= limit else f"{text[:limit]}…"
 

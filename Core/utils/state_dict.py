@@ -1,7 +1,6 @@
 """Reading weights: strict on what a model needs, and without ever running code from a file."""
 
 import json
-import pickle
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -9,9 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load, load_file
 from torch import Tensor, nn
+
+from Core.utils.damage import is_weight, loading, read_settings, reason_of, refuse_integers
 
 
 def load_state(path: Path) -> dict[str, Tensor]:
@@ -23,14 +24,18 @@ def load_state(path: Path) -> dict[str, Tensor]:
     try:
         if path.suffix == ".safetensors":
             # safetensors maps no file whose path is not UTF-8.
-            return load_file(path) if _is_text(path) else load(path.read_bytes())
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(_refusal(path, type(error).__name__)) from error
+            state: Any = load_file(path) if _is_text(path) else load(path.read_bytes())
+        else:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged pickle may raise anything
+        raise ValueError(_refusal(path, reason_of(error))) from error
     if isinstance(state, dict):
         state = state.get("state_dict", state)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise ValueError(_refusal(path, f"a {type(state).__name__} without tensors by name"))
+    refuse_integers(path, [k for k, v in state.items() if is_weight(k) and not v.is_floating_point()])
     return state
 
 
@@ -51,24 +56,9 @@ def _is_text(path: Path) -> bool:
 
 def _refusal(path: Path, reason: str) -> str:
     return (
-        f"refused to load {path.name}: it is damaged or holds more than tensors ({reason}); "
+        f"refused to load {path}: it is damaged or holds more than tensors ({reason}); "
         "use a file from its official source, or a .safetensors"
     )
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file.
-
-    Raises:
-        ValueError: it is missing, damaged, or something else.
-    """
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as JSON ({error}); fetch the folder again") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{path} holds a {type(values).__name__}, not settings; fetch the folder again")
-    return values
 
 
 @contextmanager
@@ -91,7 +81,8 @@ def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a model folder; code beside it is not run."""
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    with loading("the tokenizer", [folder]):
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
 
 
 def load_strictly(model_class: Any, folder: Path | None, unused: str = "", **kwargs: Any) -> Any:
@@ -104,7 +95,7 @@ def load_strictly(model_class: Any, folder: Path | None, unused: str = "", **kwa
     Raises:
         ValueError: keys are missing, unexpected, or of another shape; the message names them.
     """
-    with quiet_transformers():
+    with quiet_transformers(), loading(model_class.__name__, [folder or "the file"]):
         model, report = model_class.from_pretrained(
             folder,
             output_loading_info=True,
@@ -146,12 +137,25 @@ def fill_strictly(model: nn.Module, source: Path) -> nn.Module:
     return model
 
 
+def tensor_shapes(source: Path) -> dict[str, list[int]]:
+    """Shape of each tensor in a ``.safetensors`` file or in those of a folder, from their headers; unreadable ones add
+    none."""
+    shapes: dict[str, list[int]] = {}
+    for file in [source] if source.is_file() else sorted(source.glob("*.safetensors")):
+        try:
+            with safe_open(file, "pt") as content:
+                shapes |= {key: content.get_slice(key).get_shape() for key in content.keys()}
+        except (SafetensorError, OSError):
+            continue  # said when it is loaded
+    return shapes
+
+
 def _weight_files(folder: Path) -> list[Path]:
     whole = [folder / name for name in ("model.safetensors", "pytorch_model.bin")]
     for file in (file for file in whole if file.is_file()):
         return [file]
     index = min(folder.glob("*.index.json"))  # by name, so safetensors first
-    shards = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+    shards = read_settings(index)["weight_map"].values()
     return [folder / name for name in sorted(set(shards))]
 
 

@@ -19,7 +19,7 @@ import torch
 
 from Core.cli import run
 from Core.config import load_config
-from Core.config.load import read_saved
+from Core.config.files import read_run
 from Core.utils.environment import read_starts
 from Core.utils.tables import read_table
 from scripts.demo.common import ROOT
@@ -75,7 +75,7 @@ def course(setting: str, seed: int) -> dict[str, np.ndarray] | None:
         return None
     table = read_table(folder / "validation.csv")
     steps = np.array([int(row["step"]) for row in table])
-    if steps[-1] != read_saved(folder / "config.py")["max_train_steps"]:
+    if steps[-1] != read_run(folder)["max_train_steps"]:
         return None
     return {name: np.array([row[name] for row in table]) for name in MEASURES} | {"steps": steps}
 

@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from Core.backbones import Backbone, EncodedPrompt, Prompt
+from Core.backbones import Backbone, EncodedPrompt, Prompt, VideoSpec
 from Core.rewards import Reward, RewardOutput
 from Core.utils.timing import Stopwatch
 
@@ -22,6 +22,10 @@ Gather = Callable[[Tensor], Tensor]
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveSettings:
     """Keys of one objective; an objective subclasses it with its own options."""
+
+    @property
+    def videos_per_prompt(self) -> int:
+        return 1
 
 
 class Objective:
@@ -89,6 +93,11 @@ class Objective:
     ) -> Iterator[RewardOutput]:
         """Terms whose losses add up; each is sent backward, and its graph freed, before the next is asked for."""
         yield self.loss(prompts, samples, timer)
+
+    @classmethod
+    def count_scored_frames(cls, settings: Any, latent_frames: int, video: VideoSpec) -> int:
+        """F, the frames of each video that the reward gets; by default as many as latent frames."""
+        return latent_frames
 
     def loss(
         self, prompts: Sequence[EncodedPrompt], samples: Sequence[int], timer: Stopwatch

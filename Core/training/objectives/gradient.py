@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import Tensor
 
-from Core.backbones import Backbone, EncodedPrompt
+from Core.backbones import Backbone, EncodedPrompt, VideoSpec
 from Core.rewards import Reward, RewardOutput
 from Core.sampling.euler import Predict
-from Core.sampling.frame_choice import check_decode_frame
+from Core.sampling.frame_choice import check_decode_frame, count_frames
 from Core.training.rollout import GuidedSettings, KlSettings, KlToBase, Rollout, RolloutSettings
 from Core.utils.timing import Stopwatch
 
@@ -61,6 +61,10 @@ class GradientObjective(Objective):
         except ValueError as error:
             errors.append(str(error))
         return errors
+
+    @classmethod
+    def count_scored_frames(cls, settings: Any, latent_frames: int, video: VideoSpec) -> int:
+        return count_frames(settings.decode_frame, latent_frames, video.num_frames, video.fps)
 
     @classmethod
     def step_errors(cls, settings: Any, sampling_steps: int) -> list[str]:

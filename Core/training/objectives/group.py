@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from Core.backbones import Backbone, EncodedPrompt
+from Core.backbones import Backbone, EncodedPrompt, VideoSpec
 from Core.rewards import Reward, RewardOutput
 from Core.sampling.euler import per_video
-from Core.sampling.frame_choice import check_decode_frame
+from Core.sampling.frame_choice import check_decode_frame, count_frames
 from Core.training.rollout import Rollout, RolloutSettings
 from Core.utils import rng
 from Core.utils.options import option
@@ -43,6 +43,10 @@ class GroupSettings(RolloutSettings):
         WHOLE_VIDEO,
         "what is scored: the finished `video`, as in validation, or what the other objectives' decode_frame says",
     )
+
+    @property
+    def videos_per_prompt(self) -> int:
+        return self.group_size
 
 
 @dataclass(frozen=True)
@@ -138,6 +142,12 @@ class GroupObjective(Objective):
         except ValueError as error:
             return [f"{error}; or {WHOLE_VIDEO!r} for all of the finished video"]
         return []
+
+    @classmethod
+    def count_scored_frames(cls, settings: Any, latent_frames: int, video: VideoSpec) -> int:
+        if settings.decode_frame == WHOLE_VIDEO:
+            return video.num_frames
+        return count_frames(settings.decode_frame, latent_frames, video.num_frames, video.fps)
 
     @classmethod
     def batch_errors(cls, settings: Any, global_batch: int) -> list[str]:

@@ -139,9 +139,12 @@ def read_from_path(path, image_size, transform_name="resize_crop"):
     try:
         pictures = _read_image(path) if is_img(path) else _read_video(path)
         frames = [np.asarray(_resize_crop(picture, image_size)) for picture in pictures]
-    except (OSError, av.FFmpegError) as error:
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise anything on a damaged file
         raise ValueError(
-            f"reference file {str(path)!r} cannot be decoded ({error}); convert it to .png or .mp4"
+            f"reference file {str(path)!r} cannot be decoded ({type(error).__name__}: {error}); convert it "
+            "to .png or .mp4"
         ) from error
     if not frames:
         raise ValueError(f"reference file {str(path)!r} holds no frames; give a picture or a video")

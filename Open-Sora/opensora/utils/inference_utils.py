@@ -133,7 +133,7 @@ def _read_suffix(prompt, suffix):
     """The JSON suffix of a prompt as {key: str}."""
     try:
         info = json.loads(suffix)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(
             f'prompt {prompt!r} ends in malformed JSON ({error}); write {{"reference_path": "a.png", '
             '"mask_strategy": "0"} after the text, or remove the "{"'

@@ -25,6 +25,7 @@ from safetensors.torch import load_file
 
 from Core.backbones import ModelSettings, VideoSpec
 from Core.backbones.wan import Wan, WanSettings
+from Core.build import new_backbone
 from Core.config import ConfigError
 from Core.generation.export import export
 from Core.modules import lora
@@ -313,3 +314,10 @@ def test_a_run_can_score_frames_by_time(folders, tmp_path):
         ConfigError, match="asks for frames of the finished video; set decode_context to 'causal' or 'whole'"
     ):
         config_for("wan", folders["2.1"], is_vader_training=True, reward_fn="saturation", decode_frame="2fps")
+
+
+def test_what_the_hub_does_not_give_is_said_by_key(monkeypatch, tmp_path):
+    monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
+    config = config_for("wan", tmp_path, model_path="nobody/wan", prompt=["a"])
+    errors = new_backbone(config, torch.device("cpu")).fetch()
+    assert [error.partition(":")[0] for error in errors] == ["model_path", "text_encoder_path"]

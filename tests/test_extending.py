@@ -171,7 +171,9 @@ def test_a_family_and_an_objective_named_by_a_flag_replace_the_files_with_their_
 
 
 def test_an_unknown_objective_is_refused():
-    assert "objective must be one of reward_gradient, one_jump, got 'ppo'" in errors_of("--objective", "ppo")
+    (error,) = errors_of("--objective", "one_jmp")
+    assert error.startswith("objective must be one of reward_gradient, leap, ")
+    assert error.endswith("one_jump, got 'one_jmp': did you mean 'one_jump'?")
 
 
 def test_a_name_in_use_is_refused(examples):

@@ -350,6 +350,7 @@ def twin_arguments(root: Path) -> dict[str, dict]:
         "videoalign": qwen2_vl_arguments("videoalign", slice_size=32),
         "hpsv3": qwen2_vl_arguments("hpsv3", min_pixels=784, max_pixels=784, slice_size=32),
         "motion": {},
+        "command": {"command": "true"},
         "sharpness": {},
         "saturation": {},
         "subject_consistency": {"model": str(dino_folder(root / "dino"))},

@@ -12,13 +12,23 @@ import torch
 from reward_twins import twin_arguments
 from torch import Tensor, nn
 
-from Core.rewards import REGISTRY, ImageReward, Reward, RewardInfo, VideoReward, base, build_reward, vjepa
+from Core.rewards import (
+    REGISTRY,
+    ImageReward,
+    Reward,
+    RewardInfo,
+    VideoReward,
+    base,
+    build_reward,
+    resolve_reward,
+    vjepa,
+)
 from Core.rewards.mixture import Mixture
 from Core.rewards.vbench import EveryFrame
 from Core.training.setup import build_scorers
 
 PROMPTS = ["a man riding a bike", "playing guitar"]
-SCORERS = sorted(REGISTRY)
+SCORERS = sorted(name for name in REGISTRY if resolve_reward(name).differentiable)
 NAMES = [*SCORERS, "mixture"]
 FRAMES = 4
 WITHOUT_NETWORK = {

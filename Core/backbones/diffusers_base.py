@@ -319,8 +319,15 @@ class DiffusersBackbone(Backbone):
         source = self.settings.text_encoder_path or self.settings.model_path
         folder = Path(source).expanduser()
         # A hub id stands for itself: captions may all be in the cache, and the repository not here.
-        local = [file_identity(str(folder / part)) for part in self.text_components] if folder.exists() else []
-        parts = [*(local or [source]), self.settings.max_sequence_length, self.dtype, self.models.text_encoding]
+        local = (
+            [file_identity(str(folder / part)) for part in self.text_components] if folder.exists() else []
+        )
+        parts = [
+            *(local or [source]),
+            self.settings.max_sequence_length,
+            self.dtype,
+            self.models.text_encoding,
+        ]
         return " ".join(map(str, parts))
 
     def caption(self, text: str) -> str:

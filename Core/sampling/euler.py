@@ -25,6 +25,23 @@ class Predict(Protocol):
     def __call__(self, z: Tensor, t: Tensor, generated: Tensor | None = None) -> Tensor: ...
 
 
+class Process(Protocol):
+    """A diffusion process: how latents, noise and a model's prediction hang together at timesteps ``t`` [B].
+
+    Samplers ask it, and never read a prediction themselves: what a model predicts, and with which sign, is known here
+    alone. Latents, noise and predictions are [B, C, T, h, w].
+    """
+
+    end: int
+    num_timesteps: int
+
+    def step(self, z: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor, /) -> Tensor:
+        """The deterministic step of ``z`` from ``t`` to ``t_next``; 0 is data."""
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t of a clean latent."""
+
+
 class RectifiedFlow:
     """The straight path x_t = (1 − t/n) x_0 + (t/n) ε, where the model predicts the velocity x_0 − ε.
 
@@ -42,12 +59,17 @@ class RectifiedFlow:
 
     def step(self, z: Tensor, velocity: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """Euler step of ``z`` from timesteps ``t`` [B] to ``t_next`` [B]."""
-        return z + velocity * ((t - t_next) / self.num_timesteps)[:, None, None, None, None]
+        return z + velocity * per_video((t - t_next) / self.num_timesteps)
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t at timesteps ``t`` [B]."""
-        level = (t / self.num_timesteps)[:, None, None, None, None]
+        level = per_video(t / self.num_timesteps)
         return (1 - level) * x0 + level * noise
+
+
+def per_video(values: Tensor) -> Tensor:
+    """[B] → [B, 1, 1, 1, 1], to go with latents."""
+    return values[:, None, None, None, None]
 
 
 class DenoisingStep:
@@ -59,9 +81,7 @@ class DenoisingStep:
             alone (DRTune, Wu et al., 2024).
     """
 
-    def __init__(
-        self, predict: Predict, process: RectifiedFlow, timesteps: Tensor, detach_input: bool = False
-    ):
+    def __init__(self, predict: Predict, process: Process, timesteps: Tensor, detach_input: bool = False):
         self.predict, self.process, self.timesteps = predict, process, timesteps
         self.next_timesteps = torch.cat([timesteps[1:], torch.full_like(timesteps[:1], process.end)])
         self.detach_input = detach_input

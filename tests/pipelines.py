@@ -1,15 +1,21 @@
 """Tiny pipelines of the real diffusers classes, with random weights, saved as they are published."""
 
+import csv
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import nn
+from twins import config_file
 
 from Core.backbones import Backbone
 from Core.build import new_backbone
+from Core.cli import main
 from Core.config import build_config
 from Core.data.text_embeddings import encode_prompts
+from Core.modules import lora
+from Core.sampling.euler import DenoisingStep, run_steps
 
 CAPTIONS = ("a red fox jumps over the snow", "two boats", "", "ugly, blurred")
 
@@ -66,7 +72,9 @@ def wan_vae(fine: bool = False) -> nn.Module:
     if fine:
         sizes |= {"decoder_base_dim": 4, "is_residual": True, "in_channels": 12, "out_channels": 12}
         sizes |= {"patch_size": 2, "scale_factor_spatial": 16}
-    return randomise(AutoencoderKLWan(dim_mult=[1, 2, 2, 2], **sizes, **statistics), 2, 0.1)
+    vae = randomise(AutoencoderKLWan(dim_mult=[1, 2, 2, 2], **sizes, **statistics), 2, 0.1)
+    vae.decoder.conv_out.weight.data *= 0.2  # far from saturated, where a reward on colours would have no gradient
+    return vae
 
 
 def save_wan(folder: Path, kind: str = "2.1") -> Path:
@@ -126,8 +134,130 @@ def loaded(family: str, folder: Path, **keys: Any) -> tuple[Backbone, list]:
 
 def sample(backbone: Backbone, encoded: list, noise: torch.Tensor) -> torch.Tensor:
     """Final latents of the family's own sampler from ``noise``."""
-    from Core.sampling.euler import run_steps
-
     step = backbone.inference_step(backbone.predictor([backbone.features(e) for e in encoded]), len(noise))
     with torch.no_grad(), backbone.no_grad_steps():
         return run_steps(step, noise, 0, len(step.timesteps))
+
+
+def with_adapter(backbone: Backbone, seed: int = 0) -> Backbone:
+    """Attach a small adapter with weights that are not zero."""
+    backbone.denoiser = lora.attach(backbone.denoiser, backbone.lora_targets, rank=2, alpha=2, seed=seed)
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in lora.parameters(backbone.denoiser).values():
+        parameter.data = 0.2 * torch.randn(parameter.shape, generator=generator)
+    return backbone
+
+
+def in_float64(backbone: Backbone, monkeypatch) -> Backbone:
+    """The family in double precision, where finite differences are exact enough to test with."""
+    # Networks of diffusers turn to float32 in places, whatever their dtype.
+    monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+    backbone.denoiser.double()
+    backbone.vae.double()
+    backbone.dtype = torch.float64
+    backbone.negative = backbone.negative and {k: v.double() for k, v in backbone.negative.items()}
+    return backbone
+
+
+def gradient_error(
+    backbone: Backbone, encoded: list, frames: torch.Tensor, context: str, reach: int = 1
+) -> float:
+    """Error of the adapter's gradient, through sampling and decoding, against central differences along a random
+    direction, relative to the gradient's norm.
+
+    Args:
+        frames: latent frames [B, F] to decode.
+        context, reach: of ``decode_frames``; what a causal frame's gradient does not reach is held in the differences.
+    """
+    parameters = list(lora.parameters(backbone.denoiser).values())
+    generator = torch.Generator().manual_seed(1)
+    noise = torch.randn(len(encoded), *backbone.latent_shape(), generator=generator, dtype=torch.float64)
+    features = [backbone.features(e) for e in encoded]
+    step = DenoisingStep(
+        backbone.predictor(features), backbone.process, backbone.timesteps(len(noise)).double()
+    )
+
+    def latents():
+        return run_steps(step, noise, 0, len(step.timesteps))
+
+    def reward(z):
+        pixels = backbone.decode_frames(z, frames, context, reach)
+        weight = torch.linspace(-1, 1, pixels.numel(), dtype=torch.float64).sin().view_as(pixels)
+        return (weight * pixels + 0.1 * pixels.square()).sum()
+
+    z = latents()
+    gradients = torch.autograd.grad(reward(z), parameters)
+    held, numbers = z.detach(), torch.arange(z.shape[2])
+    directions = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
+    found = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True)).item()
+
+    def moved(size):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p.add_(size * d)
+            z = latents()
+            for p, d in zip(parameters, directions, strict=True):
+                p.sub_(size * d)
+            if context == "causal":
+                reached = ((numbers <= frames.max()) & (numbers > frames.max() - reach))[
+                    None, None, :, None, None
+                ]
+                z = torch.where(reached, z, held)
+            return reward(z).item()
+
+    wanted = (moved(1e-5) - moved(-1e-5)) / 2e-5
+    return abs(found - wanted) / torch.cat([g.flatten() for g in gradients]).norm().item()
+
+
+def train(family: str, folder: Path, run: Path, *flags: str, **keys: Any) -> list[dict[str, str]]:
+    """Rows of ``metrics.csv`` of a training run of a tiny pipeline towards saturated colours."""
+    settings = {
+        "backbone": family,
+        "model_path": str(folder),
+        "dtype": "fp32",
+        "mixed_precision": "no",
+        "image_size": (32, 64),
+        "num_frames": 5,
+        "num_sampling_steps": 2,
+        "max_sequence_length": 24,
+        "prompt": list(CAPTIONS[:2]),
+        "text_cache": str(run.parent / "text"),
+        "project_dir": str(run),
+        "reward_fn": "saturation",
+        "train_batch_size": 2,
+        "gradient_accumulation_steps": 1,
+        "lr": 3e-2,
+        "max_train_steps": 30,
+        "validation_steps": 30,
+        "checkpointing_steps": 10,
+        "num_val_runs": 1,
+        "decode_frame": 0,
+    }
+    assert main([str(config_file(run.with_suffix(".py"), {**settings, **keys})), *flags]) == 0
+    with (run / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def assert_learns_and_resumes(family: str, folder: Path, place: Path, **keys: Any) -> None:
+    """30 steps raise the reward, and 10 steps resumed to 30 give the same adapter to the last bit."""
+    rows = train(family, folder, place / "whole", **keys)
+    rewards = [float(row["reward"]) for row in rows]
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 0.5, rewards
+    train(family, folder, place / "halves", "--max-train-steps", "10", **keys)
+    train(family, folder, place / "halves", **keys)
+    adapters = [load_file(place / name / "adapter" / lora.WEIGHTS) for name in ("whole", "halves")]
+    assert adapters[0].keys() == adapters[1].keys()
+    assert all(torch.equal(adapters[0][key], adapters[1][key]) for key in adapters[0])
+
+
+def saved_bytes(compute: Any) -> tuple[int, Any]:
+    """Bytes that autograd keeps for the backward pass of ``compute()``, each storage once; and its result."""
+    storages: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        result = compute()
+    return sum(storages.values()), result

@@ -73,7 +73,9 @@ def wan_vae(fine: bool = False) -> nn.Module:
         sizes |= {"decoder_base_dim": 4, "is_residual": True, "in_channels": 12, "out_channels": 12}
         sizes |= {"patch_size": 2, "scale_factor_spatial": 16}
     vae = randomise(AutoencoderKLWan(dim_mult=[1, 2, 2, 2], **sizes, **statistics), 2, 0.1)
-    vae.decoder.conv_out.weight.data *= 0.2  # far from saturated, where a reward on colours would have no gradient
+    vae.decoder.conv_out.weight.data *= (
+        0.2  # far from saturated, where a reward on colours would have no gradient
+    )
     return vae
 
 
@@ -160,7 +162,12 @@ def in_float64(backbone: Backbone, monkeypatch) -> Backbone:
 
 
 def gradient_error(
-    backbone: Backbone, encoded: list, frames: torch.Tensor, context: str, reach: int = 1
+    backbone: Backbone,
+    encoded: list,
+    frames: torch.Tensor,
+    context: str,
+    reach: int = 1,
+    first_reached: int | None = None,
 ) -> float:
     """Error of the adapter's gradient, through sampling and decoding, against central differences along a random
     direction, relative to the gradient's norm.
@@ -168,6 +175,7 @@ def gradient_error(
     Args:
         frames: latent frames [B, F] to decode.
         context, reach: of ``decode_frames``; what a causal frame's gradient does not reach is held in the differences.
+        first_reached: first latent frame that it reaches; None where that follows from ``reach``.
     """
     parameters = list(lora.parameters(backbone.denoiser).values())
     generator = torch.Generator().manual_seed(1)
@@ -188,6 +196,7 @@ def gradient_error(
     z = latents()
     gradients = torch.autograd.grad(reward(z), parameters)
     held, numbers = z.detach(), torch.arange(z.shape[2])
+    first = frames.max() - reach + 1 if first_reached is None else first_reached
     directions = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
     found = sum((g * d).sum() for g, d in zip(gradients, directions, strict=True)).item()
 
@@ -199,9 +208,7 @@ def gradient_error(
             for p, d in zip(parameters, directions, strict=True):
                 p.sub_(size * d)
             if context == "causal":
-                reached = ((numbers <= frames.max()) & (numbers > frames.max() - reach))[
-                    None, None, :, None, None
-                ]
+                reached = ((numbers <= frames.max()) & (numbers >= first))[None, None, :, None, None]
                 z = torch.where(reached, z, held)
             return reward(z).item()
 

@@ -15,7 +15,12 @@ from .base import (
 )
 
 BACKBONES: Registry[Backbone] = Registry(
-    "backbone", {"opensora": "Core.backbones.opensora:OpenSora", "wan": "Core.backbones.wan:Wan"}
+    "backbone",
+    {
+        "opensora": "Core.backbones.opensora:OpenSora",
+        "wan": "Core.backbones.wan:Wan",
+        "cogvideox": "Core.backbones.cogvideox:CogVideoX",
+    },
 )
 
 __all__ = [

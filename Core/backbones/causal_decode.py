@@ -1,9 +1,10 @@
-"""Families whose VAE decodes one latent frame after the other: whole videos, and chosen frames with gradients.
+"""Families whose VAE decodes chunks of latent frames in turn: whole videos, and chosen frames with gradients.
 
 Axes: B batch, C channels, T latent frames, h, w latent rows and columns, F chosen frames, H, W pixels.
 """
 
 import functools
+import math
 from abc import abstractmethod
 from collections.abc import Sequence
 
@@ -14,6 +15,7 @@ from Core.modules.video_decode import (
     Cache,
     Decode,
     DecodeStep,
+    Size,
     decode_chosen,
     decode_clip,
     decode_tiled,
@@ -34,7 +36,11 @@ class CausalDecode(DiffusersBackbone):
 
     @abstractmethod
     def _decode_step(self, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        """One latent frame's pixels, before ``_to_pixels``, and the cache for the next."""
+        """One chunk's pixels, before ``_to_pixels``, and the cache for the next."""
+
+    def _chunks(self, frames: int) -> list[int]:
+        """How many of ``frames`` latent frames the VAE decodes at once, in order."""
+        return [1] * frames
 
     @abstractmethod
     def _to_vae(self, z: Tensor) -> Tensor:
@@ -46,8 +52,8 @@ class CausalDecode(DiffusersBackbone):
 
     @property
     @abstractmethod
-    def _tiles(self) -> tuple[int, int]:
-        """Side of a tile and distance between tiles, in latent rows and columns."""
+    def _tiles(self) -> tuple[Size, Size]:
+        """Size of a tile and distance between tiles, in latent rows and columns."""
 
     @property
     def decode_step(self) -> DecodeStep:
@@ -63,7 +69,8 @@ class CausalDecode(DiffusersBackbone):
         return self._to_pixels(decoded).to(z.dtype)
 
     def _decode_clip(self, z: Tensor) -> Tensor:
-        return torch.cat([pixels for pixels, _ in decode_clip(self.decode_step, z)], dim=2)
+        made = decode_clip(self.decode_step, z, self._chunks(z.shape[2]))
+        return torch.cat([pixels for pixels, _ in made], dim=2)
 
     def decode(self, z: Tensor) -> Tensor:
         return self._decode(z, self._decode_clip)
@@ -88,13 +95,17 @@ class CausalDecode(DiffusersBackbone):
 
     def _pick(self, z: Tensor, numbers: Sequence[int], reach: int) -> Tensor:
         """Frames of the video by number, from latents as the VAE takes them: [B, 3, F, H, W]."""
-        latents = [(number + self.time_factor - 1) // self.time_factor for number in numbers]
+        sizes = self._chunks(z.shape[2])
+        chunk_of = [chunk for chunk, size in enumerate(sizes) for _ in range(size)]
+        chosen = [chunk_of[(number + self.time_factor - 1) // self.time_factor] for number in numbers]
+        last = max(chosen) + 1
         if reach >= z.shape[2]:
-            made = decode_clip(self.decode_step, z[:, :, : max(latents) + 1])
-            pixels = {latent: frames for latent, (frames, _) in enumerate(made)}
+            made = decode_clip(self.decode_step, z[:, :, : sum(sizes[:last])], sizes[:last])
+            pixels = {chunk: frames for chunk, (frames, _) in enumerate(made)}
         else:
-            pixels = decode_chosen(self.decode_step, z, latents, reach)
-        offsets = [(number - 1) % self.time_factor if number else 0 for number in numbers]
-        return torch.cat(
-            [pixels[latent][:, :, [offset]] for latent, offset in zip(latents, offsets, strict=True)], dim=2
-        )
+            # All latent frames that are asked for, wherever in its chunk the last of them lies.
+            chunks = 1 + math.ceil((reach - 1) / sizes[-1])
+            pixels = decode_chosen(self.decode_step, z, chosen, chunks, sizes)
+        starts = [max(0, (chunk_of.index(chunk) - 1) * self.time_factor + 1) for chunk in chosen]
+        picked = zip(numbers, chosen, starts, strict=True)
+        return torch.cat([pixels[chunk][:, :, [number - start]] for number, chunk, start in picked], dim=2)

@@ -107,7 +107,8 @@ class DDIM:
         return (self.num_timesteps * fraction).round()
 
     def _parts(self, z: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
-        """Clean latent and noise of ``z`` by a prediction."""
+        """Clean latent and noise of ``z`` by a prediction, which may be of a lower precision."""
+        prediction = prediction.to(z.dtype)
         if self.prediction_type == "epsilon":
             return self.remove_noise(z, prediction, t), prediction
         signal, spread = self._scales(t)

@@ -20,6 +20,7 @@ BACKBONES: Registry[Backbone] = Registry(
         "opensora": "Core.backbones.opensora:OpenSora",
         "wan": "Core.backbones.wan:Wan",
         "cogvideox": "Core.backbones.cogvideox:CogVideoX",
+        "ltx": "Core.backbones.ltx:Ltx",
     },
 )
 

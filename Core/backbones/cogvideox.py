@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from Core.modules.video_decode import Cache, Size
 from Core.sampling import guidance
 from Core.sampling.ddim import DDIM
-from Core.sampling.euler import per_video
+from Core.sampling.euler import Predict, per_video
 from Core.sampling.guidance import Combine
 from Core.utils.options import video_option
 
@@ -112,7 +112,7 @@ class CogVideoX(CausalDecode):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        return list(self.denoiser.transformer_blocks)  # type: ignore[arg-type]
+        return list(self.denoiser.transformer_blocks)
 
     def enable_checkpointing(self, keep_attention: bool = False) -> None:
         super().enable_checkpointing(keep_attention)
@@ -142,6 +142,13 @@ class CogVideoX(CausalDecode):
         # diffusers counts noise levels from 0, where DDIM has data.
         return (scheduler.timesteps + 1.0)[:, None].expand(-1, batch).to(self.device)
 
+    def inference_step(self, predict: Predict, batch: int) -> Any:
+        step = super().inference_step(predict, batch)
+        # Where the levels do not divide evenly, diffusers' steps end a level beside the next one's start.
+        stride = self.process.num_timesteps // self.settings.num_sampling_steps
+        step.next_timesteps = (step.timesteps - stride).clamp_min(0)
+        return step
+
     @property
     def combine(self) -> Combine | None:
         scale = self.settings.guidance_scale
@@ -165,7 +172,7 @@ class CogVideoX(CausalDecode):
         grid = tuple(side // config["patch_size"] for side in sides)
         trained = (config[side] // config["patch_size"] for side in ("sample_width", "sample_height"))
         crop = get_resize_crop_region_for_grid(grid, *trained)
-        return get_3d_rotary_pos_embed(config["attention_head_dim"], crop, grid, frames, device=self.device)  # type: ignore[return-value]
+        return get_3d_rotary_pos_embed(config["attention_head_dim"], crop, grid, frames, device=self.device)
 
     def predict(self, z: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         out = self.denoiser(

@@ -60,7 +60,7 @@ class Ltx(DiffusersBackbone):
     pipelines = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
     published = {
         "Lightricks/LTX-Video": Published(
-            "LTX-Video licence: read its terms of use", 9_400_000_000, 19_000_000_000
+            "LTX-Video licence, with a revenue limit", 9_400_000_000, 19_000_000_000
         )
     }
     sizes = {"512p": {"2:3": (512, 768), "3:2": (768, 512)}}
@@ -102,7 +102,7 @@ class Ltx(DiffusersBackbone):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        return list(self.denoiser.transformer_blocks)  # type: ignore[arg-type]
+        return list(self.denoiser.transformer_blocks)
 
     def enable_checkpointing(self, keep_attention: bool = False) -> None:
         super().enable_checkpointing(keep_attention)

@@ -1,5 +1,6 @@
 """CogVideoX through its own sampler and decoder equals the pipeline of diffusers."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from pipelines import (
     in_float64,
     loaded,
     sample,
+    train,
     with_adapter,
 )
 from pipelines_cogvideox import SIZES, save_cogvideox
@@ -116,6 +118,21 @@ def test_training_raises_a_reward_and_resumes(folders, tmp_path):
     assert_learns_and_resumes(
         "cogvideox", folders["2b"], tmp_path, image_size=(16, 16), num_frames=9, decode_context="causal"
     )
+
+
+@pytest.mark.parametrize("storage", [{"dtype": "fp8"}, {"dtype": "bf16", "base_quant": "nf4"}], ids=str)
+def test_frozen_weights_may_be_stored_in_fewer_bits(folders, storage, tmp_path):
+    keys = {"image_size": (16, 16), "num_frames": 9, "decode_context": "causal"}
+    rows = train(
+        "cogvideox",
+        folders["5b"],
+        tmp_path / "run",
+        max_train_steps=2,
+        mixed_precision="bf16",
+        **keys,
+        **storage,
+    )
+    assert all(0 < float(row["grad_norm"]) < math.inf for row in rows)
 
 
 def test_checkpointing_bounds_what_decoding_keeps(folders, monkeypatch):

@@ -1,5 +1,6 @@
 """LTX-Video through its own sampler and decoder equals the pipeline of diffusers."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from pipelines import (
     in_float64,
     loaded,
     sample,
+    train,
     with_adapter,
 )
 from pipelines_ltx import save_ltx
@@ -127,9 +129,24 @@ def test_chosen_frames_are_those_of_the_video(folders):
 
 
 def test_training_raises_a_reward_and_resumes(folders, tmp_path):
-    keys = {"image_size": (32, 32), "num_frames": 9, "decode_context": "whole"}
+    keys = {"image_size": (32, 32), "num_frames": 9, "decode_context": "whole", "grad_checkpoint": False}
     # Its decoder norms every position: the saturation of 64 random latents has a deviation of 0.002.
     assert_learns_and_resumes("ltx", folders["0.9.1"], tmp_path, gain=0.008, **keys)
+
+
+@pytest.mark.parametrize("storage", [{"dtype": "fp8"}, {"dtype": "bf16", "base_quant": "nf4"}], ids=str)
+def test_frozen_weights_may_be_stored_in_fewer_bits(folders, storage, tmp_path):
+    keys = {"image_size": (32, 32), "num_frames": 9, "decode_context": "whole"}
+    rows = train(
+        "ltx",
+        folders["0.9.1"],
+        tmp_path / "run",
+        max_train_steps=2,
+        mixed_precision="bf16",
+        **keys,
+        **storage,
+    )
+    assert all(0 < float(row["grad_norm"]) < math.inf for row in rows)
 
 
 def test_checkpointing_lessens_what_decoding_keeps(folders, monkeypatch):

@@ -110,15 +110,11 @@ class Ltx(DiffusersBackbone):
 
     # Sampling
 
-    @functools.cached_property
-    def _latent_shape(self) -> tuple[int, int, int, int]:
+    def latent_shape(self) -> tuple[int, int, int, int]:
         vae = self.read_config("vae")
         scale = compression(vae)
         frames = self.count_latent_frames(self.video.num_frames, self.settings)
         return vae["latent_channels"], frames, self.video.height // scale, self.video.width // scale
-
-    def latent_shape(self) -> tuple[int, int, int, int]:
-        return self._latent_shape
 
     def timesteps(self, batch: int) -> Tensor:
         from diffusers import FlowMatchEulerDiscreteScheduler

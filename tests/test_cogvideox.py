@@ -115,23 +115,15 @@ def test_chosen_frames_are_those_of_the_video(folders):
 
 
 def test_training_raises_a_reward_and_resumes(folders, tmp_path):
-    assert_learns_and_resumes(
-        "cogvideox", folders["2b"], tmp_path, image_size=(16, 16), num_frames=9, decode_context="causal"
-    )
+    keys = {"image_size": (16, 16), "num_frames": 9, "decode_context": "isolated", "grad_checkpoint": False}
+    assert_learns_and_resumes("cogvideox", folders["2b"], tmp_path, **keys)
 
 
 @pytest.mark.parametrize("storage", [{"dtype": "fp8"}, {"dtype": "bf16", "base_quant": "nf4"}], ids=str)
 def test_frozen_weights_may_be_stored_in_fewer_bits(folders, storage, tmp_path):
     keys = {"image_size": (16, 16), "num_frames": 9, "decode_context": "causal"}
-    rows = train(
-        "cogvideox",
-        folders["5b"],
-        tmp_path / "run",
-        max_train_steps=2,
-        mixed_precision="bf16",
-        **keys,
-        **storage,
-    )
+    keys |= {"max_train_steps": 2, "mixed_precision": "bf16", **storage}
+    rows = train("cogvideox", folders["5b"], tmp_path / "run", **keys)
     assert all(0 < float(row["grad_norm"]) < math.inf for row in rows)
 
 

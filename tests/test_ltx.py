@@ -137,15 +137,8 @@ def test_training_raises_a_reward_and_resumes(folders, tmp_path):
 @pytest.mark.parametrize("storage", [{"dtype": "fp8"}, {"dtype": "bf16", "base_quant": "nf4"}], ids=str)
 def test_frozen_weights_may_be_stored_in_fewer_bits(folders, storage, tmp_path):
     keys = {"image_size": (32, 32), "num_frames": 9, "decode_context": "whole"}
-    rows = train(
-        "ltx",
-        folders["0.9.1"],
-        tmp_path / "run",
-        max_train_steps=2,
-        mixed_precision="bf16",
-        **keys,
-        **storage,
-    )
+    keys |= {"max_train_steps": 2, "mixed_precision": "bf16", **storage}
+    rows = train("ltx", folders["0.9.1"], tmp_path / "run", **keys)
     assert all(0 < float(row["grad_norm"]) < math.inf for row in rows)
 
 

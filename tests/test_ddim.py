@@ -87,6 +87,15 @@ def test_the_last_step_ends_in_data():
     torch.testing.assert_close(ended, process.x0_from(z, t, prediction))
 
 
+def test_the_last_stochastic_step_has_probabilities():
+    process = DDIM.from_scheduler(SCHEDULERS["cogvideox"]())
+    z, prediction = latents(0, 1)
+    t = timesteps(200, 20)
+    mean, std = process.stochastic_step(z, prediction, t, torch.zeros_like(t), 0.7)
+    torch.testing.assert_close(mean, process.x0_from(z, t, prediction))
+    assert (std > 0).all() and (std < 0.1).all()
+
+
 def test_the_timesteps_of_fractions_are_whole_and_span_the_axis():
     process = DDIM.from_scheduler(SCHEDULERS["v"]())
     assert process.timesteps_at(torch.tensor([0, 0.1234, 1])).tolist() == [0, 123, 1000]

@@ -66,6 +66,8 @@ class DDIM:
     ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B] of a step that draws part of the noise anew.
 
+        A step to data has no noise to draw, and so no probabilities; it draws as one to the lowest level.
+
         Args:
             noise_level: η of DDIM: 0 is the deterministic step, 1 that of DDPM.
 
@@ -74,8 +76,8 @@ class DDIM:
         """
         if not 0 <= noise_level <= 1:
             raise ValueError(f"the noise level of DDIM is between 0 and 1, got {noise_level}")
-        alpha, alpha_next = self._alpha(t), self._alpha(t_next)
-        variance = noise_level**2 * (1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next)
+        alpha, alpha_next, drawn = self._alpha(t), self._alpha(t_next), self._alpha(t_next.clamp_min(1))
+        variance = noise_level**2 * (1 - drawn) / (1 - alpha) * (1 - alpha / drawn)
         x0, noise = self._parts(z, t, prediction)
         kept = (1 - alpha_next - variance).clamp_min(0).sqrt()
         mean = _scaled(alpha_next.sqrt(), x0) + _scaled(kept, noise)

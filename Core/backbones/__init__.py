@@ -15,7 +15,13 @@ from .base import (
 )
 
 BACKBONES: Registry[Backbone] = Registry(
-    "backbone", {"opensora": "Core.backbones.opensora:OpenSora", "wan": "Core.backbones.wan:Wan"}
+    "backbone",
+    {
+        "opensora": "Core.backbones.opensora:OpenSora",
+        "wan": "Core.backbones.wan:Wan",
+        "cogvideox": "Core.backbones.cogvideox:CogVideoX",
+        "ltx": "Core.backbones.ltx:Ltx",
+    },
 )
 
 __all__ = [

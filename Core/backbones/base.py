@@ -19,7 +19,7 @@ from Core.modules import base_adapters
 from Core.modules.base_adapters import BaseAdapter
 from Core.modules.frozen_conv import forget_conv_inputs
 from Core.modules.quantization import store_linears_in_fp8, store_linears_in_nf4
-from Core.sampling.euler import DenoisingStep, Predict, RectifiedFlow, Step
+from Core.sampling.euler import DenoisingStep, Predict, Process, RectifiedFlow, Step
 from Core.sampling.guidance import PredictionObserver
 from Core.sampling.no_grad_steps import lean_steps
 from Core.utils.damage import loading, refuse_damaged
@@ -239,7 +239,7 @@ class Backbone(ABC):
     ):
         self.settings, self.models, self.video, self.device = settings, models, video, device
         self.dtype = DTYPES[models.dtype]
-        self.process = RectifiedFlow()
+        self.process: Process = RectifiedFlow()
         self.compiled = False
 
     # Before anything loads

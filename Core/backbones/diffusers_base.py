@@ -87,6 +87,7 @@ class DiffusersBackbone(Backbone):
         published: hub id → what is known of it; the first is the default.
         sizes: resolution → height:width → (height, width) in pixels.
         time_factor: frames of a latent frame after the first.
+        latent_group: latent frames after the first come in groups of so many.
         multiple: height and width are multiples of it; larger where ``size_multiple`` finds so.
     """
 
@@ -96,6 +97,7 @@ class DiffusersBackbone(Backbone):
     published: ClassVar[Mapping[str, Published]]
     sizes: ClassVar[Mapping[str, Mapping[str, tuple[int, int]]]]
     time_factor: ClassVar[int] = 4
+    latent_group: ClassVar[int] = 1
     multiple: ClassVar[int] = 16
     text_weights = ("text_encoder_path",)
     obeys = frozenset(
@@ -151,12 +153,13 @@ class DiffusersBackbone(Backbone):
 
     @classmethod
     def frame_count(cls, num_frames: str | int, fps: float) -> int:
-        """A duration is rounded down to whole latent frames, and the first frame is added."""
+        """A duration is rounded down to whole groups of latent frames, and the first frame is added."""
         if isinstance(num_frames, int):
             return num_frames
+        step = cls.time_factor * cls.latent_group
         try:
             seconds = float(num_frames.removesuffix("s"))
-            return int(seconds * fps) // cls.time_factor * cls.time_factor + 1
+            return int(seconds * fps) // step * step + 1
         except (ValueError, OverflowError):
             raise ValueError(
                 f"num_frames must be a number or seconds such as '5s', got {num_frames!r}"
@@ -197,13 +200,13 @@ class DiffusersBackbone(Backbone):
 
     @classmethod
     def length_errors(cls, frames: int) -> list[str]:
-        over = (frames - 1) % cls.time_factor
+        step = cls.time_factor * cls.latent_group
+        over = (frames - 1) % step
         if not over or frames < 1:
             return []
         below = frames - over
         return [
-            f"num_frames must be a multiple of {cls.time_factor} plus 1, got {frames}; the nearest are {below} and "
-            f"{below + cls.time_factor}"
+            f"num_frames must be a multiple of {step} plus 1, got {frames}; the nearest are {below} and {below + step}"
         ]
 
     @classmethod

@@ -17,7 +17,6 @@ import torch
 from torch import Tensor, nn
 
 from Core.modules import lora_names
-from Core.modules.video_decode import decode_chosen, decode_clip, decode_tiled, recomputed
 from Core.sampling import guidance
 from Core.sampling.euler import Predict
 from Core.sampling.guidance import Combine
@@ -25,8 +24,9 @@ from Core.sampling.scheduler_step import SchedulerStep
 from Core.utils.damage import read_settings
 from Core.utils.options import option, video_option
 
-from .base import EncodedPrompt, Features, ModelSettings, TextEncoder, VideoSettings, VideoSpec, gather_frames
-from .diffusers_base import DiffusersBackbone, DiffusersSettings, Published, clean_caption, pad_features
+from .base import EncodedPrompt, Features, ModelSettings, TextEncoder, VideoSettings, VideoSpec
+from .causal_decode import CausalDecode
+from .diffusers_base import DiffusersSettings, Published, clean_caption, pad_features
 from .diffusers_files import INDEX, component_config
 from .image_prompts import ImagePrompt, first_frame, parse_image_prompts
 
@@ -109,7 +109,7 @@ class WanText(TextEncoder):
         return [{"features": row[:length]} for row, length in zip(hidden, lengths, strict=True)]
 
 
-class Wan(DiffusersBackbone):
+class Wan(CausalDecode):
     """Wan 2.1 T2V, 2.2 TI2V and 2.2 A14B, in diffusers' layout."""
 
     settings_class = WanSettings
@@ -126,7 +126,6 @@ class Wan(DiffusersBackbone):
         "704p": {WIDE: (704, 1280), TALL: (1280, 704)},
         "720p": {WIDE: (720, 1280), TALL: (1280, 720), "1:1": (960, 960)},
     }
-    decode_contexts = ("isolated", "causal", "whole")
     original_names = lora_names.WAN
     diffusers_component = "transformer"
     experts = tuple(EXPERTS)
@@ -330,6 +329,20 @@ class Wan(DiffusersBackbone):
             torch.tensor(v).to(z).view(1, -1, 1, 1, 1) for v in (config.latents_mean, config.latents_std)
         )
 
+    def _to_vae(self, z: Tensor) -> Tensor:
+        mean, std = self._latent_statistics(z)
+        return z * std + mean
+
+    @property
+    def _tiles(self) -> tuple[int, int]:
+        scale = self.vae.spatial_compression_ratio
+        return self.vae.tile_sample_min_height // scale, self.vae.tile_sample_stride_height // scale
+
+    def _to_pixels(self, decoded: Tensor) -> Tensor:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
+
+        return unpatchify(decoded, self.vae.config.patch_size or 1)
+
     def _decode_step(self, z: Tensor, cache: Any) -> tuple[Tensor, Any]:
         """One latent frame's pixels, in the VAE's own patches, and the cache for the next."""
         # The decoder writes into the list it is given; a copy leaves the caller's cache as it was.
@@ -338,64 +351,3 @@ class Wan(DiffusersBackbone):
             self.vae.post_quant_conv(z), feat_cache=kept, feat_idx=[0], first_chunk=cache is None
         )
         return pixels, tuple(kept)
-
-    @property
-    def decode_step(self):
-        return recomputed(self._decode_step) if self.checkpointing else self._decode_step
-
-    def _decode(self, z: Tensor, decode) -> Tensor:
-        """``decode`` of latents as the VAE takes them, in its dtype; tiled where asked."""
-        from diffusers.models.autoencoders.autoencoder_kl_wan import unpatchify
-
-        latents = z.to(self.vae.dtype)
-        mean, std = self._latent_statistics(latents)
-        with torch.autocast(z.device.type, enabled=False):
-            pixels = self._tiled(decode, latents * std + mean)
-        # diffusers clamps here, where the gradient of a saturated pixel would end.
-        return unpatchify(pixels, self.vae.config.patch_size or 1).to(z.dtype)
-
-    def _tiled(self, decode, z: Tensor) -> Tensor:
-        if not self.settings.vae_tiling:
-            return decode(z)
-        scale = self.vae.spatial_compression_ratio
-        return decode_tiled(
-            decode, z, self.vae.tile_sample_min_height // scale, self.vae.tile_sample_stride_height // scale
-        )
-
-    def _decode_clip(self, z: Tensor) -> Tensor:
-        return torch.cat([pixels for pixels, _ in decode_clip(self.decode_step, z)], dim=2)
-
-    def decode(self, z: Tensor) -> Tensor:
-        return self._decode(z, self._decode_clip)
-
-    def decode_frames(self, z: Tensor, index: Tensor, context: str = "isolated", reach: int = 1) -> Tensor:
-        if context == "isolated":
-            frames = self._decode(gather_frames(z, index), self._decode_clip)
-            return frames.squeeze(2).unflatten(0, index.shape)
-        # Of each latent frame's four video frames the last, which is what it makes when alone.
-        return self.decode_at(z, index * self.time_factor, context, reach)
-
-    def decode_at(self, z: Tensor, frames: Tensor, context: str = "whole", reach: int = 1) -> Tensor:
-        """Latents and frame numbers [B, F] of the video → those frames [B, F, 3, H, W], differentiable."""
-        rows = frames.tolist()
-        same = all(row == rows[0] for row in rows)
-        parts = [(z, rows[0])] if same else list(zip(z.split(1), rows, strict=True))
-        reach = reach if context == "causal" else z.shape[2]
-        pixels = [
-            self._decode(part, functools.partial(self._pick, numbers=row, reach=reach)) for part, row in parts
-        ]
-        return torch.cat(pixels).transpose(1, 2)
-
-    def _pick(self, z: Tensor, numbers: Sequence[int], reach: int) -> Tensor:
-        """Frames of the video by number, from latents as the VAE takes them: [B, 3, F, H, W]."""
-        # The first latent frame makes one frame, each other four.
-        latents = [(number + self.time_factor - 1) // self.time_factor for number in numbers]
-        if reach >= z.shape[2]:
-            made = decode_clip(self.decode_step, z[:, :, : max(latents) + 1])
-            pixels = {latent: frames for latent, (frames, _) in enumerate(made)}
-        else:
-            pixels = decode_chosen(self.decode_step, z, latents, reach)
-        offsets = [(number - 1) % self.time_factor if number else 0 for number in numbers]
-        return torch.cat(
-            [pixels[latent][:, :, [offset]] for latent, offset in zip(latents, offsets, strict=True)], dim=2
-        )

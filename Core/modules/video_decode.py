@@ -1,10 +1,10 @@
-"""Pixels of a video VAE whose decoder runs one latent frame after the other, keeping what later frames need.
+"""Pixels of a video VAE whose decoder runs one chunk after the other, keeping what later ones need.
 
-A decoder of this kind is causal in time: a frame depends on its own latent and on the cache of those before. The cache
-goes in and comes out of a function here, so that a latent frame can be recomputed in the backward pass, and a frame in
-the middle of a video be decoded without a graph through those before it.
+A decoder of this kind is causal in time: a chunk, which is one latent frame or a few, depends on its own latents and on
+the cache of those before. The cache goes in and comes out of a function here, so that a chunk can be recomputed in the
+backward pass, and a frame in the middle of a video be decoded without a graph through those before it.
 
-Axes: B batch, C channels, T latent frames, h, w latent rows and columns, f frames of one latent frame, H, W pixels.
+Axes: B batch, C channels, T latent frames, h, w latent rows and columns, f frames of one chunk, H, W pixels.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -14,9 +14,13 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-# What a decoder keeps of the latent frames before; None before the first.
+# What a decoder keeps of the chunks before; None before the first.
 Cache = Any
-# (latent frame [B, C, 1, h, w], cache) → pixels [B, 3, f, H, W] and the cache for the next
+# Latent frames per chunk: of every one, or of each.
+ChunkSizes = int | list[int]
+# Of a tile or a stride, in latents: rows and columns, or both in one number.
+Size = int | tuple[int, int]
+# (chunk [B, C, T, h, w], cache) → pixels [B, 3, f, H, W] and the cache for the next
 DecodeStep = Callable[[Tensor, Cache], tuple[Tensor, Cache]]
 # latents [B, C, T, h, w] → pixels [B, 3, F, H, W]
 Decode = Callable[[Tensor], Tensor]
@@ -29,21 +33,28 @@ def recomputed(step: DecodeStep) -> DecodeStep:
     )
 
 
-def decode_clip(step: DecodeStep, z: Tensor, cache: Cache = None) -> Iterator[tuple[Tensor, Cache]]:
-    """Each latent frame's pixels [B, 3, f, H, W] and cache, in order; gradients reach all latent frames before."""
-    for frame in z.split(1, dim=2):
-        pixels, cache = step(frame, cache)
+def decode_clip(step: DecodeStep, z: Tensor, sizes: ChunkSizes = 1) -> Iterator[tuple[Tensor, Cache]]:
+    """Each chunk's pixels [B, 3, f, H, W] and cache, in order; gradients reach all chunks before."""
+    return _run(step, z.split(sizes, dim=2), None)
+
+
+def _run(step: DecodeStep, chunks: Sequence[Tensor], cache: Cache) -> Iterator[tuple[Tensor, Cache]]:
+    for chunk in chunks:
+        pixels, cache = step(chunk, cache)
         yield pixels, cache
 
 
-def decode_chosen(step: DecodeStep, z: Tensor, chosen: Sequence[int], reach: int) -> dict[int, Tensor]:
-    """Pixels [B, 3, f, H, W] of some latent frames as they are in the video.
+def decode_chosen(
+    step: DecodeStep, z: Tensor, chosen: Sequence[int], reach: int, sizes: ChunkSizes = 1
+) -> dict[int, Tensor]:
+    """Pixels [B, 3, f, H, W] of some chunks as they are in the video.
 
     Args:
-        chosen: numbers of latent frames.
-        reach: latent frames that a chosen one's gradient reaches: its own and those before it. The rest of the video
-            is decoded without a graph, and costs no memory beyond one cache.
+        chosen: numbers of chunks.
+        reach: chunks that a chosen one's gradient reaches: its own and those before it. The rest of the video is
+            decoded without a graph, and costs no memory beyond one cache.
     """
+    chunks = z.split(sizes, dim=2)
     pixels: dict[int, Tensor] = {}
     starts: dict[int, list[int]] = {}
     for number in sorted(set(chosen)):
@@ -51,37 +62,41 @@ def decode_chosen(step: DecodeStep, z: Tensor, chosen: Sequence[int], reach: int
     cache: Cache = None
     for number in range(max(chosen) + 1):
         for last in starts.get(number, []):
-            *_, (pixels[last], _) = decode_clip(step, z[:, :, number : last + 1], cache)
+            *_, (pixels[last], _) = _run(step, chunks[number : last + 1], cache)
         if number < max(starts):
             with torch.no_grad():
-                _, cache = step(z[:, :, number : number + 1], cache)
+                _, cache = step(chunks[number], cache)
     return pixels
 
 
-def decode_tiled(decode: Decode, z: Tensor, tile: int, stride: int) -> Tensor:
-    """``decode`` of overlapping square tiles, blended linearly along their seams, as diffusers' VAEs do.
+def decode_tiled(decode: Decode, z: Tensor, tile: Size, stride: Size) -> Tensor:
+    """``decode`` of overlapping tiles, blended linearly along their seams, as diffusers' VAEs do.
 
     Args:
-        tile, stride: side of a tile and distance between tiles, in latent rows and columns; a latent that fits one
-            tile is decoded whole.
+        tile, stride: size of a tile and distance between tiles; a latent that fits one tile is decoded whole.
     """
     height, width = z.shape[-2:]
-    if max(height, width) <= tile:
+    (tall, wide), (down, right) = _pair(tile), _pair(stride)
+    if height <= tall and width <= wide:
         return decode(z)
     rows = [
-        [decode(z[..., top : top + tile, left : left + tile]) for left in range(0, width, stride)]
-        for top in range(0, height, stride)
+        [decode(z[..., top : top + tall, left : left + wide]) for left in range(0, width, right)]
+        for top in range(0, height, down)
     ]
-    scale = rows[0][0].shape[-1] // min(tile, width)
-    blend, kept = (tile - stride) * scale, stride * scale
+    scale = rows[0][0].shape[-1] // min(wide, width)
     for i, row in enumerate(rows):
         for j in range(len(row)):
             if i:
-                row[j] = _blend(rows[i - 1][j], row[j], blend, dim=-2)
+                row[j] = _blend(rows[i - 1][j], row[j], (tall - down) * scale, dim=-2)
             if j:
-                row[j] = _blend(row[j - 1], row[j], blend, dim=-1)
-    joined = torch.cat([torch.cat([t[..., :kept, :kept] for t in row], dim=-1) for row in rows], dim=-2)
+                row[j] = _blend(row[j - 1], row[j], (wide - right) * scale, dim=-1)
+    kept = (..., slice(down * scale), slice(right * scale))
+    joined = torch.cat([torch.cat([tile[kept] for tile in row], dim=-1) for row in rows], dim=-2)
     return joined[..., : height * scale, : width * scale]
+
+
+def _pair(size: Size) -> tuple[int, int]:
+    return (size, size) if isinstance(size, int) else size
 
 
 def _blend(before: Tensor, tile: Tensor, extent: int, dim: int) -> Tensor:

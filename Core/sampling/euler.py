@@ -33,10 +33,9 @@ class Process(Protocol):
     """
 
     num_timesteps: int
-    end: int
 
     def step(self, z: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
-        """The deterministic step of ``z`` from ``t`` to ``t_next``; ``end`` is data."""
+        """The deterministic step of ``z`` from ``t`` to ``t_next``; 0 is data."""
 
     def stochastic_step(
         self, z: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor, noise_level: float
@@ -52,7 +51,7 @@ class Process(Protocol):
     def remove_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The clean latent of x_t whose noise is known; ``t`` below pure noise."""
 
-    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """What the model should predict at ``add_noise(x0, noise, t)``."""
 
     def timesteps_at(self, fraction: Tensor) -> Tensor:
@@ -67,12 +66,7 @@ class RectifiedFlow:
 
     Args:
         num_timesteps: n, the length of the time axis.
-
-    Attributes:
-        end: the timestep of data, which the last step leads to.
     """
-
-    end = 0
 
     def __init__(self, num_timesteps: int = 1000):
         self.num_timesteps = num_timesteps
@@ -111,7 +105,7 @@ class RectifiedFlow:
         level = per_video(t / self.num_timesteps)
         return (z - level * noise) / (1 - level)
 
-    def target(self, x0: Tensor, noise: Tensor) -> Tensor:
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """The velocity of the straight path."""
         return x0 - noise
 
@@ -136,7 +130,7 @@ class DenoisingStep:
 
     def __init__(self, predict: Predict, process: Process, timesteps: Tensor, detach_input: bool = False):
         self.predict, self.process, self.timesteps = predict, process, timesteps
-        self.next_timesteps = torch.cat([timesteps[1:], torch.full_like(timesteps[:1], process.end)])
+        self.next_timesteps = torch.cat([timesteps[1:], torch.zeros_like(timesteps[:1])])
         self.detach_input = detach_input
 
     def __call__(self, z: Tensor, i: int, generated: Tensor | None = None) -> Tensor:

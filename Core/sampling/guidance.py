@@ -21,6 +21,23 @@ def linear(scale: float) -> Combine | None:
     return None if scale == 1 else lambda text, null, t: null + scale * (text - null)
 
 
+def rescaled(combine: Combine, amount: float) -> Combine:
+    """``combine`` whose spread is drawn to that of the captions' own prediction (Lin et al., 2024).
+
+    Args:
+        amount: 0 leaves the guided prediction as it is, 1 gives it the spread of the captions'.
+    """
+
+    def spread(x: Tensor) -> Tensor:
+        return x.flatten(1).std(1)[(...,) + (None,) * (x.ndim - 1)]
+
+    def rescale(text: Tensor, null: Tensor, t: Tensor) -> Tensor:
+        guided = combine(text, null, t)
+        return guided * (1 + amount * (spread(text) / spread(guided) - 1))
+
+    return rescale
+
+
 def guided(
     text: Predict,
     null: Predict,

@@ -60,7 +60,7 @@ class PreferenceLoss:
             part.repeat(2, *[1] * (part.dim() - 1)) for part in self.rollout.noising("dpo", samples, number)
         )
         x0, process = torch.cat([better, worse]), self.rollout.backbone.process
-        z, target = process.add_noise(x0, noise, t), process.target(x0, noise)
+        z, target = process.add_noise(x0, noise, t), process.target(x0, noise, t)
         with base_model(self.rollout.backbone.denoiser):
             reference = squared_distance(self.prediction(prompts, z, t), target)
         gained = squared_distance(self.prediction(prompts, z, t), target) - reference

@@ -70,7 +70,7 @@ class NFT(GroupObjective):
         """r ‖v⁺ − v‖² + (1 − r) ‖v⁻ − v‖² at the draw ``number`` of noise and its level, as means over elements."""
         x0 = self.latents(self.videos[samples[0]], samples)
         noise, t = self.rollout.noising("nft", samples, number)
-        z, target = self.backbone.process.add_noise(x0, noise, t), self.backbone.process.target(x0, noise)
+        z, target = self.backbone.process.add_noise(x0, noise, t), self.backbone.process.target(x0, noise, t)
         with torch.no_grad(), self.policy.applied():
             old = self.prediction(prompts, z, t)
         new, beta = self.prediction(prompts, z, t), self.settings.nft_beta

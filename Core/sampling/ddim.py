@@ -1,0 +1,131 @@
+"""Diffusion with a table of noise levels, and its deterministic steps (DDIM, Song et al., 2021).
+
+Axes: B batch, C channels, T latent frames, h, w latent rows and columns.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .euler import per_video
+
+PREDICTION_TYPES = ("epsilon", "v_prediction")
+
+
+class DDIM:
+    """x_t = √ᾱ_t x_0 + √(1 − ᾱ_t) ε, where the model predicts ε, or v = √ᾱ_t ε − √(1 − ᾱ_t) x_0.
+
+    As in ``RectifiedFlow``, timestep 0 is data and n the noisiest level. diffusers counts its n levels from 0, so a
+    timestep here is one above that of its scheduler and of its models.
+
+    Args:
+        alphas_cumprod: ᾱ [n] as diffusers has it, falling. 0 in its last place is pure noise (zero terminal SNR).
+        final_alpha: ᾱ of data.
+        prediction_type: ``epsilon`` or ``v_prediction``.
+
+    Raises:
+        ValueError: another prediction type, or ``epsilon`` where a level is pure noise, which says nothing of x_0.
+    """
+
+    def __init__(self, alphas_cumprod: Tensor, final_alpha: float = 1.0, prediction_type: str = "epsilon"):
+        if prediction_type not in PREDICTION_TYPES:
+            raise ValueError(
+                f"prediction_type must be {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}; choose a scheduler "
+                "of that kind"
+            )
+        if prediction_type == "epsilon" and not alphas_cumprod.all():
+            raise ValueError(
+                "prediction_type 'epsilon' cannot start from pure noise (rescale_betas_zero_snr); set one or the other"
+            )
+        self.num_timesteps = len(alphas_cumprod)
+        self.prediction_type = prediction_type
+        levels = alphas_cumprod.double().cpu()
+        self.alphas_cumprod = torch.cat([levels.new_tensor([final_alpha]), levels])
+
+    @classmethod
+    def from_scheduler(cls, scheduler: Any) -> "DDIM":
+        """The process of a DDIM-like scheduler of diffusers, whose clipping of x_0 is left out.
+
+        Raises:
+            ValueError: it predicts something else.
+        """
+        return cls(
+            scheduler.alphas_cumprod, float(scheduler.final_alpha_cumprod), scheduler.config.prediction_type
+        )
+
+    def step(self, z: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
+        """Step of ``z`` from timesteps ``t`` [B] to ``t_next`` [B] along the noise that is predicted."""
+        x0, noise = self._parts(z, t, prediction)
+        return self.add_noise(x0, noise, t_next)
+
+    def stochastic_step(
+        self, z: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor, noise_level: float
+    ) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation [B] of a step that draws part of the noise anew.
+
+        A step to data has no noise to draw, and so no probabilities; it draws as one to the lowest level.
+
+        Args:
+            noise_level: η of DDIM: 0 is the deterministic step, 1 that of DDPM.
+
+        Raises:
+            ValueError: a noise level above 1, where the marginals are no longer the process's.
+        """
+        if not 0 <= noise_level <= 1:
+            raise ValueError(f"the noise level of DDIM is between 0 and 1, got {noise_level}")
+        alpha, alpha_next, drawn = self._alpha(t), self._alpha(t_next), self._alpha(t_next.clamp_min(1))
+        variance = noise_level**2 * (1 - drawn) / (1 - alpha) * (1 - alpha / drawn)
+        x0, noise = self._parts(z, t, prediction)
+        kept = (1 - alpha_next - variance).clamp_min(0).sqrt()
+        mean = _scaled(alpha_next.sqrt(), x0) + _scaled(kept, noise)
+        return mean, variance.sqrt().to(z)
+
+    def x0_from(self, z: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
+        """The clean latent that a prediction at ``z`` [B, C, T, h, w] and timesteps ``t`` [B] implies."""
+        return self._parts(z, t, prediction)[0]
+
+    def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_t at timesteps ``t`` [B]."""
+        signal, spread = self._scales(t)
+        return _scaled(signal, x0) + _scaled(spread, noise)
+
+    def remove_noise(self, z: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """x_0 of x_t at timesteps ``t`` [B] that are not pure noise."""
+        signal, spread = self._scales(t)
+        return _scaled(1 / signal, z - _scaled(spread, noise))
+
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
+        """What the model should predict at ``add_noise(x0, noise, t)``."""
+        if self.prediction_type == "epsilon":
+            return noise
+        signal, spread = self._scales(t)
+        return _scaled(signal, noise) - _scaled(spread, x0)
+
+    def timesteps_at(self, fraction: Tensor) -> Tensor:
+        """Whole timesteps [B] nearest to fractions of the time axis, 0 being data and 1 the noisiest level."""
+        return (self.num_timesteps * fraction).round()
+
+    def _parts(self, z: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
+        """Clean latent and noise of ``z`` by a prediction, which may be of a lower precision."""
+        prediction = prediction.to(z.dtype)
+        if self.prediction_type == "epsilon":
+            return self.remove_noise(z, prediction, t), prediction
+        signal, spread = self._scales(t)
+        x0 = _scaled(signal, z) - _scaled(spread, prediction)
+        return x0, _scaled(signal, prediction) + _scaled(spread, z)
+
+    def _scales(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """√ᾱ and √(1 − ᾱ) [B]."""
+        alpha = self._alpha(t)
+        return alpha.sqrt(), (1 - alpha).sqrt()
+
+    def _alpha(self, t: Tensor) -> Tensor:
+        """ᾱ [B] in float64."""
+        self.alphas_cumprod = self.alphas_cumprod.to(t.device)
+        return self.alphas_cumprod[t.round().long()]
+
+
+def _scaled(scale: Tensor, x: Tensor) -> Tensor:
+    """``x`` [B, …] times ``scale`` [B], in its own dtype."""
+    return per_video(scale).to(x.dtype) * x

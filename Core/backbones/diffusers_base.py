@@ -343,12 +343,11 @@ class DiffusersBackbone(Backbone):
         null_grad: bool = True,
         observe: PredictionObserver | None = None,
     ) -> Predict:
-        captions = self.batch_text(text)
         combine = self.combine if guided else None
-        null = both = captions
-        if combine:
-            null = self.batch_text([{**features, **(self.negative or {})} for features in text])
-            both = {key: torch.cat([captions[key], null[key]]) for key in captions}
+        rows = [*text, *({**features, **(self.negative or {})} for features in text if combine)]
+        both = self.batch_text(rows)
+        captions = {key: value[: len(text)] for key, value in both.items()}
+        null = {key: value[-len(text) :] for key, value in both.items()}
         branches = (self._branch(condition) for condition in (captions, null, both))
         return guidance.guided(*branches, combine, null_grad=null_grad, observe=observe)
 

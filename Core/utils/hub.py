@@ -6,6 +6,7 @@ looked for on this machine first; the network is used only for what is missing.
 
 import hashlib
 import json
+import logging
 import re
 import textwrap
 from collections.abc import Iterable
@@ -15,6 +16,7 @@ from typing import Literal
 
 import torch
 
+logger = logging.getLogger("vader")
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")  # owner/name
 FILE_SUFFIXES = {".pt", ".pth", ".bin", ".safetensors", ".ckpt", ".txt", ".py", ".whl"}  # not of hub ids
 TOKENIZER_FILES = ("*.json", "*.txt", "*.model")
@@ -203,6 +205,7 @@ def _from_hub(weight: Weight, into: Path | None) -> Path:
     present = into / weight.name if into else _cached_snapshot(weight.source)
     if present and not weight.lacks(present):
         return present
+    logger.info("fetching %s; licence: %s", weight.source, weight.licence or "see its page")
     for patterns in weight.patterns:
         folder = _download_snapshot(weight.source, patterns, into and into / weight.name)
         if not weight.lacks(folder):

@@ -121,7 +121,7 @@ def test_gradients_equal_central_differences(folder, context, reach, tiled, monk
 
 def test_a_tiny_model_learns_and_resumes(folder, tmp_path):
     keys = SIZE | {"num_frames": 5, "guidance_scale": 1.0, "train_batch_size": 1}
-    assert_learns_and_resumes(FAMILY, folder, tmp_path, rise=0.05, **keys)
+    assert_learns_and_resumes(FAMILY, folder, tmp_path, gain=0.05, **keys)
 
 
 def held_bytes(tensors):

@@ -97,7 +97,7 @@ def test_a_tiny_model_learns_and_resumes(folder, tmp_path):
         "lr": 0.1,
     }
     # Attention alone is adapted, whose part in this small network's prediction is small.
-    assert_learns_and_resumes(FAMILY, folder, tmp_path, rise=0.01, grad_checkpoint=False, **keys)
+    assert_learns_and_resumes(FAMILY, folder, tmp_path, gain=0.01, grad_checkpoint=False, **keys)
 
 
 def test_memory_of_decoding_with_a_gradient(folder):

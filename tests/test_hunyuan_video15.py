@@ -124,6 +124,18 @@ def test_a_tiny_model_learns_and_resumes(folder, tmp_path):
     assert_learns_and_resumes(FAMILY, folder, tmp_path, gain=0.05, **keys)
 
 
+def test_chosen_frames_are_those_of_the_video(folder):
+    backbone, _ = loaded(FAMILY, folder, prompt=PROMPTS, **SIZE)
+    z, frames = noise_for(backbone, 2), torch.tensor([[0, 8, 5], [3, 1, 4]])
+    with torch.no_grad():
+        video = backbone.decode(z).transpose(1, 2)
+        for context in ("causal", "whole"):
+            chosen = backbone.decode_at(z, frames, context)
+            torch.testing.assert_close(chosen, video[torch.arange(2)[:, None], frames])
+        alone = backbone.decode_frames(z, torch.tensor([[0], [0]]), "isolated")
+        torch.testing.assert_close(alone, video[:, :1])
+
+
 def held_bytes(tensors):
     """Bytes of tensors in any nesting, each storage once."""
     storages = {t.untyped_storage() for t in tree_leaves(tensors) if isinstance(t, torch.Tensor)}

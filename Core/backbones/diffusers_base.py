@@ -348,8 +348,10 @@ class DiffusersBackbone(Backbone):
         both = self.batch_text(rows)
         captions = {key: value[: len(text)] for key, value in both.items()}
         null = {key: value[-len(text) :] for key, value in both.items()}
-        branches = (self._branch(condition) for condition in (captions, null, both))
-        return guidance.guided(*branches, combine, null_grad=null_grad, observe=observe)
+        text_branch, null_branch, both_branch = map(self._branch, (captions, null, both))
+        return guidance.guided(
+            text_branch, null_branch, both_branch, combine, null_grad=null_grad, observe=observe
+        )
 
     def _branch(self, condition: Mapping[str, Tensor]) -> Predict:
         return lambda z, t, generated=None: self.predict(z, t, condition)

@@ -5,6 +5,7 @@ import gc
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
@@ -155,6 +156,10 @@ def in_float64(backbone: Backbone, monkeypatch) -> Backbone:
     """The family in double precision, where finite differences are exact enough to test with."""
     # Networks of diffusers turn to float32 in places, whatever their dtype.
     monkeypatch.setattr(torch.Tensor, "float", lambda self: self)
+    monkeypatch.setattr(
+        "diffusers.models.normalization.RMSNorm.forward",
+        lambda norm, x: nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.eps),
+    )
     backbone.denoiser.double()
     backbone.vae.double()
     backbone.dtype = torch.float64
@@ -195,7 +200,8 @@ def gradient_error(
         return (weight * pixels + 0.1 * pixels.square()).sum()
 
     z = latents()
-    gradients = torch.autograd.grad(reward(z), parameters)
+    # What the last block makes of the text is used nowhere in some families.
+    gradients = torch.autograd.grad(reward(z), parameters, allow_unused=True, materialize_grads=True)
     held, numbers = z.detach(), torch.arange(z.shape[2])
     first = frames.max() - reach + 1 if first_reached is None else first_reached
     directions = [torch.randn(p.shape, generator=generator, dtype=torch.float64) for p in parameters]
@@ -218,7 +224,7 @@ def gradient_error(
 
 
 def train(family: str, folder: Path, run: Path, *flags: str, **keys: Any) -> list[dict[str, str]]:
-    """Rows of ``validation.csv`` of a training run of a tiny pipeline towards saturated colours."""
+    """Rows of ``metrics.csv`` of a training run of a tiny pipeline towards saturated colours."""
     settings = {
         "backbone": family,
         "model_path": str(folder),
@@ -240,10 +246,12 @@ def train(family: str, folder: Path, run: Path, *flags: str, **keys: Any) -> lis
         "checkpointing_steps": 10,
         "num_val_runs": 1,
         "decode_frame": 0,
-        "backprop_steps": 2,
     }
-    assert main([str(config_file(run.with_suffix(".py"), {**settings, **keys})), *flags]) == 0
-    with (run / "validation.csv").open() as file:
+    with pytest.MonkeyPatch.context() as patch:
+        # Its charts take longer than the run.
+        patch.setattr("Core.training.setup.report", lambda folder: None)
+        assert main([str(config_file(run.with_suffix(".py"), {**settings, **keys})), *flags]) == 0
+    with (run / "metrics.csv").open() as file:
         return list(csv.DictReader(file))
 
 
@@ -251,9 +259,8 @@ def assert_learns_and_resumes(
     family: str, folder: Path, place: Path, gain: float = 0.03, **keys: Any
 ) -> None:
     """30 steps raise the reward by ``gain``, and 10 steps resumed to 30 give the same adapter to the last bit."""
-    rows = train(family, folder, place / "whole", **keys)
-    before, after = (float(row["reward"]) for row in rows)
-    assert after > before + gain, (before, after)
+    rewards = [float(row["reward"]) for row in train(family, folder, place / "whole", **keys)]
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 5 * gain, rewards
     train(family, folder, place / "halves", "--max-train-steps", "10", **keys)
     train(family, folder, place / "halves", **keys)
     adapters = [load_file(place / name / "adapter" / lora.WEIGHTS) for name in ("whole", "halves")]

@@ -5,7 +5,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from kept_memory import kept_bytes
 from pipelines import (
     CAPTIONS,
     assert_learns_and_resumes,
@@ -14,6 +13,7 @@ from pipelines import (
     in_float64,
     loaded,
     sample,
+    saved_bytes,
     train,
     with_adapter,
 )
@@ -138,14 +138,14 @@ def test_checkpointing_bounds_what_decoding_keeps(folders, monkeypatch):
         backbone.vae = AutoencoderKLCogVideoX(**sizes).requires_grad_(False)
         z = noise_for(backbone, 1)[..., :2, :2].clone().requires_grad_()
         last = torch.tensor([[z.shape[2] - 1]])
-        kept["plain", frames] = kept_bytes(monkeypatch, lambda b=backbone, z=z: b.decode(z))
+        kept["plain", frames] = saved_bytes(lambda b=backbone, z=z: b.decode(z))[0]
         backbone.enable_checkpointing()
-        kept["whole", frames] = kept_bytes(monkeypatch, lambda b=backbone, z=z: b.decode(z))
-        kept["causal", frames] = kept_bytes(
-            monkeypatch, lambda b=backbone, z=z, i=last: b.decode_frames(z, i, "causal")
+        kept["whole", frames] = saved_bytes(lambda b=backbone, z=z: b.decode(z))[0]
+        kept["causal", frames] = saved_bytes(
+            lambda b=backbone, z=z, i=last: b.decode_frames(z, i, "causal")[0]
         )
     assert kept["causal", 81] <= 1.1 * kept["causal", 33]
-    assert kept["whole", 81] <= 0.05 * kept["plain", 81]
+    assert kept["whole", 81] <= 0.2 * kept["plain", 81]
 
 
 # As published, where they differ from the classes' defaults, with the parameters of denoiser and adapter of rank 16.
@@ -195,7 +195,7 @@ def test_other_pipelines_are_refused(folders, tmp_path):
         config_for("wan", folders["2b"])
     (folders["5b"] / "vae" / "diffusion_pytorch_model.safetensors").rename(tmp_path / "moved")
     broken = new_backbone(config_for("cogvideox", folders["5b"]), torch.device("cpu"))
-    with pytest.raises(FileNotFoundError, match="its component 'vae' has no complete .safetensors"):
+    with pytest.raises(ConfigError, match="its component 'vae' has no complete .safetensors"):
         broken.fetch()
 
 

@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers.models.normalization import RMSNorm
-from kept_memory import kept_bytes
 from pipelines import (
     CAPTIONS,
     assert_learns_and_resumes,
@@ -15,6 +14,7 @@ from pipelines import (
     in_float64,
     loaded,
     sample,
+    saved_bytes,
     train,
     with_adapter,
 )
@@ -152,9 +152,9 @@ def test_checkpointing_lessens_what_decoding_keeps(folders, monkeypatch):
         latent_channels=4, block_out_channels=channels, decoder_block_out_channels=channels
     ).requires_grad_(False)
     z = noise_for(backbone, 1)[..., :1, :1].clone().requires_grad_()
-    plain = kept_bytes(monkeypatch, lambda: backbone.decode(z))
+    plain = saved_bytes(lambda: backbone.decode(z))[0]
     backbone.enable_checkpointing()
-    assert kept_bytes(monkeypatch, lambda: backbone.decode(z)) <= 0.1 * plain
+    assert saved_bytes(lambda: backbone.decode(z))[0] <= 0.4 * plain
 
 
 def test_the_published_networks_have_their_size():
@@ -191,7 +191,7 @@ def test_other_or_broken_pipelines_are_refused(folders, tmp_path):
         config_for("cogvideox", folders["0.9.0"])
     broken = save_ltx(tmp_path / "broken")
     (broken / "transformer" / "config.json").unlink()
-    with pytest.raises(FileNotFoundError, match="its component 'transformer' has no config.json"):
+    with pytest.raises(ConfigError, match="its component 'transformer' has no config.json"):
         new_backbone(config_for("ltx", broken, **SMALL), torch.device("cpu")).fetch()
 
 

@@ -142,12 +142,14 @@ def test_gradients_equal_central_differences(folders, kind, context, reach, tile
 
 
 def test_training_raises_a_reward_and_resumes(folders, tmp_path):
-    assert_learns_and_resumes("wan", folders["2.1"], tmp_path, decode_context="causal", schedule="unipc")
+    assert_learns_and_resumes(
+        "wan", folders["2.1"], tmp_path, 0.02, backprop_steps=2, decode_context="causal", schedule="unipc"
+    )
 
 
 @pytest.mark.parametrize("experts", ["both", "high_noise", "low_noise"])
 def test_each_expert_can_have_the_adapter(folders, experts, tmp_path):
-    keys = {"train_experts": experts, "max_train_steps": 2}
+    keys = {"train_experts": experts, "max_train_steps": 2, "backprop_steps": 2}
     train("wan", folders["a14b"], tmp_path / "run", **keys)
     adapter = load_file(tmp_path / "run" / "adapter" / lora.WEIGHTS)
     trained = {key.split(".")[2] for key, value in adapter.items() if "lora_B" in key and value.any()}

@@ -21,6 +21,8 @@ BACKBONES: Registry[Backbone] = Registry(
         "wan": "Core.backbones.wan:Wan",
         "cogvideox": "Core.backbones.cogvideox:CogVideoX",
         "ltx": "Core.backbones.ltx:Ltx",
+        "hunyuan_video15": "Core.backbones.hunyuan_video15:HunyuanVideo15",
+        "modelscope": "Core.backbones.modelscope:ModelScope",
     },
 )
 

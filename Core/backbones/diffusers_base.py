@@ -363,19 +363,14 @@ class DiffusersBackbone(Backbone):
         null_grad: bool = True,
         observe: PredictionObserver | None = None,
     ) -> Predict:
-        captions = self.batch_text(text)
         combine = self.combine if guided else None
-        null = both = captions
-        if combine:
-            null = self.batch_text([{**features, **(self.negative or {})} for features in text])
-            both = {key: torch.cat([captions[key], null[key]]) for key in captions}
+        rows = [*text, *({**features, **(self.negative or {})} for features in text if combine)]
+        both = self.batch_text(rows)
+        captions = {key: value[: len(text)] for key, value in both.items()}
+        null = {key: value[-len(text) :] for key, value in both.items()}
+        text_branch, null_branch, both_branch = map(self._branch, (captions, null, both))
         return guidance.guided(
-            self._branch(captions),
-            self._branch(null),
-            self._branch(both),
-            combine,
-            null_grad=null_grad,
-            observe=observe,
+            text_branch, null_branch, both_branch, combine, null_grad=null_grad, observe=observe
         )
 
     def _branch(self, condition: Mapping[str, Tensor]) -> Predict:

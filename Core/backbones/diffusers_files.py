@@ -9,7 +9,7 @@ from Core.utils.damage import read_settings
 from Core.utils.hub import Weight
 
 INDEX = "model_index.json"
-SMALL_FILES = ("*.json", "*.txt", "*.model")
+SMALL_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 NETWORK_STEMS = ("diffusion_pytorch_model", "model")
 # Components without weights, with the file that each must have.
 MARKERS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.json"}

@@ -7,8 +7,9 @@ backward pass, and a frame in the middle of a video be decoded without a graph t
 Axes: B batch, C channels, T latent frames, h, w latent rows and columns, f frames of one chunk, H, W pixels.
 """
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -24,13 +25,19 @@ Size = int | tuple[int, int]
 DecodeStep = Callable[[Tensor, Cache], tuple[Tensor, Cache]]
 # latents [B, C, T, h, w] → pixels [B, 3, F, H, W]
 Decode = Callable[[Tensor], Tensor]
+Run = TypeVar("Run", bound=Callable[..., Any])
 
 
-def recomputed(step: DecodeStep) -> DecodeStep:
-    """``step`` that keeps its inputs alone and is run again in the backward pass."""
-    return lambda z, cache: (
-        checkpoint(step, z, cache, use_reentrant=False) if torch.is_grad_enabled() else step(z, cache)
-    )
+def recomputed(function: Run) -> Run:
+    """``function`` that keeps its inputs alone where there is a graph, and is run again in the backward pass."""
+
+    @functools.wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return function(*args, **kwargs)
+        return checkpoint(function, *args, use_reentrant=False, **kwargs)
+
+    return run  # type: ignore[return-value]
 
 
 def decode_clip(step: DecodeStep, z: Tensor, sizes: ChunkSizes = 1) -> Iterator[tuple[Tensor, Cache]]:

@@ -18,7 +18,6 @@ from pipelines import (
 from pipelines_modelscope import save_modelscope
 
 from Core.backbones.modelscope import ModelScope
-from Core.build import new_backbone
 from Core.config import ConfigError, load_config
 from Core.modules import lora
 from Core.utils.hub import locate
@@ -101,7 +100,7 @@ def test_a_tiny_model_learns_and_resumes(folder, tmp_path):
 
 
 def test_memory_of_decoding_with_a_gradient(folder):
-    """A recomputed frame keeps its latent alone, and no longer video adds to a chosen frame."""
+    """A recomputed frame keeps its latent and its pixels, and no longer video adds to a chosen frame."""
     backbone, _ = loaded(FAMILY, folder, **SIZE)
 
     def kept(frames):
@@ -111,7 +110,7 @@ def test_memory_of_decoding_with_a_gradient(folder):
     plain = kept(16)
     assert kept(4) == plain
     backbone.enable_checkpointing()
-    assert kept(16) < 0.1 * plain
+    assert kept(16) < 0.2 * plain
 
 
 def test_memory_of_a_gradient_step(folder):
@@ -154,7 +153,7 @@ def test_the_config_is_valid():
         ({"image_size": None}, "resolution '240p' with aspect_ratio '3:4' is not in this family's table"),
         ({"max_sequence_length": 78}, "max_sequence_length must be at most 77"),
         ({"compile_blocks": True}, "compile_blocks=True has no effect on backbone='modelscope'; remove it"),
-        ({"num_frames": 0}, "height, width and num_frames must be positive"),
+        ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )
@@ -180,7 +179,7 @@ def test_other_and_incomplete_pipelines_are_refused(folder, tmp_path):
         config_for(FAMILY, copy, **SIZE)
     shutil.rmtree(copy / "unet")
     with pytest.raises(ConfigError, match="its component 'unet' has no config.json"):
-        new_backbone(config_for(FAMILY, copy, **SIZE), torch.device("cpu")).fetch()
+        config_for(FAMILY, copy, **SIZE)
 
 
 def test_the_licence_is_said_when_weights_are_fetched(folder, monkeypatch, caplog):
@@ -192,4 +191,4 @@ def test_the_licence_is_said_when_weights_are_fetched(folder, monkeypatch, caplo
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     with caplog.at_level("INFO", "vader"):
         assert locate(ModelScope.weights["model_path"]) == folder
-    assert "fetching damo-vilab/text-to-video-ms-1.7b; licence: CC-BY-NC-4.0" in caplog.text
+    assert "fetching damo-vilab/text-to-video-ms-1.7b, about 6.0 GB, licence CC-BY-NC-4.0" in caplog.text

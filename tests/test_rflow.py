@@ -186,12 +186,13 @@ def integrate(steps: int, first: int, **settings) -> tuple[Tensor, Steps]:
     backbone = SimpleNamespace(
         process=RectifiedFlow(),
         predictor=lambda features, **_: moves,
+        features=lambda encoded: {},
         timesteps=lambda batch: torch.linspace(1000, 1000 / steps, steps)[:, None].expand(steps, batch),
         no_grad_steps=nullcontext,
     )
     rollout = WindowRollout(RewardGradientSettings(**settings), backbone, seed=0)
     rollout.noise = lambda samples: torch.ones(len(samples), 1, 1, 1, 1)
-    z, kl = rollout.sample([SimpleNamespace(features_of=dict)], [0], first, timer)
+    z, kl = rollout.sample([SimpleNamespace()], [0], first, timer)
     assert kl is None
     return z, moves
 

@@ -226,7 +226,7 @@ REFUSALS = [
         dict(sampler="unipc", is_vader_training=True, reward_fn="saturation"),
         "sampler='unipc' is for inference",
     ),
-    (dict(model_path=""), "model_path is missing"),
+    (dict(model_path=""), "model_path must not be empty"),
     (dict(guidance_scale=0.5), "guidance_scale must be at least 1"),
     (dict(num_frames="a while"), "num_frames must be a number or seconds such as '5s', got 'a while'"),
     (dict(aes=6.5), "aes is a key of backbone 'opensora'"),

@@ -78,6 +78,7 @@ def parse(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Config]:
         )
     if own.vbench_list:
         flags += ["--prompt", repr(read_vbench_prompts(own.vbench_list, own.dimensions))]
+        flags += ["--start-index", "None", "--end-index", "None"]  # lines of the config's prompt file
     elif own.prompts:
         flags += ["--prompt-path", own.prompts, "--prompt", "None"]
     config = load_config(flags)

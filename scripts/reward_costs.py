@@ -41,7 +41,8 @@ TABLE = re.compile(r"(<!-- costs: [^\n]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
 FRAMES, SIZE = 8, (64, 64)
 REPEATS = 3
 PROMPT = "a man riding a bike"  # the twins' action classifier knows it
-WRAPPERS = ("relative", "hinge")  # cost what the reward inside costs
+# They cost what the reward inside, or the program, costs.
+WRAPPERS = ("relative", "hinge", "command")
 COLLECT_EVERY = 20  # new tensors
 QWEN_PROMPT = 800  # tokens of the longer of the two authors' texts with a caption, rounded up
 

@@ -69,7 +69,7 @@ def test_a_program_that_fails_is_named_with_its_reason(tmp_path, ending, sentenc
     [
         ({}, "'command' must be given"),
         ({"command": "no_such_program --flag"}, "there is no program 'no_such_program'"),
-        ({"command": ""}, "there is no program ''"),
+        ({"command": ""}, "command must not be empty"),
         ({"command": "a 'b"}, "cannot be read: No closing quotation"),
         ({"command": "true", "timeout": 0}, "timeout must be above 0, got 0"),
     ],

@@ -15,9 +15,9 @@ from Core.build import build_backbone
 from Core.config import ConfigError, build_config, load_config
 from Core.config.schema import OptimizerSettings
 from Core.modules import lora
+from Core.modules.ema import Ema
 from Core.modules.lora import StepDropout
 from Core.training.early_stopping import ValidationHistory
-from Core.training.ema import Ema
 from Core.training.nan_check import find_fault
 from Core.training.objectives.reward_gradient import WindowRollout
 from Core.training.optimizer import lr_factor

@@ -14,7 +14,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from sampling_runs import SCHEDULER, contents, picture, random_adapter
 from twin_runs import built_trainer
 
-from Core.backbones import Prompt
+from Core.backbones import Backbone, Prompt
 from Core.cli import exit_code
 from Core.config import ConfigError
 from Core.data.video import read_video
@@ -53,7 +53,7 @@ def test_missing_weights_are_named_before_the_first_video(tmp_path, monkeypatch)
     monkeypatch.setattr(comparison, "make_videos", lambda *_: pytest.fail("videos came first"))
     rewards = {"pick_score": {"model": "someone/clip"}, "motion": {}, "actpred": {"model": "someone/actions"}}
     with pytest.raises(ConfigError) as error:
-        comparison.compare(SimpleNamespace(), Distributed(), [], rewards, tmp_path)
+        comparison.compare(SimpleNamespace(backbone=Backbone), Distributed(), [], rewards, tmp_path)
     assert len(error.value.errors) == 1, "each reason once, however many weights lack for it"
 
 

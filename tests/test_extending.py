@@ -16,6 +16,7 @@ from Core.cli import main
 from Core.config import ConfigError, build_config, load_config
 from Core.config.files import read_run
 from Core.training.objectives import OBJECTIVES
+from Core.training.objectives.base import GRADIENT_FREE
 from Core.utils.tables import read_table
 from scripts import download_weights
 
@@ -197,3 +198,8 @@ def test_objectives_train_another_family(tmp_path, objective, flags):
     assert main([CONFIG, *own, *shared]) == 0
     before, after = (row["reward"] for row in read_table(folder / "validation.csv"))
     assert after > before + 0.005
+
+
+def test_the_objectives_that_need_no_gradient_are_those_that_say_so():
+    free = {name for name in OBJECTIVES if not OBJECTIVES.resolve(name).needs_reward_gradient}
+    assert free == set(GRADIENT_FREE)

@@ -147,13 +147,15 @@ def test_keys_that_name_the_adapter_are_read(tmp_path):
 def test_a_target_that_matches_no_layer_names_those_there_are():
     with pytest.raises(ValueError) as error:
         lora.attach(copy.deepcopy(BASE), ["qkv", "to_q"], rank=2, alpha=2)
-    assert str(error.value).startswith("lora_targets: no linear layer is named 'to_q'; there are ")
+    assert str(error.value).startswith(
+        "lora_targets: no layer that can be adapted is named 'to_q'; there are "
+    )
     assert all(target in str(error.value) for target in TARGETS)
 
 
 def test_the_end_of_a_name_is_no_match():
     """`linear` ends `q_linear` but is not a layer of that name."""
-    with pytest.raises(ValueError, match="no linear layer is named 'kv'"):
+    with pytest.raises(ValueError, match="no layer that can be adapted is named 'kv'"):
         lora.attach(copy.deepcopy(BASE), ["kv"], rank=2, alpha=2)
 
 

@@ -336,5 +336,5 @@ def test_a_layer_without_an_original_name_is_not_written():
 def test_damaged_settings_inside_a_file_are_named(tmp_path):
     file = write(layers_of(lora_twins.adapted("wan"), tmp_path), "diffusers", "wan", tmp_path)
     save_file(load_file(file), file, metadata={lora_formats.METADATA: json.dumps({"r": 2})[:-1]})
-    with pytest.raises(ValueError, match="diffusers.safetensors is no JSON or is damaged"):
+    with pytest.raises(ValueError, match="diffusers.safetensors has metadata that are no JSON"):
         lora.read(file, lora_names.WAN)

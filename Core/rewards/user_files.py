@@ -88,20 +88,31 @@ def _takes(function: Any, count: int) -> bool:
     return True
 
 
-def try_scorer(scorer: Any, frames: Tensor, prompts: Sequence[str], needs_gradient: bool) -> None:
+def try_scorer(
+    scorer: Any,
+    frames: Tensor,
+    prompts: Sequence[str],
+    needs_gradient: bool,
+    alternatives: Sequence[str] = (),
+) -> None:
     """Score ``frames`` [B, F, 3, H, W] once and, if asked for, take the gradient of the loss to them.
+
+    Args:
+        alternatives: objectives that need no gradient, to name in the refusal.
 
     Raises:
         RewardFileError: it fails, gives something else than scores and losses, or has no gradient.
     """
     kept = dict(vars(scorer))  # a scorer that counts its calls counts none of this
     try:
-        _try(scorer, frames.detach().requires_grad_(needs_gradient), prompts, needs_gradient)
+        _try(scorer, frames.detach().requires_grad_(needs_gradient), prompts, needs_gradient, alternatives)
     finally:
         vars(scorer).update(kept)
 
 
-def _try(scorer: Any, frames: Tensor, prompts: Sequence[str], needs_gradient: bool) -> None:
+def _try(
+    scorer: Any, frames: Tensor, prompts: Sequence[str], needs_gradient: bool, alternatives: Sequence[str]
+) -> None:
     origin = type(scorer).origin
     with torch.set_grad_enabled(needs_gradient):
         output = scorer(frames, prompts)
@@ -114,10 +125,10 @@ def _try(scorer: Any, frames: Tensor, prompts: Sequence[str], needs_gradient: bo
                     "return a RewardOutput, or leave evaluate as it is"
                 )
     if needs_gradient:
-        _refuse_without_gradient(origin, output.loss, frames)
+        _refuse_without_gradient(origin, output.loss, frames, alternatives)
 
 
-def _refuse_without_gradient(origin: str, loss: Tensor, frames: Tensor) -> None:
+def _refuse_without_gradient(origin: str, loss: Tensor, frames: Tensor, alternatives: Sequence[str]) -> None:
     gradient = None
     if loss.requires_grad:
         with blamed(origin, "in the backward pass"):
@@ -125,6 +136,6 @@ def _refuse_without_gradient(origin: str, loss: Tensor, frames: Tensor) -> None:
     if gradient is None:
         raise RewardFileError(
             f"reward {origin!r} is not differentiable: no gradient leads from its loss back to the frames; score with "
-            "torch operations alone, without detach(), item(), numpy() or no_grad(), or train with an objective that "
-            "needs no gradient of the reward"
+            "torch operations alone, without detach(), item(), numpy() or no_grad(), or set objective to one that needs "
+            f"no gradient of the reward: {', '.join(alternatives)}"
         )

@@ -1,7 +1,7 @@
 """Rewards around another one, which they take by its name and arguments."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +11,7 @@ from Core.rewards.arguments import argument_errors
 from Core.rewards.base import Reward, RewardInfo, RewardOutput
 from Core.rewards.registry import construct, named_errors, resolve_reward
 from Core.utils.hub import Weight
+from Core.utils.options import Bounds
 
 
 class Wrapper(Reward):
@@ -67,6 +68,9 @@ class Wrapper(Reward):
         return resolve_reward(args["reward"]).prompt_errors(own_arguments(args), prompts)
 
 
+Words = Annotated[str, Bounds(empty=True)]
+
+
 def own_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of the reward inside."""
     return dict(args.get("reward_args") or {})
@@ -92,7 +96,7 @@ class Relative(Wrapper):
         paper="Shen et al. 2025, arXiv:2509.06942",
     )
 
-    def __init__(self, *, reward: str, positive: str, negative: str, reward_args: dict | None = None):
+    def __init__(self, *, reward: str, positive: Words, negative: Words, reward_args: dict | None = None):
         super().__init__(reward=reward, reward_args=reward_args)
         self.positive, self.negative = positive, negative
 

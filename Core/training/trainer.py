@@ -19,10 +19,10 @@ from Core.config import Config
 from Core.config.schema import ALWAYS_MONITORED
 from Core.data.video import save_video
 from Core.modules import lora
+from Core.modules.ema import Ema
 from Core.rewards import Reward, RewardOutput
 from Core.training.checkpoint import Checkpoint, Checkpoints, refuse_divergence
 from Core.training.early_stopping import ValidationHistory
-from Core.training.ema import Ema
 from Core.training.metric_logging import StepMetrics, Trackers
 from Core.training.nan_check import find_fault, report_skip
 from Core.training.optimizer import build_optimizer, set_learning_rate

@@ -13,6 +13,8 @@ from Core.backbones import Backbone, EncodedPrompt, Prompt, VideoSpec
 from Core.rewards import Reward, RewardOutput
 from Core.utils.timing import Stopwatch
 
+# Objectives of the registry whose ``needs_reward_gradient`` is False.
+GRADIENT_FREE = ("grpo", "nft", "dpo", "dpo_pairs")
 # Prompts and global sample numbers of one backward pass.
 Batch = tuple[Sequence[EncodedPrompt], Sequence[int]]
 # Rows of every process, one after the other, on the CPU.
@@ -133,10 +135,8 @@ def refuse_missing_gradient(reward: RewardOutput) -> None:
 
 def no_gradient_sentence(reward: str) -> str:
     """Why a reward cannot be trained on by its gradient, and what can be done."""
-    from . import OBJECTIVES
-
-    free = [repr(name) for name in OBJECTIVES if not OBJECTIVES.resolve(name).needs_reward_gradient]
+    *free, last = map(repr, GRADIENT_FREE)
     return (
-        f"{reward} has no gradient with respect to the frames; set objective to {', '.join(free[:-1])} or "
-        f"{free[-1]}, which need none, or compute it with differentiable operations and without torch.no_grad"
+        f"{reward} has no gradient with respect to the frames; set objective to {', '.join(free)} or "
+        f"{last}, which need none, or compute it with differentiable operations and without torch.no_grad"
     )

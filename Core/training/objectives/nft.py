@@ -16,8 +16,8 @@ from torch import Tensor
 
 from Core.backbones import Backbone, EncodedPrompt
 from Core.modules import lora
+from Core.modules.ema import Ema
 from Core.rewards import Reward, RewardOutput
-from Core.training.ema import Ema
 from Core.training.rollout import KlSettings, NoisingSettings, base_model, squared_distance
 from Core.utils.options import option
 from Core.utils.timing import Stopwatch

@@ -136,6 +136,6 @@ def _refuse_without_gradient(origin: str, loss: Tensor, frames: Tensor, alternat
     if gradient is None:
         raise RewardFileError(
             f"reward {origin!r} is not differentiable: no gradient leads from its loss back to the frames; score with "
-            "torch operations alone, without detach(), item(), numpy() or no_grad(), or set objective to one that needs "
-            f"no gradient of the reward: {', '.join(alternatives)}"
+            "torch operations alone, without detach(), item(), numpy() or no_grad(), or set objective to one that "
+            f"needs no gradient of the reward: {', '.join(alternatives)}"
         )

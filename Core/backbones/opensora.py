@@ -380,9 +380,10 @@ class OpenSora(Backbone):
     def _pinned(self, name: str) -> dict[str, Any]:
         """An entry whose hub id names a revision, which the networks do not know, with the folder in its place."""
         entry = getattr(self.settings, name)
-        weight = self.weights_of(self.settings)[f"{name}.{WEIGHTS}"]
-        pinned = "@" in weight.source and not weight.is_local
-        return {**entry, WEIGHTS: str(locate(weight))} if pinned else entry
+        weight = self.weights_of(self.settings).get(f"{name}.{WEIGHTS}")
+        if weight is None or weight.is_local or "@" not in weight.source:
+            return entry
+        return {**entry, WEIGHTS: str(locate(weight))}
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -1,4 +1,4 @@
-"""Write the table of config keys to README.md and docs/options.md: write_options.py [--check]."""
+"""Write the table of config keys to docs/options.md: write_options.py [--check]."""
 
 import sys
 from collections.abc import Sequence
@@ -8,11 +8,15 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
+from Core.backbones import BACKBONES  # noqa: E402
 from Core.config.schema import sections_of  # noqa: E402
 from Core.training.objectives import OBJECTIVES  # noqa: E402
 from Core.utils.options import default_of, describe_type  # noqa: E402
+from Core.utils.registry import Registry  # noqa: E402
 
-PAGES = (ROOT / "README.md", ROOT / "docs" / "options.md")
+PAGE = ROOT / "docs" / "options.md"
+# Sections that the value of a key chooses, with what there is to choose from.
+OTHERS: dict[str, Registry] = {"family": BACKBONES, "objective": OBJECTIVES}
 TITLES = {"family": "family: opensora", "objective": "objective: reward_gradient"}
 BEGIN, END = "<!-- options: written by scripts/write_options.py -->", "<!-- end of options -->"
 
@@ -22,8 +26,8 @@ def table() -> str:
     rows = ["| key | default | type | meaning |", "| --- | --- | --- | --- |"]
     for section, schema in sections_of({}).items():
         rows += section_rows(TITLES.get(section, section), fields(schema))
-        if section == "objective":
-            rows += other_objectives(fields(schema))
+        if section in OTHERS:
+            rows += others(section, OTHERS[section], fields(schema))
     return "\n".join(rows)
 
 
@@ -40,14 +44,14 @@ def section_rows(title: str, entries: Sequence[Field]) -> list[str]:
     return rows
 
 
-def other_objectives(shown: Sequence[Field]) -> list[str]:
-    """Sections of the other objectives: each key where it comes first, by name where it is shown already."""
+def others(section: str, table: Registry, shown: Sequence[Field]) -> list[str]:
+    """Sections of the other entries of a registry: each key where it comes first, by name where it is shown already."""
     rows, shown = [], list(shown)
-    for name in list(OBJECTIVES)[1:]:
-        entries = fields(OBJECTIVES.resolve(name).settings_class)
+    for name in list(table)[1:]:
+        entries = fields(table.resolve(name).settings_class)
         shared = ", ".join(f"`{entry.name}`" for entry in entries if entry in shown)
         own = [entry for entry in entries if entry not in shown]
-        rows += section_rows(f"objective: {name}" + (f", which also has {shared}" if shared else ""), own)
+        rows += section_rows(f"{section}: {name}" + (f", which also has {shared}" if shared else ""), own)
         shown += own
     return rows
 
@@ -60,11 +64,10 @@ def with_table(text: str) -> str:
 
 
 def main() -> int:
-    texts = {page: page.read_text(encoding="utf-8") for page in PAGES}
+    text = PAGE.read_text(encoding="utf-8")
     if "--check" in sys.argv:
-        return int(any(with_table(text) != text for text in texts.values()))
-    for page, text in texts.items():
-        page.write_text(with_table(text), encoding="utf-8")
+        return int(with_table(text) != text)
+    PAGE.write_text(with_table(text), encoding="utf-8")
     return 0
 
 

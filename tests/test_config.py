@@ -580,3 +580,14 @@ def test_what_upstreams_package_lacks_is_refused_before_anything_loads(values, m
     monkeypatch.setattr("opensora.acceleration.checkpoint.set_grad_checkpoint", lambda model: None)
     (sentence,) = errors_of(values, grad_checkpoint="keep_attention")
     assert "grad_checkpoint='keep_attention' is not in upstream's opensora package" in sentence
+
+
+CONFIGS = sorted(file for file in (ROOT / "configs").glob("*/*.py"))
+
+
+@pytest.mark.parametrize("config", CONFIGS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_config_of_the_repository_is_valid(config, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    loaded = load_config([str(config)])
+    assert loaded.models.backbone == config.parent.name
+    assert loaded.run.is_vader_training and loaded.run.project_dir.startswith("runs/")

@@ -32,6 +32,8 @@ MEMORY_SAVERS = {
     "val_batch_size": 1,
     "backprop_mode": "last",
     "backprop_steps": 1,
+    "levels_per_video": 1,
+    "trajectory_device": "cpu",
     "decode_frame": -1,
     "dtype": "fp8",
     "use_AdamW8bit": True,

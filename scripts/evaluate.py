@@ -22,6 +22,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 from Core.cli import exit_code, start_log, stop_log  # noqa: E402
 from Core.config import BASE, Config, ConfigError, load_config  # noqa: E402
 from Core.evaluation.compare import compare, read_training_prompts  # noqa: E402
+from Core.evaluation.report import number, signed  # noqa: E402
 from Core.evaluation.score_videos import check_scorers, parse_reward_arguments, refuse  # noqa: E402
 from Core.evaluation.vbench_files import (  # noqa: E402
     COPIES,
@@ -103,8 +104,8 @@ def show(result: Mapping[str, Any]) -> None:
     widths = "{:<16} {:<16} {:<9} {:>10} {:>10} {:>10}   {:<24} {:>6}"
     print(widths.format("adapter", "measure", "prompts", "before", "after", "gain", "95% interval", "wins"))
     for row in result["summary"]:
-        interval = f"{row['low']:+.4g} to {row['high']:+.4g}{' *' if row['significant'] else ''}"
-        cells = [f"{row[key]:.4g}" for key in ("before", "after")] + [f"{row['gain']:+.4g}", interval]
+        interval = f"{signed(row['low'])} to {signed(row['high'])}{' *' if row['significant'] else ''}"
+        cells = [number(row[key]) for key in ("before", "after")] + [signed(row["gain"]), interval]
         kind = f"{row['prompts']} {row['prompts_are']}"
         print(widths.format(row["adapter"], row["measure"], kind, *cells, f"{row['win_rate']:.0%}"))
     print("* the interval excludes zero")

@@ -48,6 +48,8 @@ if [ -n "$stopping" ]; then
     scontrol requeue "$SLURM_JOB_ID"
     exit 0
 fi
+# A job that was put back into the queue goes on, whatever it was first told.
+[ "${SLURM_RESTART_COUNT:-0}" -eq 0 ] || set -- "$@" --resume auto
 # exec, so that signals to a task reach its trainer. torchrun would kill the trainer after 30 seconds, even in the
 # middle of a step.
 # shellcheck disable=SC2016 # each task expands its own variables

@@ -244,7 +244,8 @@ def test_an_interrupt_before_the_first_step_is_one_sentence(twin, tmp_path, monk
 @pytest.mark.parametrize(("ignored", "code"), [(False, 130), (True, 0)])
 def test_an_interrupt_during_the_imports_is_one_sentence_and_a_background_job_ignores_it(ignored, code):
     lines = ["import os, signal; from Core.utils.process import quiet_interrupt"]
-    lines += ["signal.signal(signal.SIGINT, signal.SIG_IGN)"] if ignored else []
+    handler = "signal.SIG_IGN" if ignored else "signal.default_int_handler"
+    lines += [f"signal.signal(signal.SIGINT, {handler})"]
     lines += ["with quiet_interrupt(): os.kill(os.getpid(), signal.SIGINT)"]
     process = python("\n".join(lines), stderr=subprocess.PIPE)
     error = process.communicate()[1]

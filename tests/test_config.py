@@ -591,3 +591,11 @@ def test_every_config_of_the_repository_is_valid(config, monkeypatch):
     loaded = load_config([str(config)])
     assert loaded.models.backbone == config.parent.name
     assert loaded.run.is_vader_training and loaded.run.project_dir.startswith("runs/")
+
+
+def test_an_objective_named_by_a_flag_brings_its_own_defaults(file):
+    """Of keys that both objectives have, too: what the file set was for the other."""
+    config = load_config([str(file), "--objective", "grpo", "--group-size", "2"])
+    assert config.objective.decode_frame == "video"
+    config = load_config([str(file), "--objective", "grpo", "--group-size", "2", "--decode-frame", "0"])
+    assert config.objective.decode_frame == 0

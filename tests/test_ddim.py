@@ -98,7 +98,7 @@ def test_the_last_stochastic_step_has_probabilities():
 
 def test_the_timesteps_of_fractions_are_whole_and_span_the_axis():
     process = DDIM.from_scheduler(SCHEDULERS["v"]())
-    assert process.timesteps_at(torch.tensor([0, 0.1234, 1])).tolist() == [0, 123, 1000]
+    assert process.timesteps_at(torch.tensor([0, 0.1234, 1])).tolist() == [0, 124, 1000]
 
 
 def test_what_has_no_x0_is_refused():

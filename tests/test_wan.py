@@ -323,3 +323,64 @@ def test_what_the_hub_does_not_give_is_said_by_key(monkeypatch, tmp_path):
     config = config_for("wan", tmp_path, model_path="nobody/wan", prompt=["a"])
     errors = new_backbone(config, torch.device("cpu")).fetch()
     assert [error.partition(":")[0] for error in errors] == ["model_path", "text_encoder_path"]
+
+
+@pytest.fixture
+def picture(tmp_path):
+    path = tmp_path / "fox.png"
+    Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 20).convert("RGB").save(path)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("kind", "prompts", "sentence"),
+    [
+        ("ti2v", ['a {"reference_path": "PICTURE"}', "b"], "1 of 2 prompts name a first frame"),
+        ("ti2v", ['a {"reference_path": "/no/such.png"}'], "'/no/such.png' cannot be read as a picture"),
+        ("ti2v", ['a {"reference_path": ""}'], "must end in"),
+        ("ti2v", ['a { "picture": "x", "reference_path": "PICTURE"}'], "must end in"),
+        ("2.1", ['a { "reference_path": "PICTURE"}'], "this model takes no first frame"),
+        ("i2v", ["a"], "this model makes videos of pictures"),
+    ],
+)
+def test_first_frames_that_cannot_be_are_refused(folders, picture, kind, prompts, sentence):
+    prompts = [prompt.replace("PICTURE", str(picture)) for prompt in prompts]
+    with pytest.raises(ConfigError) as refused:
+        config_for("wan", folders[kind], prompt=prompts)
+    assert any(sentence in error for error in refused.value.errors), refused.value.errors
+
+
+def test_another_picture_makes_another_run(folders, picture):
+    """What a checkpoint and a video are recorded with changes with the picture, not only with its name."""
+    (prompt,) = Wan.parse_prompts([f'a {{"reference_path": "{picture}"}}'])
+    before = prompt.identity
+    Image.new("RGB", (8, 8)).save(picture)
+    assert prompt.identity != before and prompt.identity["prompt"] == before["prompt"]
+
+
+def test_training_from_first_frames(folders, picture, tmp_path):
+    prompts = [f'{caption} {{"reference_path": "{picture}"}}' for caption in CAPTIONS[:2]]
+    rows = train("wan", folders["ti2v"], tmp_path / "run", max_train_steps=1, prompt=prompts)
+    assert math.isfinite(float(rows[0]["reward"]))
+
+
+def test_a_target_that_an_expert_lacks_is_named(folders):
+    backbone, _ = loaded("wan", folders["a14b"], train_experts="low_noise")
+    with pytest.raises(ValueError, match="is named 'to_typo'.* in the expert that train_experts='low_noise'"):
+        backbone.adapter_targets(["to_q", "to_typo"])
+    whole = backbone.adapter_targets(["low_noise.blocks.0.attn1.to_q"])
+    assert whole == ["low_noise.blocks.0.attn1.to_q"]
+
+
+def test_guidance_of_two_scales_is_known_without_the_weights(tmp_path):
+    config = config_for("wan", tmp_path, model_path="nobody/wan", guidance_scale_2=3.0)
+    assert new_backbone(config, torch.device("cpu")).negative_caption == ""
+
+
+def test_the_last_step_of_the_euler_schedule_is_short(folders):
+    keys = {"num_sampling_steps": 30, "shift": 3.0}
+    last = {
+        name: loaded("wan", folders["2.1"], schedule=name, **keys)[0].timesteps(1)[-1].item()
+        for name in ("euler", "unipc")
+    }
+    assert last["euler"] == pytest.approx(9, abs=0.2) and last["unipc"] > 90

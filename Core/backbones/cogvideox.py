@@ -108,9 +108,6 @@ class CogVideoX(CausalDecode):
         network = self.load_text_model(T5EncoderModel)
         return T5Text(self.load_tokenizer(), network, length, self.text_device, trim=False)
 
-    def caption(self, text: str) -> str:
-        return text
-
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.denoiser.transformer_blocks)

@@ -38,6 +38,7 @@ from .base import (
     weight_errors,
 )
 from .diffusers_files import INDEX, PipelineWeight, component_config
+from .image_prompts import refuse_pictures
 
 DIFFUSERS = "0.42"  # the oldest with every family's pipeline
 VAE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -67,7 +68,10 @@ class DiffusersSettings(FamilySettings):
         None, "the same for its tokenizer and text encoder; None = model_path"
     )
     weights_variant: str = video_option("", "variant of the weight files, such as `fp16`")
-    vae_dtype: Literal["bf16", "fp32"] = video_option("bf16", "dtype of the VAE's weights and arithmetic")
+    vae_dtype: Literal["bf16", "fp32"] = video_option(
+        "bf16",
+        "dtype of the VAE where dtype is `bf16` or `fp8`; with `fp16` and `fp32` it computes in float32",
+    )
     vae_tiling: bool = video_option(
         False, "decode large frames in overlapping tiles: less memory, and faint differences along the seams"
     )
@@ -154,11 +158,13 @@ class DiffusersBackbone(Backbone):
     @classmethod
     def frame_count(cls, num_frames: str | int, fps: float) -> int:
         """A duration is rounded down to whole groups of latent frames, and the first frame is added."""
-        if isinstance(num_frames, int):
-            return num_frames
+        if isinstance(num_frames, int) or num_frames.isdecimal():
+            return int(num_frames)
         step = cls.time_factor * cls.latent_group
         try:
-            seconds = float(num_frames.removesuffix("s"))
+            if not num_frames.endswith("s"):
+                raise ValueError(num_frames)
+            seconds = float(num_frames[:-1])
             return int(seconds * fps) // step * step + 1
         except (ValueError, OverflowError):
             raise ValueError(
@@ -222,6 +228,12 @@ class DiffusersBackbone(Backbone):
             return cls.size_errors(cls.size_multiple(folder), video)
         except (ValueError, OSError, KeyError, TypeError) as error:
             return [f"model_path: {settings.model_path!r} cannot be read: {error}"]
+
+    @classmethod
+    def prompt_errors(
+        cls, prompts: Sequence[Any], settings: Any, video: VideoSettings, training: bool
+    ) -> list[str]:
+        return refuse_pictures(prompts)
 
     @classmethod
     def size_multiple(cls, folder: Path) -> int:
@@ -298,7 +310,7 @@ class DiffusersBackbone(Backbone):
 
     @property
     def vae_dtype(self) -> torch.dtype:
-        # An image VAE's activations overflow float16.
+        # A VAE's activations overflow float16.
         return (
             torch.float32
             if self.dtype in (torch.float16, torch.float32)
@@ -326,19 +338,22 @@ class DiffusersBackbone(Backbone):
             [file_identity(str(folder / part)) for part in self.text_components] if folder.exists() else []
         )
         parts = [
+            type(self).__name__,
             *(local or [source]),
+            self.settings.weights_variant,
             self.settings.max_sequence_length,
             self.dtype,
             self.models.text_encoding,
         ]
         return " ".join(map(str, parts))
 
-    def caption(self, text: str) -> str:
-        return clean_caption(text)
+    @property
+    def is_guided(self) -> bool:
+        return self.settings.guidance_scale > 1
 
     @property
     def negative_caption(self) -> str | None:
-        return self.caption(self.settings.negative_prompt) if self.combine else None
+        return self.caption(self.settings.negative_prompt) if self.is_guided else None
 
     # Sampling
 

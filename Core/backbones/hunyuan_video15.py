@@ -166,10 +166,6 @@ class HunyuanVideo15(CausalDecode):
         ]
         return HunyuanVideo15Text(tokenizers, networks, self.settings.max_sequence_length, self.text_device)
 
-    def caption(self, text: str) -> str:
-        # The pipeline cleans nothing, and the kind of a quotation mark matters.
-        return text
-
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.denoiser.transformer_blocks)

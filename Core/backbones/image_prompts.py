@@ -4,11 +4,12 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .base import Prompt
+from .base import Prompt, file_identity
 
 KEY = "reference_path"
 
@@ -25,6 +26,11 @@ class ImagePrompt(Prompt):
             return self.text
         return f"{self.text} {json.dumps({KEY: self.reference}, ensure_ascii=False)}"
 
+    @property
+    def identity(self) -> dict[str, str]:
+        picture = {} if self.reference is None else {"picture": file_identity(self.reference)}
+        return {**super().identity, **picture}
+
 
 def parse_image_prompts(texts: Sequence[str]) -> list[ImagePrompt]:
     """Captions, each with its first frame where a JSON suffix names one.
@@ -36,32 +42,53 @@ def parse_image_prompts(texts: Sequence[str]) -> list[ImagePrompt]:
 
 
 def _parse(text: str) -> ImagePrompt:
-    start = text.find(f'{{"{KEY}"')
-    if start < 0:
+    start = text.find("{")
+    if start < 0 or not text.rstrip().endswith("}"):
         return ImagePrompt(text)
-    try:
-        suffix = json.loads(text[start:])
-    except ValueError:
-        suffix = None
-    if not isinstance(suffix, dict) or list(suffix) != [KEY] or not isinstance(suffix[KEY], str):
+    suffix = _json(text[start:])
+    if suffix is None and KEY not in text:
+        return ImagePrompt(text)  # braces of the caption's own
+    if not isinstance(suffix, dict) or list(suffix) != [KEY] or not _is_name(suffix[KEY]):
         raise ValueError(
             f'the prompt {text!r} must end in {{"{KEY}": "picture"}} or have no such suffix; mend its JSON'
         )
     return ImagePrompt(text[:start].strip(), suffix[KEY])
 
 
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
+def _is_name(value: Any) -> bool:
+    return isinstance(value, str) and bool(value.strip())
+
+
 def picture_errors(prompts: Sequence[ImagePrompt]) -> list[str]:
-    """A sentence for each picture that does not exist or cannot be opened."""
+    """Sentences on pictures that cannot be opened, and on prompts of which only some have one."""
+    named = [prompt.reference for prompt in prompts if prompt.reference is not None]
     errors = []
-    for source in dict.fromkeys(prompt.reference for prompt in prompts if prompt.reference):
+    if 0 < len(named) < len(prompts):
+        errors.append(
+            f"{KEY}: {len(named)} of {len(prompts)} prompts name a first frame; name one in all of them, or in none"
+        )
+    for source in dict.fromkeys(named):
         try:
             _open(source)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: an unknown home folder
             errors.append(f"{KEY}: {source!r} cannot be read as a picture: {error}; give a PNG or JPEG file")
     return errors
 
 
-def _open(source: str):
+def refuse_pictures(prompts: Sequence[Prompt]) -> list[str]:
+    """Sentences on prompts that name a first frame, for a family that takes none."""
+    named = [prompt.text for prompt in prompts if f'"{KEY}"' in prompt.text]
+    return [f"this model takes no first frame, which {named[0]!r} names; remove {KEY}"] if named else []
+
+
+def _open(source: str) -> Any:
     from PIL import Image
 
     with Image.open(Path(source).expanduser()) as picture:

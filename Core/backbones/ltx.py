@@ -100,9 +100,6 @@ class Ltx(DiffusersBackbone):
         network = self.load_text_model(T5EncoderModel)
         return T5Text(self.load_tokenizer(), network, length, self.text_device, trim=True)
 
-    def caption(self, text: str) -> str:
-        return text
-
     @property
     def blocks(self) -> list[nn.Module]:
         return list(self.denoiser.transformer_blocks)

@@ -92,9 +92,6 @@ class ModelScope(DiffusersBackbone):
         length = self.settings.max_sequence_length
         return ClipText(self.load_tokenizer(), self.load_text_model(CLIPTextModel), length, self.text_device)
 
-    def caption(self, text: str) -> str:
-        return text
-
     @property
     def blocks(self) -> list[nn.Module]:
         unet: Any = self.denoiser

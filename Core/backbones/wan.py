@@ -16,21 +16,23 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from Core.modules import lora_names
+from Core.modules import lora, lora_names
 from Core.sampling import guidance
 from Core.sampling.euler import Predict
 from Core.sampling.guidance import Combine
 from Core.sampling.scheduler_step import SchedulerStep
 from Core.utils.damage import read_settings
+from Core.utils.hub import present
 from Core.utils.options import option, video_option
 
 from .base import EncodedPrompt, Features, ModelSettings, TextEncoder, VideoSettings, VideoSpec
 from .causal_decode import CausalDecode
 from .diffusers_base import DiffusersSettings, Published, clean_caption, pad_features
 from .diffusers_files import INDEX, component_config
-from .image_prompts import ImagePrompt, first_frame, parse_image_prompts
+from .image_prompts import ImagePrompt, first_frame, parse_image_prompts, picture_errors
 
 TEXT_SIZE = 22_700_000_000  # UMT5-XXL in float32
+KEPT_PICTURES = 256  # whose latents wait on the CPU
 EXPERTS = {"high_noise": "transformer", "low_noise": "transformer_2"}
 WIDE, TALL = "9:16", "16:9"  # height:width
 
@@ -43,7 +45,10 @@ class WanSettings(DiffusersSettings):
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers",
         "hub id or local folder of the pipeline, in the layout of diffusers",
     )
-    vae_dtype: Literal["bf16", "fp32"] = video_option("fp32", "dtype of the VAE's weights and arithmetic")
+    vae_dtype: Literal["bf16", "fp32"] = video_option(
+        "fp32",
+        "dtype of the VAE where dtype is `bf16` or `fp8`; with `fp16` and `fp32` it computes in float32",
+    )
     shift: float | None = video_option(
         None,
         "how far timesteps lean to noise: 3 suits 480p, 5 suits 720p; None = the checkpoint's own",
@@ -72,6 +77,11 @@ class Experts(nn.Module):
         super().__init__()
         self.high_noise, self.low_noise, self.boundary = high_noise, low_noise, boundary
 
+    def save_pretrained(self, folder: Path) -> None:
+        """Each expert into the folder that a pipeline has for it."""
+        for name, component in EXPERTS.items():
+            getattr(self, name).save_pretrained(Path(folder) / component)
+
     @property
     def blocks(self) -> list[nn.Module]:
         return [*self.high_noise.blocks, *self.low_noise.blocks]
@@ -91,6 +101,17 @@ class Experts(nn.Module):
             for expert, own in zip((self.high_noise, self.low_noise), rows, strict=True)
         ]
         return torch.cat(parts)[torch.cat(rows).argsort()]
+
+
+def picture_fault(folder: Path, given: bool) -> str:
+    """What is wrong with giving a first frame, or none, to the pipeline in ``folder``; '' where nothing is."""
+    index, denoiser = read_settings(folder / INDEX), component_config(folder, "transformer")
+    needed = denoiser["in_channels"] > component_config(folder, "vae")["z_dim"]
+    if needed and not given:
+        return 'this model makes videos of pictures: end every prompt in {"reference_path": "picture.png"}'
+    if given and not needed and not index.get("expand_timesteps"):
+        return "this model takes no first frame; remove reference_path, or use Wan 2.2 TI2V-5B or I2V-A14B"
+    return ""
 
 
 class WanText(TextEncoder):
@@ -133,6 +154,10 @@ class Wan(CausalDecode):
 
     settings: WanSettings
 
+    def __init__(self, settings: WanSettings, models: ModelSettings, video: VideoSpec, device: torch.device):
+        super().__init__(settings, models, video, device)
+        self._pictures: dict[str, Tensor] = {}
+
     # Before anything loads
 
     @classmethod
@@ -164,21 +189,38 @@ class Wan(CausalDecode):
     def parse_prompts(cls, texts: Sequence[str], settings: Any = None) -> list[ImagePrompt]:
         return parse_image_prompts(texts)
 
+    @classmethod
+    def prompt_errors(
+        cls, prompts: Sequence[Any], settings: WanSettings, video: VideoSettings, training: bool
+    ) -> list[str]:
+        weight = cls.weights_of(settings)["model_path"]
+        folder = present(weight)
+        if errors := picture_errors(prompts):
+            return errors
+        # Of a repository that is yet to be fetched the same is said when it is loaded.
+        known = folder and not weight.lacks(folder)
+        error = picture_fault(folder, any(p.reference for p in prompts)) if folder and known else ""
+        return [error] if error else []
+
     # Networks
+
+    @functools.cached_property
+    def index(self) -> Mapping[str, Any]:
+        return read_settings(self.folder / INDEX)
 
     @property
     def is_two_experts(self) -> bool:
-        return read_settings(self.folder / INDEX).get("boundary_ratio") is not None
+        return self.index.get("boundary_ratio") is not None
 
     @property
     def expands_timesteps(self) -> bool:
         """Whether the denoiser takes a timestep per token, so that a given first frame has no noise."""
-        return bool(read_settings(self.folder / INDEX).get("expand_timesteps"))
+        return bool(self.index.get("expand_timesteps"))
 
     @property
     def boundary(self) -> float:
         """The timestep from which on the high-noise expert is asked."""
-        return read_settings(self.folder / INDEX)["boundary_ratio"] * self.process.num_timesteps
+        return self.index["boundary_ratio"] * self.process.num_timesteps
 
     def load_denoiser(self) -> nn.Module:
         from diffusers import WanTransformer3DModel
@@ -202,7 +244,7 @@ class Wan(CausalDecode):
         return WanText(self.load_tokenizer(), self.load_text_encoder(), length, self.text_device)
 
     def caption(self, text: str) -> str:
-        return clean_caption(text)
+        return clean_caption(text)  # as the pipeline does
 
     @property
     def blocks(self) -> list[nn.Module]:
@@ -212,9 +254,11 @@ class Wan(CausalDecode):
         expert = self.settings.train_experts
         if expert == "both" or not self.is_two_experts:
             return list(suffixes)
-        endings = tuple(f".{suffix}" for suffix in suffixes)
-        linears = (name for name, module in self.denoiser.named_modules() if isinstance(module, nn.Linear))
-        return [name for name in linears if name.startswith(f"{expert}.") and name.endswith(endings)]
+        layers = [name for name, module in self.denoiser.named_modules() if isinstance(module, lora.ADAPTED)]
+        own = [name for name in layers if name.startswith(f"{expert}.")]
+        if errors := [error for suffix in suffixes if (error := lora.target_error(suffix, own))]:
+            raise ValueError(f"{errors[0]}, in the expert that train_experts={expert!r} names")
+        return [name for name in own if any(name == s or name.endswith(f".{s}") for s in suffixes)]
 
     # Sampling
 
@@ -267,31 +311,40 @@ class Wan(CausalDecode):
 
         return by_expert
 
+    @property
+    def is_guided(self) -> bool:
+        return max(self.settings.guidance_scale, self.settings.guidance_scale_2 or 1) > 1
+
     def features(self, encoded: EncodedPrompt, clip: int = 0) -> Features:
-        features = super().features(encoded, clip)
-        if encoded.prompt.reference is None:  # type: ignore[attr-defined]
-            return features
-        size = (self.video.height, self.video.width)
-        return {**features, "first_frame": first_frame(encoded.prompt.reference, size)}  # type: ignore[attr-defined]
+        features, picture = super().features(encoded, clip), encoded.prompt.reference  # type: ignore[attr-defined]
+        return features if picture is None else {**features, "image": self._image_latents(picture)}
 
     def batch_text(self, text: Sequence[Features]) -> dict[str, Tensor]:
         rows = [features["features"] for features in text]
         batch = {"text": pad_features(rows, self.settings.max_sequence_length, self.device)}
-        if "first_frame" in text[0]:
-            pixels = torch.stack([features["first_frame"] for features in text]).to(self.device)
-            batch["image"] = self._image_condition(pixels)
+        images = [features["image"] for features in text if "image" in features]
+        if fault := picture_fault(self.folder, bool(images)):
+            raise ValueError(fault)
+        if images:
+            batch["image"] = torch.stack(images).to(self.device)
         return batch
 
     @torch.no_grad()
-    def _image_condition(self, image: Tensor) -> Tensor:
-        """First frames [B, 3, H, W] in [-1, 1] → latents that hold them, [B, C, 1 or T, h, w]."""
-        frames = image[:, :, None]
+    def _image_latents(self, picture: str) -> Tensor:
+        """Latents that hold a first frame, [C, 1 or T, h, w], on the CPU; those of the last pictures are kept."""
+        if picture in self._pictures:
+            return self._pictures[picture]
+        image = first_frame(picture, (self.video.height, self.video.width)).to(self.device)
+        frames = image[None, :, None]
         if not self.expands_timesteps:
             frames = torch.nn.functional.pad(frames, (0, 0, 0, 0, 0, self.video.num_frames - 1))
         with torch.autocast(self.device.type, enabled=False):
             z = self.vae.encode(frames.to(self.vae.dtype)).latent_dist.mode().float()
         mean, std = self._latent_statistics(z)
-        return (z - mean) / std
+        if len(self._pictures) >= KEPT_PICTURES:
+            self._pictures.clear()
+        self._pictures[picture] = ((z - mean) / std)[0].cpu()
+        return self._pictures[picture]
 
     def predict(self, z: Tensor, t: Tensor, condition: Mapping[str, Tensor]) -> Tensor:
         if "image" in condition and self.expands_timesteps:
@@ -301,7 +354,7 @@ class Wan(CausalDecode):
             given = torch.zeros_like(z[:, :4])
             given[:, :, 0] = 1
             x = torch.cat([z, given, condition["image"].to(z)], dim=1)
-        return -self._denoise(x, t, condition["text"])
+        return -self._denoise(x, t, condition["text"]).to(z.dtype)
 
     def _predict_after_image(self, z: Tensor, t: Tensor, text: Tensor, image: Tensor) -> Tensor:
         """Velocity where the first latent frame is given: the network sees it without noise, and it is led to.
@@ -312,7 +365,7 @@ class Wan(CausalDecode):
         tokens = t[:, None].repeat(1, z.shape[2])
         tokens[:, 0] = 0
         x = torch.cat([image.to(z), z[:, :, 1:]], dim=2)
-        velocity = -self._denoise(x, tokens.repeat_interleave(height * width, dim=1), text)
+        velocity = -self._denoise(x, tokens.repeat_interleave(height * width, dim=1), text).to(z.dtype)
         level = (t / self.process.num_timesteps)[:, None, None, None, None]
         return torch.cat([(image.to(z) - z[:, :, :1]) / level, velocity[:, :, 1:]], dim=2)
 

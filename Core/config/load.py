@@ -56,7 +56,8 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[st
         values = {key: v for key, v in values.items() if key in known or not isinstance(v, NotAValue)}
     named = {key: vars(chosen)[key] for key in CHOICES if key in vars(chosen)}
     overridden = {entry.partition("=")[0].partition(".")[0] for entry in chosen.cfg_options}
-    replaced = keys_of(_schemas(values)).keys() - keys_of(schemas := _schemas({**values, **named})).keys()
+    before, schemas = _schemas(values), _schemas({**values, **named})
+    replaced = keys_of({name: s for name, s in before.items() if s is not schemas[name]}).keys()
     values = {key: value for key, value in values.items() if key not in replaced - overridden}
     flags = vars(_parser(schemas).parse_args(argv))
     del flags["config"], flags["cfg_options"]

@@ -1,9 +1,11 @@
 """VBench's files: its prompt list in, and the folder of videos that its own tool reads out (Huang et al. 2024)."""
 
+import errno
 import json
 import os
 import shlex
 import shutil
+from collections import Counter
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
@@ -45,9 +47,17 @@ def read_vbench_prompts(path: Path, dimensions: Collection[str] = ()) -> list[st
     return prompts
 
 
+# What a file system without hard links, or another one, answers.
+NO_LINKS = (errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK)
+
+
 def name_errors(prompts: Sequence[str]) -> list[str]:
-    """Sentences on prompts that cannot be the name of a file, as VBench wants it."""
+    """Sentences on prompts that cannot be the name of a file, as VBench wants it, each of another prompt."""
+    repeated = [prompt for prompt, count in Counter(prompts).items() if count > 1]
     return [
+        f"VBench names a video by its prompt, but {prompt[:60]!r} stands twice; remove one"
+        for prompt in repeated
+    ] + [
         f"VBench names a video by its prompt, but {prompt[:60]!r}… {reason}; shorten or change that prompt"
         for prompt in prompts
         for reason in (_unfit(prompt),)
@@ -75,7 +85,9 @@ def write_vbench_folder(videos: Path, samples: Sequence[Sample], target: Path) -
         named = target / f"{sample.prompt.reward_text}-{sample.copy}{file.suffix}"
         try:
             os.link(file, named)
-        except OSError:
+        except OSError as error:
+            if error.errno not in NO_LINKS:
+                raise
             shutil.copy2(file, named)
 
 

@@ -107,6 +107,7 @@ class Command(VideoReward):
                 text=True,
                 errors="replace",
                 timeout=self.timeout,
+                start_new_session=True,  # Ctrl-C stops the run after its step, which needs the scores
             )
         except subprocess.TimeoutExpired:
             raise ValueError(

@@ -103,8 +103,8 @@ class DDIM:
         return _scaled(signal, noise) - _scaled(spread, x0)
 
     def timesteps_at(self, fraction: Tensor) -> Tensor:
-        """Whole timesteps [B] nearest to fractions of the time axis, 0 being data and 1 the noisiest level."""
-        return (self.num_timesteps * fraction).round()
+        """Whole timesteps [B] at or above fractions of the time axis, 0 being data and 1 the noisiest level."""
+        return (self.num_timesteps * fraction).ceil()
 
     def _parts(self, z: Tensor, t: Tensor, prediction: Tensor) -> tuple[Tensor, Tensor]:
         """Clean latent and noise of ``z`` by a prediction, which may be of a lower precision."""

@@ -77,12 +77,19 @@ def set_aside(folder: Path) -> None:
 
 def _previous(folder: Path) -> Path:
     """The next free ``previous_<n>``."""
-    return folder / f"previous_{1 + sum(1 for _ in folder.glob('previous_*'))}"
+    numbers = [path.name.removeprefix("previous_") for path in folder.glob("previous_*")]
+    return (
+        folder / f"previous_{1 + max((int(number) for number in numbers if number.isdecimal()), default=0)}"
+    )
+
+
+def _beside_text(prompt: Prompt) -> list[str]:
+    return [value for key, value in prompt.identity.items() if key == "picture"]
 
 
 def identity(config: Config, prompts: Sequence[Prompt], global_batch: int) -> dict:
     """What a checkpoint's later steps depend on, to be recorded with it."""
-    texts = "\n".join(prompt.text for prompt in prompts)
+    texts = "\n".join(" ".join([prompt.text, *_beside_text(prompt)]) for prompt in prompts)
     digest = hashlib.sha256(texts.encode()).hexdigest()
     settings = json.loads(json.dumps(config.flat()))
     settings |= config.models.base_adapter_contents()

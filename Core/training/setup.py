@@ -91,10 +91,11 @@ def refuse_small_disk(trainer: Trainer) -> None:
 
 
 def saved_sizes(trainer: Trainer) -> tuple[int, int]:
-    """Bytes of the adapter, and of a checkpoint: adapter, the optimiser's moments and the moving average."""
+    """Bytes of the adapter, and of a checkpoint: adapter, optimiser, moving average and the objective's own tensors."""
     adapter = sum(p.numel() * p.element_size() for p in trainer.parameters)
     moments = state_bytes(trainer.config.optimizer, trainer.parameters)
-    return adapter, adapter + moments + (adapter if trainer.ema else 0)
+    kept = sum(tensor.numel() * tensor.element_size() for tensor in trainer.objective.tensors())
+    return adapter, adapter + moments + kept + (adapter if trainer.ema else 0)
 
 
 def used_prompts(config: Config, prompts: Sequence[Prompt], global_batch: int) -> Sequence[Prompt]:

@@ -38,6 +38,11 @@ class DPOSettings(GroupSettings, PreferenceSettings):
     """Keys of online DPO."""
 
 
+def shares_right(margin: Tensor) -> Tensor:
+    """[B]: 1 for a pair whose better video the adapter leans to, 0 for the other; a half where it leans to neither."""
+    return (margin < 0).to(margin) + 0.5 * (margin == 0).to(margin)
+
+
 class PreferenceLoss:
     """−log sigmoid(−β/2 · margin) of pairs; squared distances are means over a latent's elements."""
 
@@ -112,5 +117,5 @@ class DPO(GroupObjective):
         better, worse = (self.latents(side, samples) for side in self.pairs[groups].unbind(1))
         for number in range(count):
             value, margin = loss(better, worse, prompts, samples, self.update * count + number)
-            yield self.output(value / count, samples, pairs_right=(margin < 0).to(value))
+            yield self.output(value / count, samples, pairs_right=shares_right(margin))
             timer.lap("gradient_steps")

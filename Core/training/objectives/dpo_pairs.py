@@ -21,7 +21,7 @@ from Core.utils.options import option
 from Core.utils.timing import Stopwatch
 
 from .base import Objective
-from .dpo import PreferenceLoss, PreferenceSettings
+from .dpo import PreferenceLoss, PreferenceSettings, shares_right
 
 KEYS = ("prompt", "better", "worse")
 
@@ -34,6 +34,7 @@ class DPOPairsSettings(PreferenceSettings):
         None,
         'file with one pair per line, {"prompt": …, "better": file, "worse": file}; files relative to it, of the '
         "size and length of the run's videos",
+        path=True,
     )
 
 
@@ -127,7 +128,7 @@ class DPOPairs(Objective):
         count = self.settings.levels_per_video
         for number in range(count):
             loss, margin = self.loss_of_pairs(better, worse, prompts, samples, number)
-            right = (margin < 0).to(loss)
+            right = shares_right(margin)
             yield RewardOutput(right, loss / count, {"pairs_right": right})
             timer.lap("gradient_steps")
 

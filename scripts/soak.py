@@ -38,6 +38,7 @@ LAUNCH = ROOT / "Open-Sora" / "script" / "run_text2video_train.sh"
 # A reward that can be told to kill its process, at a given one of its calls.
 KILLING = {"reward_fn": f"{ROOT / 'tests' / 'disturbing_reward.py'}:Disturbing", "reward_args": {}}
 SPACING = (50, 100)  # steps between two kills of the soak
+GROWTH = 0.05  # of memory, from a tenth of the steps to the last, that counts as none
 PATIENCE = 900  # seconds until a start counts as hanging
 
 
@@ -58,6 +59,7 @@ class Bench:
         """(config file, run folder) of a run named so, on one process and one frame."""
         run = self.work / name
         values = twins.settings(self.twin, run) | {"num_frames": 1, "decode_frame": 0, "val_batch_size": 2}
+        values["num_train_epochs"] = 1 << 20  # steps alone end a run
         values["scheduler"]["num_sampling_steps"] = 2
         return twins.config_file(self.work / f"{name}.py", values | overrides), run
 
@@ -114,6 +116,7 @@ def memory(bench: Bench, steps: int) -> dict[str, Any]:
     assert process.returncode == 0, process.communicate()[0]
     early = min(step for step in seen if step >= steps // 10)
     last = max(step for step, size in seen.items() if size and step < steps)
+    assert seen[last] < seen[early] * (1 + GROWTH), f"memory grew from {seen[early]} to {seen[last]} MB"
     return {"steps": steps, f"MB at step {early}": seen[early], f"MB at step {last}": seen[last]}
 
 

@@ -37,11 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     args = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        export(args.adapter, args.out, args.format, args.config, args.with_base_adapters)
+        written = export(args.adapter, args.out, args.format, args.config, args.with_base_adapters)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    logging.info("wrote %s", args.out)
+    logging.info("wrote %s", ", ".join(map(str, written)))
     return 0
 
 

@@ -228,6 +228,11 @@ REFUSALS = [
     ),
     (dict(model_path=""), "model_path must not be empty"),
     (dict(guidance_scale=0.5), "guidance_scale must be at least 1"),
+    (dict(base_adapters=[dict(path="x", expert="middle")]), "choose one of high_noise, low_noise"),
+    (
+        dict(objective="dpo_pairs", pairs="pairs.jsonl", is_vader_training=True, reward_fn="saturation"),
+        "objective='dpo_pairs' needs a family that encodes videos, which 'wan' does not; use objective='dpo'",
+    ),
     (dict(num_frames="a while"), "num_frames must be a number or seconds such as '5s', got 'a while'"),
     (dict(aes=6.5), "aes is a key of backbone 'opensora'"),
 ]

@@ -25,7 +25,6 @@ OPTIONAL_KEYS = (
     "grad_checkpoint",
     "guidance_grad",
     "decode_context",
-    "pairs",
 )
 # What these keep or widen inside a block is not compiled with it, or fails to be recomputed: key → its other value.
 UNCOMPILED: dict[str, Any] = {"grad_checkpoint": True, "dtype": "bf16", "base_quant": "none"}
@@ -36,6 +35,7 @@ def config_errors(config: Config) -> list[str]:
     training = config.run.is_vader_training
     errors = _obeyed_errors(config)
     errors += _video_errors(config)
+    errors += _pairs_errors(config)
     errors += config.backbone.config_errors(config.family, config.models, config.video, training)
     errors += prompt_file_errors(config.prompts, training)
     if training:
@@ -78,6 +78,16 @@ def _decode_errors(config: Config) -> list[str]:
     except ValueError as error:
         errors.append(str(error))
     return errors
+
+
+def _pairs_errors(config: Config) -> list[str]:
+    """A file of videos for a family that encodes none."""
+    if not hasattr(config.objective, "pairs") or "pairs" in config.backbone.obeys:
+        return []
+    return [
+        f"objective={config.optimizer.objective!r} needs a family that encodes videos, which "
+        f"{config.models.backbone!r} does not; use objective='dpo', which makes its own pairs"
+    ]
 
 
 def _video_errors(config: Config) -> list[str]:
@@ -225,7 +235,9 @@ def _prompt_errors(config: Config) -> list[str]:
 
 def _path_errors(config: Config) -> list[str]:
     errors = adapter_errors(config)
-    errors += base_adapters.errors(config.models.base_adapters, config.backbone.original_names)
+    errors += base_adapters.errors(
+        config.models.base_adapters, config.backbone.original_names, config.backbone.experts
+    )
     for key, value in (("project_dir", config.run.project_dir), ("text_cache", config.models.text_cache)):
         folder = Path(value).expanduser().absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -26,8 +26,8 @@ RUN_DEPTH = 3
 
 def export(
     source: str, out: Path, form: str, config: str | None = None, with_base_adapters: bool = False
-) -> None:
-    """Write the adapter ``source`` to ``out``.
+) -> list[Path]:
+    """Write the adapter ``source`` to ``out``; returns the files and folders that were written.
 
     Args:
         source: an adapter in any format that ``lora_ckpt_path`` takes.
@@ -48,6 +48,7 @@ def export(
     family = _family(form, settings)
     adapter = lora.read(source, family.original_names if family else lora.NOTHING)
     out.parent.mkdir(parents=True, exist_ok=True)
+    written = [out]
     if form == "merged":
         write_merged(adapter, source, out, str(config), with_base_adapters)
     elif form == "peft":
@@ -56,9 +57,10 @@ def export(
         write_file(adapter, out)
     else:
         assert family  # _family has refused these formats without one
-        write_for_others(adapter, out, form, family)
+        written = write_for_others(adapter, out, form, family)
     if (merged := settings.get("base_adapters")) and not with_base_adapters:
         logger.info("base_adapters of its base are not included; load them beside it: %s", merged)
+    return written
 
 
 def _refuse_options(out: Path, form: str, config: str | None, with_base_adapters: bool) -> None:
@@ -138,7 +140,7 @@ def write_peft(adapter: lora.Adapter, out: Path) -> None:
         settings.save_pretrained(str(folder))
 
 
-def write_for_others(adapter: lora.Adapter, out: Path, form: str, family: type[Backbone]) -> None:
+def write_for_others(adapter: lora.Adapter, out: Path, form: str, family: type[Backbone]) -> list[Path]:
     """A folder for diffusers, or one file for ComfyUI or kohya's programs; one for each expert, named after it, where
     the denoiser holds several.
 
@@ -151,6 +153,7 @@ def write_for_others(adapter: lora.Adapter, out: Path, form: str, family: type[B
         raise FileExistsError(f"{existing[0]} exists already; choose another path or remove it")
     for expert, layers in parts.items():
         _write_for_others(layers, outs[expert], form, family)
+    return list(outs.values())
 
 
 def _write_for_others(layers: lora_formats.Layers, out: Path, form: str, family: type[Backbone]) -> None:

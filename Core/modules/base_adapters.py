@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from Core.modules import lora
 from Core.modules.lora_formats import Layers
+from Core.utils.files import path_fault
 from Core.utils.options import check_values, option
 from Core.utils.state_dict import describe_mismatch
 
@@ -28,11 +29,14 @@ class BaseAdapter:
         return cls(path=entry) if isinstance(entry, str) else cls(**entry)
 
 
-def errors(entries: Sequence[str | Mapping[str, Any]], names: Mapping[str, str]) -> list[str]:
+def errors(
+    entries: Sequence[str | Mapping[str, Any]], names: Mapping[str, str], experts: Sequence[str] = ()
+) -> list[str]:
     """Sentences on entries that are malformed or name no readable adapter.
 
     Args:
         names: the model family's table of original names.
+        experts: of its denoisers.
     """
     fields = {entry.name: entry for entry in dataclasses.fields(BaseAdapter)}
     found = []
@@ -42,11 +46,16 @@ def errors(entries: Sequence[str | Mapping[str, Any]], names: Mapping[str, str])
         wrong = check_values(fields, given, f"{key}.")
         if "path" not in given:
             wrong.append(f"{key} has no path; give dict(path=…, strength=1.0) or the path alone")
+        if not wrong and given.get("expert") and given["expert"] not in experts:
+            known = f"choose one of {', '.join(experts)}" if experts else "this family has none; remove it"
+            wrong.append(f"{key}.expert: there is no expert {given['expert']!r}; {known}")
         found += wrong or _reading_errors(key, given["path"], names)
     return found
 
 
 def _reading_errors(key: str, path: str, names: Mapping[str, str]) -> list[str]:
+    if fault := path_fault(path):
+        return [f"{key}: {fault}"]
     if not Path(path).expanduser().exists():
         return [f"{key}: there is no file or folder {path!r}"]
     try:

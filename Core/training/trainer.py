@@ -328,6 +328,7 @@ class Trainer:
             # A run that continues after too many bad steps may try as many again.
             "bad_steps": self.bad_steps % self.config.optimizer.max_bad_steps,
             "skipped_steps": self.skipped_steps,
+            "still_steps": self.still_steps % self.config.optimizer.max_bad_steps,
             "recent_rewards": self.recent_rewards,
             "course": self.history.results,
             "optimizer": self.optimizer.state_dict(),
@@ -349,3 +350,4 @@ class Trainer:
         self.history.results = state["course"]
         self.step, self.bad_steps = state["step"], state["bad_steps"]
         self.skipped_steps, self.recent_rewards = state["skipped_steps"], state["recent_rewards"]
+        self.still_steps = state.get("still_steps", 0)  # not in checkpoints of earlier versions

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from Core.backbones import Backbone, EncodedPrompt, Prompt
+from Core.backbones import Backbone, EncodedPrompt, Prompt, VideoSpec
 from Core.data.video import read_video
 from Core.rewards import Reward, RewardOutput
 from Core.training.rollout import Rollout
@@ -96,6 +96,10 @@ class DPOPairs(Objective):
         for pair in read_pairs(str(settings.pairs)):
             self.pairs.setdefault(pair.prompt, []).append(pair)
         self.encoded: dict[Path, Tensor] = {}  # on the CPU
+
+    @classmethod
+    def count_scored_frames(cls, settings: Any, latent_frames: int, video: VideoSpec) -> int:
+        return video.num_frames  # the reward judges the videos of validation alone
 
     @classmethod
     def config_errors(cls, settings: Any, sampling_steps: int | None, latent_frames: int | None) -> list[str]:

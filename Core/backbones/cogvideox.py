@@ -24,7 +24,6 @@ from .base import Features, TextEncoder, VideoSpec
 from .causal_decode import CausalDecode
 from .diffusers_base import DiffusersSettings, Published
 from .diffusers_files import component_config
-from .t5_text import T5Text
 
 TEXT_SIZE = 9_500_000_000  # encoder of T5 v1.1 XXL in 16 bits
 CUSTOM_LICENCE = "CogVideoX licence: free for research, commercial use after registration"
@@ -104,9 +103,7 @@ class CogVideoX(CausalDecode):
     def text_encoder(self) -> TextEncoder:
         from transformers import T5EncoderModel
 
-        length = self.settings.max_sequence_length
-        network = self.load_text_model(T5EncoderModel)
-        return T5Text(self.load_tokenizer(), network, length, self.text_device, trim=False)
+        return self.padded_text(T5EncoderModel, masked=False, trim=False)
 
     @property
     def blocks(self) -> list[nn.Module]:

@@ -39,6 +39,7 @@ from .base import (
 )
 from .diffusers_files import INDEX, PipelineWeight, component_config
 from .image_prompts import refuse_pictures
+from .padded_text import PaddedText
 
 DIFFUSERS = "0.42"  # the oldest with every family's pipeline
 VAE_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -302,6 +303,12 @@ class DiffusersBackbone(Backbone):
     @property
     def text_device(self) -> torch.device:
         return torch.device("cpu") if self.models.text_encoding == "cpu" else self.device
+
+    def padded_text(self, kind: type, *, masked: bool, trim: bool) -> PaddedText:
+        """The encoder of a family with one tokenizer and one encoder, see ``PaddedText``."""
+        length = self.settings.max_sequence_length
+        tokenizer, network = self.load_tokenizer(), self.load_text_model(kind)
+        return PaddedText(tokenizer, network, length, self.text_device, masked=masked, trim=trim)
 
     def load_tokenizer(self, component: str = "tokenizer") -> Any:
         from transformers import AutoTokenizer

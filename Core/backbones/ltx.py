@@ -22,7 +22,6 @@ from Core.utils.options import video_option
 from .base import Features, TextEncoder
 from .diffusers_base import DiffusersBackbone, DiffusersSettings, Published, pad_features
 from .diffusers_files import component_config
-from .t5_text import T5Text
 
 # Of what the decoder mixes in, the same for every video: its pixels depend on its latent alone.
 DECODE_SEED = 0
@@ -96,9 +95,7 @@ class Ltx(DiffusersBackbone):
     def text_encoder(self) -> TextEncoder:
         from transformers import T5EncoderModel
 
-        length = self.settings.max_sequence_length
-        network = self.load_text_model(T5EncoderModel)
-        return T5Text(self.load_tokenizer(), network, length, self.text_device, trim=True)
+        return self.padded_text(T5EncoderModel, masked=False, trim=True)
 
     @property
     def blocks(self) -> list[nn.Module]:

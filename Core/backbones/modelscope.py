@@ -37,21 +37,6 @@ class ModelScopeSettings(DiffusersSettings):
     max_sequence_length: int = video_option(CLIP_TOKENS, "text tokens", minimum=1, maximum=CLIP_TOKENS)
 
 
-class ClipText(TextEncoder):
-    """CLIP's hidden states of captions: ``features`` [L, D]. Padding counts, as the model was trained with it."""
-
-    def __init__(self, tokenizer: Any, network: nn.Module, length: int, device: torch.device):
-        self.tokenizer, self.network, self.length, self.device = tokenizer, network, length, device
-
-    @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> list[Features]:
-        tokens = self.tokenizer(
-            list(captions), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        )
-        hidden = self.network(tokens.input_ids.to(self.device)).last_hidden_state
-        return [{"features": row} for row in hidden.cpu()]
-
-
 class ModelScope(DiffusersBackbone):
     """ModelScope text to video in diffusers' layout; its VAE is an image VAE."""
 
@@ -89,8 +74,8 @@ class ModelScope(DiffusersBackbone):
     def text_encoder(self) -> TextEncoder:
         from transformers import CLIPTextModel
 
-        length = self.settings.max_sequence_length
-        return ClipText(self.load_tokenizer(), self.load_text_model(CLIPTextModel), length, self.text_device)
+        # Padding counts, as the model was trained with it.
+        return self.padded_text(CLIPTextModel, masked=False, trim=False)
 
     @property
     def blocks(self) -> list[nn.Module]:

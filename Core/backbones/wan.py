@@ -114,22 +114,6 @@ def picture_fault(folder: Path, given: bool) -> str:
     return ""
 
 
-class WanText(TextEncoder):
-    """UMT5 features of captions: ``features`` [L, D]."""
-
-    def __init__(self, tokenizer: Any, network: nn.Module, length: int, device: torch.device):
-        self.tokenizer, self.network, self.length, self.device = tokenizer, network, length, device
-
-    @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> list[Features]:
-        tokens = self.tokenizer(
-            list(captions), padding="max_length", max_length=self.length, truncation=True, return_tensors="pt"
-        ).to(self.device)
-        hidden = self.network(tokens.input_ids, tokens.attention_mask).last_hidden_state.cpu()
-        lengths = tokens.attention_mask.gt(0).sum(1).tolist()
-        return [{"features": row[:length]} for row, length in zip(hidden, lengths, strict=True)]
-
-
 class Wan(CausalDecode):
     """Wan 2.1 T2V, 2.2 TI2V and 2.2 A14B, in diffusers' layout."""
 
@@ -234,14 +218,10 @@ class Wan(CausalDecode):
 
         return self.load_network(AutoencoderKLWan, "vae", self.vae_dtype)
 
-    def load_text_encoder(self) -> nn.Module:
+    def text_encoder(self) -> TextEncoder:
         from transformers import UMT5EncoderModel
 
-        return self.load_text_model(UMT5EncoderModel)
-
-    def text_encoder(self) -> TextEncoder:
-        length = self.settings.max_sequence_length
-        return WanText(self.load_tokenizer(), self.load_text_encoder(), length, self.text_device)
+        return self.padded_text(UMT5EncoderModel, masked=True, trim=True)
 
     def caption(self, text: str) -> str:
         return clean_caption(text)  # as the pipeline does

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 
 from Core.modules.video_decode import Cache, Size
 from Core.sampling import guidance
-from Core.sampling.ddim import DDIM
 from Core.sampling.euler import Predict, per_video
 from Core.sampling.guidance import Combine
 from Core.utils.options import video_option
 
 from .base import Features, TextEncoder, VideoSpec
 from .causal_decode import CausalDecode
+from .ddim_family import DdimFamily
 from .diffusers_base import DiffusersSettings, Published
 from .diffusers_files import component_config
 
@@ -43,7 +43,7 @@ class CogVideoXSettings(DiffusersSettings):
     )
 
 
-class CogVideoX(CausalDecode):
+class CogVideoX(DdimFamily, CausalDecode):
     """CogVideoX 2B and 5B in diffusers' layout."""
 
     settings_class = CogVideoXSettings
@@ -86,10 +86,6 @@ class CogVideoX(CausalDecode):
 
     # Networks
 
-    def load(self) -> None:
-        super().load()
-        self.process = DDIM.from_scheduler(self._scheduler())
-
     def load_denoiser(self) -> nn.Module:
         from diffusers import CogVideoXTransformer3DModel
 
@@ -130,12 +126,6 @@ class CogVideoX(CausalDecode):
         return CogVideoXDDIMScheduler.from_config(
             dict(self.read_config("scheduler")), timestep_spacing="trailing"
         )
-
-    def timesteps(self, batch: int) -> Tensor:
-        scheduler = self._scheduler()
-        scheduler.set_timesteps(self.settings.num_sampling_steps)
-        # diffusers counts noise levels from 0, where DDIM has data.
-        return (scheduler.timesteps + 1.0)[:, None].expand(-1, batch).to(self.device)
 
     def inference_step(self, predict: Predict, batch: int) -> Any:
         step = super().inference_step(predict, batch)

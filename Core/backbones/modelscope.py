@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from Core.modules.video_decode import decode_tiled, recomputed
-from Core.sampling.ddim import DDIM
 from Core.utils.options import video_option
 
 from .base import Features, TextEncoder, gather_frames
-from .diffusers_base import DiffusersBackbone, DiffusersSettings, Published
+from .ddim_family import DdimFamily
+from .diffusers_base import DiffusersSettings, Published
 from .diffusers_files import component_config
 
 SIZE = 5_980_000_000  # denoiser and VAE in float32
@@ -37,7 +37,7 @@ class ModelScopeSettings(DiffusersSettings):
     max_sequence_length: int = video_option(CLIP_TOKENS, "text tokens", minimum=1, maximum=CLIP_TOKENS)
 
 
-class ModelScope(DiffusersBackbone):
+class ModelScope(DdimFamily):
     """ModelScope text to video in diffusers' layout; its VAE is an image VAE."""
 
     settings_class = ModelScopeSettings
@@ -46,7 +46,7 @@ class ModelScope(DiffusersBackbone):
     published = {"damo-vilab/text-to-video-ms-1.7b": Published("CC-BY-NC-4.0", SIZE, TEXT_SIZE)}
     sizes = {"256p": {"1:1": (256, 256)}}
     time_factor = 1
-    obeys = DiffusersBackbone.obeys - {"compile_blocks"}
+    obeys = DdimFamily.obeys - {"compile_blocks"}
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     settings: ModelScopeSettings
@@ -56,10 +56,6 @@ class ModelScope(DiffusersBackbone):
         return 2 ** (len(component_config(folder, "vae")["block_out_channels"]) - 1)
 
     # Networks
-
-    def load(self) -> None:
-        super().load()
-        self.process = DDIM.from_scheduler(self._scheduler())
 
     def load_denoiser(self) -> nn.Module:
         from diffusers import UNet3DConditionModel
@@ -104,12 +100,6 @@ class ModelScope(DiffusersBackbone):
         from diffusers import DDIMScheduler
 
         return DDIMScheduler.from_config(dict(self.read_config("scheduler")))
-
-    def timesteps(self, batch: int) -> Tensor:
-        scheduler = self._scheduler()
-        scheduler.set_timesteps(self.settings.num_sampling_steps)
-        # diffusers counts noise levels from 0, where DDIM has data.
-        return (scheduler.timesteps + 1.0)[:, None].expand(-1, batch).to(self.device)
 
     def batch_text(self, text: Sequence[Features]) -> dict[str, Tensor]:
         return {"text": torch.stack([features["features"] for features in text]).to(self.device)}

@@ -461,7 +461,7 @@ def test_wrong_folders_are_refused(copied):
     (Path(base) / "config.json").write_text('{"model_type": "qwen2_5_vl"}')
     assert "a model of type 'qwen2_5_vl', not 'qwen2_vl'" in refusal(copied)
     (Path(base) / "config.json").write_text("{")
-    assert "config.json is no JSON or is damaged" in refusal(copied)
+    assert "config.json is no JSON object or is damaged" in refusal(copied)
 
 
 def test_other_settings_are_refused(copied):

@@ -6,7 +6,6 @@ them is run.
 
 import ast
 import functools
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,8 +14,9 @@ from typing import Any
 
 import yaml
 
+from Core.utils.damage import reason_of
 from Core.utils.errors import ConfigError
-from Core.utils.files import path_fault
+from Core.utils.files import path_fault, read_object
 from Core.utils.options import parse_literal
 
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
@@ -130,18 +130,11 @@ def read_run(folder: Path) -> dict[str, Any] | None:
     """
     file = folder / RESOLVED
     if file.is_file():
-        return _read_json(file)
+        try:
+            return read_object(file)
+        except ValueError as error:
+            raise ValueError(f"{file} is no saved configuration: {reason_of(error)}") from error
     return read_saved(folder / RERUN) if (folder / RERUN).is_file() else None
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{file} is no saved configuration: it is no JSON or is damaged") from error
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} is no saved configuration: it holds no keys")
-    return values
 
 
 def read_saved(path: Path) -> dict[str, Any]:

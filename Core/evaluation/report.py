@@ -22,9 +22,9 @@ from Core.config.files import RERUN, RESOLVED, read_run
 from Core.data.video import smaller
 from Core.evaluation.charts import Line, line_chart, stack_chart
 from Core.generation.manifest import read_manifest
-from Core.utils.damage import read_settings, reason_of
+from Core.utils.damage import reason_of
 from Core.utils.environment import read_starts
-from Core.utils.files import write_whole
+from Core.utils.files import read_object, write_whole
 from Core.utils.tables import read_table, read_text_table
 
 logger = logging.getLogger("vader")
@@ -133,7 +133,7 @@ def content_policy(template: str) -> str:
 def gather(run: Path, evaluation: Path | None) -> dict[str, Any]:
     """Everything the template shows."""
     metrics, validation = read_rows(run / "metrics.csv"), read_rows(run / "validation.csv")
-    result = read_settings(evaluation / "evaluation.json") if evaluation else None
+    result = read_object(evaluation / "evaluation.json") if evaluation else None
     values = saved_values(run)
     videos = VideoBudget(VIDEO_BUDGET, run)
     relative = "" if evaluation in (None, run) else "evaluation/"
@@ -442,9 +442,9 @@ def newest_manifest(run: Path) -> dict[str, Any] | None:
     if not manifests:
         return None
     try:
-        hashes = read_settings(manifests[-1])["sha256"]
+        hashes = read_object(manifests[-1])["sha256"]
     except (ValueError, KeyError) as error:
-        logger.warning("left out of the report: %s", error)
+        logger.warning("%s is left out of the report: %s", manifests[-1], error)
         return None
     shown = hashes if isinstance(hashes, dict) else {}
     return {"folder": str(manifests[-1].parent.relative_to(run)), "sha256": shown}

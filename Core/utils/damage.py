@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from Core.utils.files import read_object
+
 # Of a model folder in the hub's layout; other JSON files may hold anything.
 OBJECTS = ("config.json", "*_config.json", "*.index.json", "tokenizer.json", "vocab.json")
 REASON_LIMIT = 200
@@ -71,14 +73,9 @@ def read_settings(path: Path) -> dict[str, Any]:
         ValueError: it cannot be read, is damaged, or holds something else; the message names it.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:  # a folder; no JSON, or no UTF-8
-        raise ValueError(
-            f"{path} is no JSON or is damaged ({type(error).__name__}); fetch it again"
-        ) from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} must hold a JSON object, got a {type(content).__name__}; fetch it again")
-    return content
+        return read_object(path)
+    except (OSError, ValueError) as error:  # a folder; no JSON, no UTF-8, or another kind of JSON
+        raise ValueError(f"{path} is no JSON object or is damaged ({reason_of(error)}); {REMEDY}") from error
 
 
 @contextmanager

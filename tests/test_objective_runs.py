@@ -172,7 +172,7 @@ def test_a_reward_file_without_a_gradient_is_refused_by_gradient_objectives_alon
         "        return [float(image.mean()) for image in images]\n"
     )
     keys = STEPS | dict(reward_fn=f"{file}:Numbers", reward_args={}, max_train_steps=1, val_batch_size=1)
-    sentence = "set objective to one that needs no gradient of the reward: grpo, nft, dpo"
+    sentence = "has no gradient with respect to the frames; set objective to 'grpo', 'nft'"
     assert sentence in refused(twin, tmp_path, capsys, **keys)
     assert twin_runs.start(twin, tmp_path / "free", **keys, objective="grpo", group_size=2) == 0
     (row,) = read_table(tmp_path / "free" / "metrics.csv")

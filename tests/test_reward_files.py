@@ -58,8 +58,6 @@ def test_what_shows_without_running_a_scorer(tmp_path, body, told):
 @pytest.mark.parametrize(
     ("body", "base", "told"),
     [
-        (SCORE + "return images.detach().mean((1, 2, 3))", "ImageReward", "is not differentiable"),
-        (SCORE + "return torch.tensor([1.0] * len(prompts))", "ImageReward", "is not differentiable"),
         (SCORE + "return images.numpy()", "ImageReward", "at line 8: RuntimeError: Can't call numpy()"),
         (SCORE + "raise KeyError('fox')", "ImageReward", "while scoring at line 8: KeyError: 'fox'; mend"),
         (SCORE + "assert False", "ImageReward", "at line 8: AssertionError: no reason given; mend the file"),
@@ -74,6 +72,13 @@ def test_what_shows_without_running_a_scorer(tmp_path, body, told):
             "    def evaluate(self, f, p): return f.mean((1, 2, 3, 4))",
             "Reward",
             "must give a score for each video",
+        ),
+        (
+            "    def evaluate(self, f, p):\n"
+            "        from Core.rewards import RewardOutput\n"
+            "        return RewardOutput(f.mean((1, 2, 3, 4)), -f.mean((1, 2, 3, 4)), None)",
+            "Reward",
+            "must give its parts as a dict, got NoneType",
         ),
     ],
 )
@@ -97,13 +102,19 @@ def test_a_good_scorer_passes_and_does_not_notice(tmp_path):
     body = SCORE + "self.calls = getattr(self, 'calls', 0) + 1; return images.mean((1, 2, 3))"
     scorer = build_reward(reward_file(tmp_path, "    calls = 0\n" + body))
     scorer.calls = 3
-    try_scorer(scorer, FRAMES, PROMPTS, needs_gradient=True)
+    assert try_scorer(scorer, FRAMES, PROMPTS, needs_gradient=True)
     assert scorer.calls == 3
+
+
+@pytest.mark.parametrize("score", ["images.detach().mean((1, 2, 3))", "torch.tensor([1.0] * len(prompts))"])
+def test_a_score_without_a_gradient_shows(tmp_path, score):
+    scorer = build_reward(reward_file(tmp_path, SCORE + f"return {score}"))
+    assert not try_scorer(scorer, FRAMES, PROMPTS, needs_gradient=True)
 
 
 def test_an_objective_without_the_reward_s_gradient_takes_any_score(tmp_path):
     scorer = build_reward(reward_file(tmp_path, SCORE + "return images.round().detach().mean((1, 2, 3))"))
-    try_scorer(scorer, FRAMES, PROMPTS, needs_gradient=False)
+    assert try_scorer(scorer, FRAMES, PROMPTS, needs_gradient=False)
 
 
 @pytest.mark.parametrize("inside", ["{}", "mixture", "hinge"])
@@ -116,7 +127,10 @@ def test_a_fault_stops_a_run_before_its_first_step(twin, tmp_path, capfd, inside
     }[inside]
     assert twin_runs.start(twin, tmp_path / "run", **keys) == 2
     printed = capfd.readouterr().err
-    assert f"error: reward {name!r} is not differentiable" in printed and "Traceback" not in printed
+    assert (
+        f"error: reward {name!r} has no gradient with respect to the frames" in printed
+        and "Traceback" not in printed
+    )
     assert not (tmp_path / "run" / "metrics.csv").exists()
 
 

@@ -315,7 +315,7 @@ class Backbone(ABC):
             ValueError: one is damaged.
         """
         weights = self.weights_of(self.settings)
-        sources = [weights[key] for key in keys if key in weights]
+        sources = [weights[key] for key in keys]
         for place in filter(None, map(present, sources)):
             refuse_damaged(place)
         with loading(what, [weight.source for weight in sources]):

@@ -5,7 +5,7 @@ Axes: B videos, F frames, H rows, W columns.
 
 import inspect
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -88,31 +88,20 @@ def _takes(function: Any, count: int) -> bool:
     return True
 
 
-def try_scorer(
-    scorer: Any,
-    frames: Tensor,
-    prompts: Sequence[str],
-    needs_gradient: bool,
-    alternatives: Sequence[str] = (),
-) -> None:
-    """Score ``frames`` [B, F, 3, H, W] once and, if asked for, take the gradient of the loss to them.
-
-    Args:
-        alternatives: objectives that need no gradient, to name in the refusal.
+def try_scorer(scorer: Any, frames: Tensor, prompts: Sequence[str], needs_gradient: bool) -> bool:
+    """Score ``frames`` [B, F, 3, H, W] once; False if a gradient is asked for and the loss has none to them.
 
     Raises:
-        RewardFileError: it fails, gives something else than scores and losses, or has no gradient.
+        RewardFileError: it fails, or gives something else than scores and losses.
     """
     kept = dict(vars(scorer))  # a scorer that counts its calls counts none of this
     try:
-        _try(scorer, frames.detach().requires_grad_(needs_gradient), prompts, needs_gradient, alternatives)
+        return _try(scorer, frames.detach().requires_grad_(needs_gradient), prompts, needs_gradient)
     finally:
         vars(scorer).update(kept)
 
 
-def _try(
-    scorer: Any, frames: Tensor, prompts: Sequence[str], needs_gradient: bool, alternatives: Sequence[str]
-) -> None:
+def _try(scorer: Any, frames: Tensor, prompts: Sequence[str], needs_gradient: bool) -> bool:
     origin = type(scorer).origin
     with torch.set_grad_enabled(needs_gradient):
         output = scorer(frames, prompts)
@@ -124,18 +113,17 @@ def _try(
                     f"reward {origin!r} must give a {name} for each video, a tensor [{len(frames)}], got {given}; "
                     "return a RewardOutput, or leave evaluate as it is"
                 )
-    if needs_gradient:
-        _refuse_without_gradient(origin, output.loss, frames, alternatives)
-
-
-def _refuse_without_gradient(origin: str, loss: Tensor, frames: Tensor, alternatives: Sequence[str]) -> None:
-    gradient = None
-    if loss.requires_grad:
-        with blamed(origin, "in the backward pass"):
-            (gradient,) = torch.autograd.grad(loss.sum(), frames, allow_unused=True)
-    if gradient is None:
+    if not isinstance(output.parts, Mapping):
         raise RewardFileError(
-            f"reward {origin!r} is not differentiable: no gradient leads from its loss back to the frames; score with "
-            "torch operations alone, without detach(), item(), numpy() or no_grad(), or set objective to one that "
-            f"needs no gradient of the reward: {', '.join(alternatives)}"
+            f"reward {origin!r} must give its parts as a dict, got {type(output.parts).__name__}; leave them out, or "
+            "name a tensor for each"
         )
+    return not needs_gradient or _has_gradient(origin, output.loss, frames)
+
+
+def _has_gradient(origin: str, loss: Tensor, frames: Tensor) -> bool:
+    if not loss.requires_grad:
+        return False
+    with blamed(origin, "in the backward pass"):
+        (gradient,) = torch.autograd.grad(loss.sum(), frames, allow_unused=True)
+    return gradient is not None

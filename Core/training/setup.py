@@ -18,7 +18,7 @@ from Core.modules import lora
 from Core.rewards import Reward, build_reward, prompt_errors
 from Core.rewards.user_files import try_scorer
 from Core.training.metric_logging import Trackers, build_trackers
-from Core.training.objectives.base import GRADIENT_FREE
+from Core.training.objectives.base import no_gradient_sentence
 from Core.training.optimizer import state_bytes
 from Core.training.resume import identity, prepare_folder
 from Core.training.trainer import Trainer, total_steps
@@ -162,7 +162,8 @@ def try_user_scorers(trainer: Trainer, reward: Reward, monitors: Mapping[str, Re
         count = objective.count_scored_frames(objective.settings, trainer.backbone.latent_shape()[1], video)
         shape = (len(prompts), count, 3, video.height, video.width)
         frames = torch.rand(shape, generator=rng.generator(0, "trial")).to(trainer.distributed.device)
-        try_scorer(scorer, frames * 2 - 1, prompts, objective.needs_reward_gradient, GRADIENT_FREE)
+        if not try_scorer(scorer, frames * 2 - 1, prompts, objective.needs_reward_gradient):
+            raise ValueError(no_gradient_sentence(f"reward {scorer.origin!r}"))
     for scorer in itertools.chain.from_iterable(map(user_scorers, monitors.values())):
         count = len(scorer.sample_frames(video.num_frames, video.fps))
         frames = torch.rand((1, count, 3, video.height, video.width), generator=rng.generator(0, "trial"))

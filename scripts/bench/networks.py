@@ -104,6 +104,7 @@ class RandomOpenSora(OpenSora):
 
     settings_class = BenchmarkSettings
     weights = {}
+    text_weights = ()
 
     @classmethod
     def config_errors(cls, settings, models, video, training: bool) -> list[str]:

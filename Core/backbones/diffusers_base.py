@@ -125,24 +125,22 @@ class DiffusersBackbone(Backbone):
 
     @classmethod
     def weights_of(cls, settings: Any) -> dict[str, Any]:
-        source, variant = settings.model_path, settings.weights_variant
-        text_source = settings.text_encoder_path or source
-        known, text_known = cls.published.get(source), cls.published.get(text_source)
-        return {
-            "model_path": PipelineWeight(
+        nothing = Published(licence="", size=0, text_size=0)
+
+        def weight(source: str, components: tuple[str, ...], of_text: bool) -> PipelineWeight:
+            known = cls.published.get(source, nothing)
+            return PipelineWeight(
                 source=source,
-                components=cls.components,
-                variant=variant,
-                size=known.size if known else 0,
-                licence=known.licence if known else "",
-            ),
-            "text_encoder_path": PipelineWeight(
-                source=text_source,
-                components=cls.text_components,
-                variant=variant,
-                size=text_known.text_size if text_known else 0,
-                licence=text_known.licence if text_known else "",
-            ),
+                components=components,
+                variant=settings.weights_variant,
+                size=known.text_size if of_text else known.size,
+                licence=known.licence,
+            )
+
+        source = settings.model_path
+        return {
+            "model_path": weight(source, cls.components, False),
+            "text_encoder_path": weight(settings.text_encoder_path or source, cls.text_components, True),
         }
 
     @classmethod

@@ -1,5 +1,7 @@
 """Train a LoRA adapter for CogVideoX-2B by reward gradient; docs/families/cogvideox.md has the details."""
 
+_base_ = "../training.py"
+
 backbone = "cogvideox"
 model_path = "THUDM/CogVideoX-2b"
 resolution = "480p"
@@ -8,25 +10,6 @@ num_frames = "6s"
 fps = 8
 num_sampling_steps = 50
 guidance_scale = 6.0
-dtype = "bf16"
 
-prompt_path = "{{fileDirname}}/../../assets/prompts/animals.txt"
-
-is_vader_training = True
-reward_fn = "hps"
-hps_version = "v2.1"
-lr = 1e-4
-lora_rank = 32
-lora_alpha = 32
-train_batch_size = 1
-gradient_accumulation_steps = 8
-max_train_steps = 400
-mixed_precision = "bf16"
-backprop_mode = "last"
-backprop_steps = 1
-decode_frame = -1
 decode_context = "causal"
-
 project_dir = "runs/cogvideox_2b"
-validation_steps = 20
-checkpointing_steps = 50

@@ -60,25 +60,28 @@ def fetch_weights(
 
     The text encoder's only where some caption of ``prompts`` is not in the cache.
     """
-    scorers: list[Scorer] = []
-    if config.run.is_vader_training:
-        scorers.append((config.reward.reward_fn, config.reward.arguments))
-        arguments = config.validation.monitor_args
-        scorers += [(name, arguments.get(name)) for name in config.validation.monitors]
 
     def fetch() -> list[str]:
         cached = all_cached(backbone, prompts, config.models.text_cache)
-        return backbone.fetch(text_encoder=not cached) + fetch_scorers(scorers)
+        return backbone.fetch(text_encoder=not cached) + fetch_scorers(scorers_of(config))
 
     once_per_machine(distributed, fetch)
+
+
+def scorers_of(config: Config) -> list[Scorer]:
+    """The trained reward and the monitors; none where a configuration only generates."""
+    if not config.run.is_vader_training:
+        return []
+    arguments = config.validation.monitor_args
+    monitors = [(name, arguments.get(name)) for name in config.validation.monitors]
+    return [(config.reward.reward_fn, config.reward.arguments), *monitors]
 
 
 def commits_of_weights(config: Config, backbone: Backbone) -> dict[str, str]:
     """Commits of the weights that come from the hub, by key of the configuration or name of the reward."""
     weights = dict(backbone.weights_of(backbone.settings))
-    if config.run.is_vader_training:
-        own = required_weights(config.reward.reward_fn, config.reward.arguments)
-        weights |= {f"reward {weight.source}": weight for weight in own}
+    for scorer in scorers_of(config):
+        weights |= {f"reward {weight.source}": weight for weight in required_weights(*scorer)}
     return {key: commit for key, weight in weights.items() if (commit := commit_of(weight))}
 
 

@@ -5,6 +5,7 @@ There x_t = (1 − t) x0 + t ε and the velocity is v = ε − x0, with t from 1
 
 import json
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from twins import PROMPTS
 from Core.data.video import read_video, save_video
 from Core.modules import lora
 from Core.training.objectives import leap
+from Core.training.objectives.dpo_pairs import DPOPairs, DPOPairsSettings
 from Core.training.trainer import Trainer
 from Core.utils.timing import Stopwatch
 
@@ -394,3 +396,13 @@ def test_pairs_that_cannot_be_used_are_refused_with_a_sentence(twin, tmp_path, c
     keys |= dict(val_batch_size=1, scheduler=dict(type="rflow", num_sampling_steps=1, cfg_scale=1.0))
     assert twin_runs.start(twin, tmp_path / "run", **keys) == 2
     assert sentence in capsys.readouterr().err
+
+
+def test_other_pairs_are_another_run(tmp_path):
+    settings = DPOPairsSettings(pairs=write_pairs(tmp_path, PROMPTS[:2]))
+    before = DPOPairs.contents(settings)
+    moved = DPOPairsSettings(pairs=str(Path(settings.pairs).rename(tmp_path / "renamed.jsonl")))
+    assert DPOPairs.contents(moved) == before
+    lines = Path(moved.pairs).read_text().splitlines()
+    (tmp_path / "fewer.jsonl").write_text(lines[0])
+    assert DPOPairs.contents(DPOPairsSettings(pairs=str(tmp_path / "fewer.jsonl"))) != before

@@ -118,6 +118,14 @@ def test_other_settings_do_not_continue_a_run(run, twin, capfd):
     assert "lr was 0.001 and is 1e-05" in message and "resume='never'" in message
 
 
+def test_a_start_that_fails_leaves_the_earlier_run_where_it_is(run, twin, tmp_path):
+    before = metrics(run)
+    again = ["--resume", "never", "--lora-ckpt-path", str(tmp_path / "missing")]
+    assert twin_runs.start(twin, run, *again) == 2
+    assert twin_runs.start(twin, run, "--resume", "never", model=dict(from_pretrained=str(tmp_path))) == 2
+    assert metrics(run) == before and not (run / "previous_1").exists()
+
+
 def test_another_seed_is_another_run(run, twin, tmp_path):
     assert twin_runs.start(twin, tmp_path / "run", seed=1, max_train_steps=1) == 0
     assert metrics(tmp_path / "run")[0]["loss"] != metrics(run)[0]["loss"]

@@ -106,7 +106,9 @@ def _embed(
             store.add(caption, features, file)
     if damaged := [file for caption in missing if (file := files[caption]).exists()]:
         logger.warning(
-            "text_cache: %d entries are damaged and made again, such as %s", len(damaged), damaged[0]
+            "text_cache: %d entries are damaged or of an earlier version, and are made again, such as %s",
+            len(damaged),
+            damaged[0],
         )
     for caption, features in _encode(backbone, missing, show_progress):
         error = _write(files[caption], features)

@@ -4,6 +4,7 @@ Axes: T frames, H, W pixels.
 """
 
 import io
+import tempfile
 from collections.abc import Iterable
 from fractions import Fraction
 from pathlib import Path
@@ -113,6 +114,25 @@ def frame_rate(path: Path) -> float | None:
     return float(rate) if rate else None
 
 
+def stated_size(path: Path) -> tuple[int, int, int]:
+    """(frames, height, width) by a file's header, without decoding it; 0 frames where it does not say.
+
+    Raises:
+        ValueError: it cannot be opened.
+    """
+    import av
+
+    try:
+        if is_image(path):
+            with Image.open(path) as image:
+                return 1, image.height, image.width
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            return stream.frames, stream.height, stream.width
+    except (OSError, ValueError, IndexError, av.error.FFmpegError) as error:
+        raise ValueError(f"{path} cannot be read as a video ({error}); remove it or make it again") from error
+
+
 def _stated_rate(path: Path) -> Fraction | None:
     import av
 
@@ -139,13 +159,7 @@ def smaller(path: Path, max_width: int, crf: int) -> bytes:
     images = _images(path)
     width = min(max_width, images[0].width) // 2 * 2
     height = round(images[0].height * width / images[0].width / 2) * 2
-    with replacing(path.with_name(f".{path.stem}.small.mp4")) as partial:
-        _encode(
-            partial,
-            (np.asarray(image.resize((width, height))) for image in images),
-            _stated_rate(path) or Fraction(1),
-            crf,
-        )
-        content = partial.read_bytes()
-    path.with_name(f".{path.stem}.small.mp4").unlink()
-    return content
+    resized = (np.asarray(image.resize((width, height))) for image in images)
+    with tempfile.TemporaryDirectory() as folder:
+        _encode(target := Path(folder) / "small.mp4", resized, _stated_rate(path) or Fraction(1), crf)
+        return target.read_bytes()

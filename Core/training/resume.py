@@ -43,17 +43,25 @@ def choose_checkpoint(
     return chosen
 
 
-def prepare_folder(
+def find_checkpoint(
     config: Config, folder: Path, prompts: Sequence[Prompt], global_batch: int
 ) -> Checkpoint | None:
-    """Write the resolved config and choose the checkpoint to continue from; on the main process.
+    """The checkpoint to continue from, after undoing what a crash left half done; on the main process.
 
     Raises:
         ValueError: see ``choose_checkpoint``.
     """
     checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
     checkpoints.recover()
-    chosen = choose_checkpoint(config, checkpoints, prompts, global_batch)
+    return choose_checkpoint(config, checkpoints, prompts, global_batch)
+
+
+def claim_folder(config: Config, folder: Path, chosen: Checkpoint | None) -> None:
+    """Move aside what the run does not continue, and write its config; on the main process.
+
+    For a run that has loaded everything, so that one that cannot start leaves an earlier run as it is.
+    """
+    checkpoints = Checkpoints(folder / "checkpoints", config.run.keep_checkpoints)
     if config.run.resume == "never":
         set_aside(folder)
     # What came after the chosen one, damaged or abandoned, must not be taken for this run's own later.
@@ -63,7 +71,6 @@ def prepare_folder(
         logger.warning("not continued, and moved to %s: %s", later[0].folder.parent, names)
     checkpoints.prune()
     config.save(folder / "config.py")
-    return chosen
 
 
 def set_aside(folder: Path) -> None:
@@ -93,6 +100,7 @@ def identity(config: Config, prompts: Sequence[Prompt], global_batch: int) -> di
     digest = hashlib.sha256(texts.encode()).hexdigest()
     settings = json.loads(json.dumps(config.flat()))
     settings |= config.models.base_adapter_contents()
+    settings |= config.objective_class.contents(config.objective)
     return settings | {GLOBAL_BATCH: global_batch, "text of the prompts (sha256)": digest[:16]}
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from Core.backbones import Backbone, Prompt
-from Core.build import build_backbone, commits_of_weights
+from Core.build import build_backbone, commits_of_weights, scorers_of
 from Core.config import Config, ConfigError
 from Core.modules import lora
 from Core.rewards import Reward, build_reward, prompt_errors
@@ -20,7 +20,7 @@ from Core.rewards.user_files import try_scorer
 from Core.training.metric_logging import Trackers, build_trackers
 from Core.training.objectives.base import no_gradient_sentence
 from Core.training.optimizer import state_bytes
-from Core.training.resume import identity, prepare_folder
+from Core.training.resume import claim_folder, find_checkpoint, identity
 from Core.training.trainer import Trainer, total_steps
 from Core.training.validation import Validation
 from Core.utils import rng
@@ -51,13 +51,14 @@ def build_trainer(config: Config, distributed: Distributed, folder: Path) -> Tra
         raise ConfigError(errors)
     refuse_unscorable(config, distributed)
     prompts, val_prompts = config.prompt_list, config.validation_prompt_list
-    chosen = prepare_folder(config, folder, prompts, batch) if distributed.is_main else None
-    checkpoint = distributed.broadcast(chosen)
+    found = find_checkpoint(config, folder, prompts, batch) if distributed.is_main else None
+    checkpoint = distributed.broadcast(found)
     used = [*used_prompts(config, prompts, batch), *val_prompts]
     backbone, encoded = build_backbone(config, distributed, [*prompts, *val_prompts], used)
     reward, monitors = build_scorers(config, distributed, backbone)
     adapt_for_training(config, backbone)
     if distributed.is_main:
+        claim_folder(config, folder, checkpoint)
         record_environment(folder, commits_of_weights(config, backbone))
     last_row = checkpoint.step if checkpoint else -1
     trackers = build_trackers(config, folder, last_row) if distributed.is_main else Trackers({})
@@ -120,13 +121,10 @@ def report(folder: Path) -> None:
 
 def refuse_unscorable(config: Config, distributed: Distributed) -> None:
     """Raise ConfigError, naming the prompts that the trained reward or a monitor cannot score."""
-    scorers: list[tuple[str | dict, dict | None]] = [(config.reward.reward_fn, config.reward.arguments)]
-    arguments = config.validation.monitor_args
-    scorers += [(name, arguments.get(name)) for name in config.validation.monitors]
     texts = [prompt.reward_text for prompt in [*config.prompt_list, *config.validation_prompt_list]]
     errors: list[str] = []
     if distributed.is_main:
-        for name, given in scorers:
+        for name, given in scorers_of(config):
             with suppress(FileNotFoundError):  # reported later, with all other weights that are missing
                 errors += prompt_errors(name, given, texts)
     if errors := distributed.broadcast(errors):

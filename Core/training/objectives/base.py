@@ -81,6 +81,11 @@ class Objective:
         """Which of the training prompts it cannot learn from; its keys are sound by then."""
         return []
 
+    @classmethod
+    def contents(cls, settings: Any) -> Mapping[str, str]:
+        """Hashes of files that its sound keys name and that must not change while a run continues."""
+        return {}
+
     def begin_step(self, step: int) -> None:
         """Make the draws that hold for a whole training step, the same on every process."""
 

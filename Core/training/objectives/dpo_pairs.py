@@ -4,6 +4,7 @@ Axes: B batch, C channels, T latent frames, h, w latent rows and columns, H, W p
 """
 
 import functools
+import hashlib
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor
 
 from Core.backbones import Backbone, EncodedPrompt, Prompt, VideoSpec
-from Core.data.video import read_video
+from Core.data.video import read_video, stated_size
 from Core.rewards import Reward, RewardOutput
 from Core.training.rollout import Rollout
 from Core.utils.options import option
@@ -94,6 +95,8 @@ class DPOPairs(Objective):
         self.loss_of_pairs = PreferenceLoss(self.rollout, settings.dpo_beta)
         self.pairs: dict[str, list[Pair]] = {}
         for pair in read_pairs(str(settings.pairs)):
+            for file in (pair.better, pair.worse):
+                self.refuse_other_size(file, stated_size(file))
             self.pairs.setdefault(pair.prompt, []).append(pair)
         self.encoded: dict[Path, Tensor] = {}  # on the CPU
 
@@ -110,6 +113,11 @@ class DPOPairs(Objective):
         except ValueError as error:
             return [str(error)]
         return []
+
+    @classmethod
+    def contents(cls, settings: Any) -> dict[str, str]:
+        lines = [f"{p.prompt}\0{p.better.name}\0{p.worse.name}" for p in read_pairs(settings.pairs)]
+        return {"pairs (sha256)": hashlib.sha256("\n".join(lines).encode()).hexdigest()[:16]}
 
     @classmethod
     def prompt_errors(cls, settings: Any, prompts: Sequence[Prompt]) -> list[str]:
@@ -150,15 +158,20 @@ class DPOPairs(Objective):
             ValueError: it is of another size than the run's videos.
         """
         if file not in self.encoded:
-            pixels, video = read_video(file), self.backbone.video
-            wanted = (video.num_frames, video.height, video.width)
-            if tuple(pixels.shape[1:]) != wanted:
-                raise ValueError(
-                    f"pairs: {str(file)!r} has {_size(*pixels.shape[1:])}, but the run's videos have {_size(*wanted)}; "
-                    "convert it, or change num_frames and the size"
-                )
+            pixels = read_video(file)
+            self.refuse_other_size(file, tuple(pixels.shape[1:]))
             self.encoded[file] = self.backbone.encode(pixels[None])[0].cpu()
         return self.encoded[file]
+
+    def refuse_other_size(self, file: Path, size: tuple[int, int, int]) -> None:
+        """Raise ValueError where (frames, height, width) are not the run's; 0 frames are not compared."""
+        video = self.backbone.video
+        wanted = (video.num_frames, video.height, video.width)
+        if (size[0] or wanted[0], *size[1:]) != wanted:
+            raise ValueError(
+                f"pairs: {str(file)!r} has {_size(*size)}, but the run's videos have {_size(*wanted)}; convert it, or "
+                "change num_frames and the size"
+            )
 
 
 def _size(frames: int, height: int, width: int) -> str:

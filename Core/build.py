@@ -7,6 +7,7 @@ import torch
 
 from Core.backbones import Backbone, Prompt
 from Core.config import Config, ConfigError
+from Core.config.checks import machine_errors
 from Core.data.text_embeddings import EncodedPrompts, all_cached, encode_prompts
 from Core.rewards import required_weights
 from Core.utils.distributed import Distributed
@@ -26,6 +27,7 @@ def build_backbone(
 ) -> tuple[Backbone, EncodedPrompts]:
     """The loaded model family, and the prompts with the features of those that are ``used``, by default all."""
     backbone = new_backbone(config, distributed.device)
+    backbone.mesh = distributed.mesh if config.models.shard_frozen else None
     fetch_weights(config, backbone, distributed, used or prompts)
     # One process of a machine fills its cache, so that the encoder is loaded once and not once per process.
     for turn in (True, False):
@@ -35,6 +37,12 @@ def build_backbone(
     with backbone.loading("the model", backbone.weights.keys() - set(backbone.text_weights)):
         backbone.load()
     return backbone, encoded
+
+
+def refuse_machine(config: Config, distributed: Distributed) -> None:
+    """Raise ConfigError where the configuration cannot be had with the processes and the device that there are."""
+    if errors := machine_errors(config, distributed.num_processes, distributed.device.type):
+        raise ConfigError(errors)
 
 
 def _encode(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from Core.config import Config, ConfigError, load_config
-from Core.config.checks import OPTIONAL_KEYS
+from Core.config.checks import OPTIONAL_KEYS, machine_errors
 from Core.utils.errors import IncompleteError
 from Core.utils.folder_lock import folder_lock
 from Core.utils.process import INTERRUPTED
@@ -35,10 +35,13 @@ MEMORY_SAVERS = {
     "levels_per_video": 1,
     "trajectory_device": "cpu",
     "decode_frame": -1,
+    "stream_blocks": True,
     "dtype": "fp8",
     "use_AdamW8bit": True,
     "guidance_grad": "cond",
 }
+
+SAVERS_WITHOUT_TRAINING = {"val_batch_size": 1, "stream_blocks": True, "dtype": "fp8"}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,6 +81,7 @@ def run(config: Config) -> Path:
     """Train, generate, or only check; returns the run folder."""
     from transformers.utils.logging import disable_progress_bar
 
+    from Core.build import refuse_machine
     from Core.generation.jobs import sample
     from Core.training.setup import train
     from Core.utils.distributed import Distributed
@@ -89,6 +93,7 @@ def run(config: Config) -> Path:
     if config.run.check_only:
         check(config, distributed, folder)
         return folder
+    refuse_machine(config, distributed)
     with sole_owner(folder, distributed) if training else nullcontext():
         start_log(folder, distributed, config.run.verbose)
         try:
@@ -134,11 +139,11 @@ def check(config: Config, distributed: "Distributed", folder: Path) -> None:
     from Core.build import fetch_weights, new_backbone
     from Core.training.setup import refuse_unscorable
 
-    prompts, errors = list(config.prompt_list), []
+    prompts, errors = list(config.prompt_list), process_errors(config)
     if config.run.is_vader_training:
         refuse_unscorable(config, distributed)
         prompts += config.validation_prompt_list
-        errors = [*batch_errors(config), *resume_errors(config, folder)]
+        errors += resume_errors(config, folder)
     try:
         fetch_weights(config, new_backbone(config, distributed.device), distributed, prompts)
     except ConfigError as error:
@@ -147,12 +152,16 @@ def check(config: Config, distributed: "Distributed", folder: Path) -> None:
         raise ConfigError(errors)
 
 
-def batch_errors(config: Config) -> list[str]:
-    """What is wrong with the batch of as many processes as ``check_only`` names."""
+def process_errors(config: Config) -> list[str]:
+    """What is wrong with as many processes as ``check_only`` names, which may run on another machine than the check."""
     if config.run.check_only is True:
         return []
-    batch = config.optimizer.global_batch(int(config.run.check_only))
-    return config.objective_class.batch_errors(config.objective, batch)
+    processes = int(config.run.check_only)
+    errors = machine_errors(config, processes)
+    if config.run.is_vader_training:
+        batch = config.optimizer.global_batch(processes)
+        errors += config.objective_class.batch_errors(config.objective, batch)
+    return errors
 
 
 def resume_errors(config: Config, folder: Path) -> list[str]:
@@ -173,12 +182,16 @@ def resume_errors(config: Config, folder: Path) -> list[str]:
 def memory_advice(config: Config, error: str) -> str:
     """One sentence: what did not fit, and the settings that would still save memory."""
     values = config.flat()
-    savers = MEMORY_SAVERS if config.run.is_vader_training else {"val_batch_size": 1, "dtype": "fp8"}
+    savers = MEMORY_SAVERS if config.run.is_vader_training else SAVERS_WITHOUT_TRAINING
     same = (
         {"decode_frame"} if isinstance(values.get("decode_frame"), int) else set()
     )  # any one frame costs the same
-    if config.models.compile_blocks or config.models.base_quant != "none":
-        same.add("dtype")  # would be refused beside them
+    models = config.models
+    # Would be refused beside them.
+    if models.compile_blocks or models.shard_frozen or models.base_quant != "none":
+        same.add("dtype")
+    if models.compile_blocks or models.shard_frozen:
+        same.add("stream_blocks")
     same |= set(OPTIONAL_KEYS) - config.backbone.obeys
     known = {key: value for key, value in savers.items() if key in values and key not in same}
     unused = [f"{key}={value!r}" for key, value in known.items() if values[key] != value]

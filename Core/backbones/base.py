@@ -229,6 +229,8 @@ class Backbone(ABC):
         negative: features of ``negative_prompt``; set when captions are encoded.
         compiled: whether the denoiser's blocks are compiled.
         mesh: the processes that the denoiser is split over, to be set before ``load``; None where it is whole.
+        unfilled: networks whose parameters are on the meta device, with the files that hold them, until ``load`` has
+            split them and each process reads its own part.
     """
 
     settings_class: ClassVar[type[FamilySettings]]
@@ -253,6 +255,7 @@ class Backbone(ABC):
         self.process: Process = RectifiedFlow()
         self.compiled = False
         self.mesh: Any = None
+        self.unfilled: list[tuple[nn.Module, Sequence[Path]]] = []
 
     # Before anything loads
 
@@ -375,11 +378,8 @@ class Backbone(ABC):
     def load_denoiser(self) -> nn.Module:
         """The denoiser with its weights, on the CPU; runs after ``load_vae``.
 
-        Where there is a ``mesh``, its weights may be on the meta device; ``fill_denoiser`` reads them then.
+        Where there is a ``mesh``, parts of it may be in ``unfilled`` instead.
         """
-
-    def fill_denoiser(self) -> None:
-        """Read this process's part of the weights that ``load_denoiser`` left on the meta device."""
 
     def load_vae(self) -> nn.Module | None:
         """The VAE with its weights, on the CPU."""
@@ -387,7 +387,7 @@ class Backbone(ABC):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The denoiser's repeated blocks, which are compiled, split and streamed, and whose linear layers are quantised."""
+        """The denoiser's repeated blocks: they are compiled, split and streamed, and their linear layers quantised."""
         return []
 
     @property
@@ -413,10 +413,13 @@ class Backbone(ABC):
         if self.mesh is not None:
             parts = [*self.called_from_outside, *((block, "") for block in self.blocks)]
             sharding.shard(self.denoiser, parts, self.mesh)
-            self.fill_denoiser()
+            for network, files in self.unfilled:
+                sharding.fill(network, files, self.device)
         base_adapters.merge(self.denoiser, self.models.base_adapters, self.original_names)
         streamed = self.models.stream_blocks
-        self.denoiser = self._place(self.denoiser, self.dtype, torch.device("cpu") if streamed else self.device)
+        self.denoiser = self._place(
+            self.denoiser, self.dtype, torch.device("cpu") if streamed else self.device
+        )
         if self.models.dtype == "fp8":
             store_linears_in_fp8(self.blocks)
         if self.models.base_quant == "nf4":

@@ -116,7 +116,6 @@ class DiffusersBackbone(Backbone):
     def __init__(self, settings: Any, models: ModelSettings, video: Any, device: torch.device):
         super().__init__(settings, models, video, device)
         self.checkpointing = False
-        self._unfilled: list[tuple[nn.Module, Sequence[Path]]] = []
 
     def __init_subclass__(cls, **kwargs: Any):
         super().__init_subclass__(**kwargs)
@@ -285,7 +284,7 @@ class DiffusersBackbone(Backbone):
         return network
 
     def _unfilled_network(self, kind: Any, component: str, dtype: torch.dtype) -> nn.Module:
-        """The same with its parameters on the meta device, for ``fill_denoiser``."""
+        """The same with its parameters on the meta device, for ``load`` to fill."""
         before = torch.get_default_dtype()
         torch.set_default_dtype(dtype)  # as from_pretrained does, for what a constructor computes
         try:
@@ -297,13 +296,8 @@ class DiffusersBackbone(Backbone):
         for name, parameter in network.named_parameters():
             kept = torch.float32 if exact & set(name.split(".")) else dtype
             parameter.data = parameter.data.to(kept)
-        self._unfilled.append((network, weight_files(self.folder / component, self.settings.weights_variant)))
+        self.unfilled.append((network, weight_files(self.folder / component, self.settings.weights_variant)))
         return network
-
-    def fill_denoiser(self) -> None:
-        for network, files in self._unfilled:
-            sharding.fill(network, files, self.device)
-        self._unfilled.clear()
 
     def load_text_model(self, kind: type, component: str = "text_encoder") -> nn.Module:
         """A text encoder of transformers, where and as ``text_encoding`` says."""

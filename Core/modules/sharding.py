@@ -1,12 +1,13 @@
 """Frozen networks split over the processes of a run: each holds some rows of every weight, and gathers a block's for
 as long as it runs.
 
-FSDP2 (``torch.distributed.fsdp.fully_shard``) does it. An adapter that is attached afterwards is no part of it: it stays
-whole on every process. Gathering takes all processes, so that each must run the network as often as the others.
+FSDP2 (``torch.distributed.fsdp.fully_shard``) does it. An adapter that is attached afterwards is no part of it: it
+stays whole on every process. Gathering takes all processes, so that each must run the network as often as the others.
 """
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,8 @@ def shard(network: nn.Module, parts: Sequence[Part], mesh: Any) -> None:
     """
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
+    # What a network returns may be a view of its last result, which nothing here changes in place.
+    warnings.filterwarnings("ignore", message=".*returned a view tensor.*")
     network.requires_grad_(False)
     for module in groups(network, parts):
         fully_shard(module, mesh=mesh, reshard_after_forward=True)
@@ -59,6 +62,13 @@ def shard(network: nn.Module, parts: Sequence[Part], mesh: Any) -> None:
 def is_sharded(module: nn.Module) -> bool:
     """Whether the module's own parameters are split over processes."""
     return getattr(module, "_is_fsdp_managed_module", False)
+
+
+def raised_anywhere(flags: Tensor) -> Tensor:
+    """Whether each of the flags [N] is raised on some process; all call it together."""
+    raised = flags.to(torch.uint8)
+    torch.distributed.all_reduce(raised, torch.distributed.ReduceOp.MAX)
+    return raised.bool()
 
 
 def held_bytes(network: nn.Module) -> int:
@@ -83,11 +93,11 @@ def parameters_on_meta() -> Iterator[None]:
         if parameter is not None:
             module._parameters[name] = nn.Parameter(parameter.to("meta"), parameter.requires_grad)
 
-    nn.Module.register_parameter = on_meta  # type: ignore[method-assign, assignment]
+    nn.Module.register_parameter = on_meta
     try:
         yield
     finally:
-        nn.Module.register_parameter = register  # type: ignore[method-assign]
+        nn.Module.register_parameter = register
 
 
 def fill(network: nn.Module, files: Sequence[Path], device: torch.device) -> None:

@@ -30,7 +30,8 @@ class StreamedBlock:
             placed = torch.empty_like(home, device=device)
             self.pairs.append((home.pin_memory() if device.type == "cuda" else home, placed))
             tensor.data = placed
-        self.resident, self.arrival = True, None
+        self.resident = True
+        self.arrival: Any = None  # event at the end of a copy that nothing has waited for yet
         self.leave()
 
     def come(self, copying: Any) -> None:

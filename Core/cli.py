@@ -42,6 +42,10 @@ MEMORY_SAVERS = {
 }
 
 SAVERS_WITHOUT_TRAINING = {"val_batch_size": 1, "stream_blocks": True, "dtype": "fp8"}
+LOST_PROCESS = (
+    "another process of the run is gone, and this one cannot go on alone; what that process or its node wrote last "
+    "says why, and the same command continues from what is saved"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -51,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(action: Callable[[], object]) -> int:
     """Exit code of ``action``: 2 when the user has something to change, 1 when videos are missing, 3 when the
-    memory is too small, 130 after Ctrl-C.
+    memory is too small, 4 when another process of the run is gone, 130 after Ctrl-C.
 
     Each is explained on the standard error stream, one sentence per problem; what is wrong with a configuration
     by one process of a machine.
@@ -66,9 +70,19 @@ def exit_code(action: Callable[[], object]) -> int:
         return answer(1, [str(error)])
     except (MemoryError, torch.OutOfMemoryError) as error:
         return answer(3, [str(error)])
+    except RuntimeError as error:
+        if not lost_a_process(error):
+            raise
+        return answer(4, [LOST_PROCESS])
     except KeyboardInterrupt:
         return answer(130, [INTERRUPTED] if os.environ.get("LOCAL_RANK", "0") == "0" else [])
     return 0
+
+
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether ``error`` says that another process of the run does not answer any more."""
+    # gloo's are plain RuntimeErrors, which name its own source.
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def answer(code: int, sentences: Sequence[str]) -> int:

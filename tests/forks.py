@@ -4,6 +4,7 @@ Started as a program, it reads jobs as JSON lines and answers each with the exit
 own process cannot fork after a backward pass; this one never makes one itself.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -69,6 +70,8 @@ def serve() -> None:
 
 
 def run_job(job: dict, port: int) -> list[int]:
+    if job["call"]:
+        importlib.import_module(job["call"].partition(":")[0])
     ranks = [(start, rank) for start in range(job["starts"]) for rank in range(job["processes"])]
     children = [fork(job, start, rank, port + start) for start, rank in ranks]
     if job["kill_after"] is not None:
@@ -116,10 +119,8 @@ def fork(job: dict, start: int, rank: int, port: int) -> int:
 
 def call(name: str, argv: list[str]) -> int:
     """The exit code of ``module:function`` in this folder, given ``argv`` as they are."""
-    import importlib
-
     module, _, function = name.partition(":")
-    return getattr(importlib.import_module(module), function)(*argv) or 0
+    return getattr(sys.modules[module], function)(*argv) or 0
 
 
 def kill_in_backward(number: int) -> None:

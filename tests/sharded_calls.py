@@ -2,8 +2,11 @@
 
 from pathlib import Path
 
+import diffusers
 import pipelines
 import torch
+import torch._dynamo
+import torch.distributed.fsdp
 from reward_twins import qwen2_vl_arguments
 from torch import Tensor
 
@@ -16,6 +19,17 @@ from Core.rewards import build_reward
 from Core.sampling.euler import DenoisingStep, run_steps
 from Core.utils.distributed import Distributed
 
+# Imported once, before the processes are made.
+NETWORKS = [
+    diffusers.WanTransformer3DModel,
+    diffusers.AutoencoderKLWan,
+    diffusers.HunyuanVideo15Transformer3DModel,
+    diffusers.HunyuanVideo15Pipeline,
+    diffusers.LTXVideoTransformer3DModel,
+    diffusers.CogVideoXTransformer3DModel,
+    diffusers.UNet3DConditionModel,
+]
+SMALLER = {"modelscope": {"num_frames": 2}}
 LARGEST_SHARE = 0.55  # of the frozen bytes, on each of two processes
 
 
@@ -103,7 +117,7 @@ def with_a_faulty_prompt(*argv: str) -> int:
 
 
 def loaded(family: str, folder: str, mesh) -> tuple[Backbone, list]:
-    config = pipelines.config_for(family, Path(folder), num_frames=5, num_sampling_steps=2)
+    config = pipelines.config_for(family, Path(folder), num_sampling_steps=2, **SMALLER.get(family, {}))
     backbone = new_backbone(config, torch.device("cpu"))
     backbone.mesh = mesh
     encoded = encode_prompts(backbone, config.prompt_list, config.models.text_cache)
@@ -111,9 +125,11 @@ def loaded(family: str, folder: str, mesh) -> tuple[Backbone, list]:
     return backbone, encoded
 
 
-def adapter_gradient(backbone: Backbone, encoded: list) -> Tensor:
-    """Through a step without and a step with a graph, both recomputed block by block."""
-    pipelines.with_adapter(backbone).enable_checkpointing()
+def adapter_gradient(backbone: Backbone, encoded: list, checkpointing: bool = True) -> Tensor:
+    """Through a step without and a step with a graph, which is recomputed block by block."""
+    pipelines.with_adapter(backbone)
+    if checkpointing:
+        backbone.enable_checkpointing()
     noise = torch.randn(len(encoded), *backbone.latent_shape(), generator=torch.Generator().manual_seed(1))
     predict = backbone.predictor([backbone.features(e) for e in encoded])
     step = DenoisingStep(predict, backbone.process, backbone.timesteps(len(noise)))
@@ -133,5 +149,6 @@ def taken_gradient(backbone: Backbone) -> Tensor:
 
 
 def close(wanted: Tensor, found: Tensor) -> None:
-    assert wanted.abs().max() > 0
-    assert (found - wanted).norm() <= 1e-6 * wanted.norm()
+    """To the rounding of float32, which depends on where in memory a weight lies."""
+    assert wanted.norm() > 0
+    assert (found - wanted).norm() <= 1e-5 * wanted.norm()

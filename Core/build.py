@@ -1,5 +1,6 @@
 """From a configuration to a loaded model family: weights fetched, captions encoded, networks on their device."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -9,10 +10,12 @@ from Core.backbones import Backbone, Prompt
 from Core.config import Config, ConfigError
 from Core.config.checks import machine_errors
 from Core.data.text_embeddings import EncodedPrompts, all_cached, encode_prompts
+from Core.modules import sharding
 from Core.rewards import required_weights
 from Core.utils.distributed import Distributed
 from Core.utils.hub import commit_of, prefetch
 
+logger = logging.getLogger("vader")
 # What ``build_reward`` takes: a name or {name: weight}, and the arguments.
 Scorer = tuple[str | Mapping[str, float], Mapping[str, Any] | None]
 
@@ -36,6 +39,11 @@ def build_backbone(
         distributed.barrier()
     with backbone.loading("the model", backbone.weights.keys() - set(backbone.text_weights)):
         backbone.load()
+    if backbone.mesh is not None:
+        held = sharding.held_bytes(backbone.denoiser)
+        logger.info(
+            "the denoiser is split over %d processes: %d MB here", distributed.num_processes, held >> 20
+        )
     return backbone, encoded
 
 

@@ -44,6 +44,8 @@ def compare_family(folder: str, family: str) -> None:
         gathered = states[1][name]
         gathered = gathered.full_tensor() if hasattr(gathered, "full_tensor") else gathered
         assert gathered.dtype == weight.dtype and torch.equal(gathered, weight), name
+        held, part = sharding.own_part(states[1][name], weight)
+        assert torch.equal(held, part), name
     buffers = [dict(backbone.denoiser.named_buffers()) for backbone in (whole, split)]
     assert all(torch.equal(buffer, buffers[1][name]) for name, buffer in buffers[0].items())
     share = sharding.held_bytes(split.denoiser) / sharding.held_bytes(whole.denoiser)

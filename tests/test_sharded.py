@@ -4,17 +4,21 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from forks import ForkServer
 from pipelines import save_wan
 from pipelines_cogvideox import save_cogvideox
 from pipelines_hunyuan import save_hunyuan
 from pipelines_ltx import save_ltx
 from pipelines_modelscope import save_modelscope
+from safetensors.torch import save_file
 from same_run import assert_same_training, checkpoint_state, largest_difference, rows
 from sampling_runs import contents
+from torch import nn
 from twins import PROMPTS, config_file, settings
 
 from Core.cli import LOST_PROCESS
+from Core.modules import sharding
 
 KEYS = dict(
     num_frames=1, decode_frame=0, val_batch_size=3, train_batch_size=1, gradient_accumulation_steps=2, lr=2e-4,
@@ -112,6 +116,21 @@ def test_a_split_denoiser_computes_what_a_whole_one_does(server, tmp_path, famil
     folder = FAMILIES[family](tmp_path / "pipeline")
     codes, log = server.run(folder, family, processes=2, call="sharded_calls:compare_family")
     assert codes == [0, 0], log
+
+
+def test_one_process_has_nothing_to_split_over(trained):
+    codes, log, run = trained("alone", processes=1, sharded=True)
+    assert codes == [2] and "start several, or set stream_blocks=True" in log and not run.exists()
+
+
+def test_weights_of_another_network_are_named_before_any_is_read(tmp_path):
+    with sharding.parameters_on_meta():
+        network = nn.Linear(3, 2)
+    assert all(parameter.is_meta for parameter in network.parameters())
+    file = tmp_path / "model.safetensors"
+    save_file({"weight": torch.zeros(2, 4)}, file)
+    with pytest.raises(ValueError, match=r"1 missing: bias; 1 of another shape: weight \(2, 4\)"):
+        sharding.fill(network, [file], torch.device("cpu"))
 
 
 def test_experts_that_only_one_process_asks_run_on_all(server, tmp_path):

@@ -201,9 +201,8 @@ def memory_advice(config: Config, error: str) -> str:
         {"decode_frame"} if isinstance(values.get("decode_frame"), int) else set()
     )  # any one frame costs the same
     models = config.models
-    # Would be refused beside them.
     if models.compile_blocks or models.shard_frozen or models.base_quant != "none":
-        same.add("dtype")
+        same.add("dtype")  # would be refused beside them, and so would streaming
     if models.compile_blocks or models.shard_frozen:
         same.add("stream_blocks")
     same |= set(OPTIONAL_KEYS) - config.backbone.obeys

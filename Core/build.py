@@ -1,5 +1,6 @@
 """From a configuration to a loaded model family: weights fetched, captions encoded, networks on their device."""
 
+import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -7,11 +8,14 @@ import torch
 
 from Core.backbones import Backbone, Prompt
 from Core.config import Config, ConfigError
+from Core.config.checks import machine_errors
 from Core.data.text_embeddings import EncodedPrompts, all_cached, encode_prompts
+from Core.modules import sharding
 from Core.rewards import required_weights
 from Core.utils.distributed import Distributed
 from Core.utils.hub import commit_of, prefetch
 
+logger = logging.getLogger("vader")
 # What ``build_reward`` takes: a name or {name: weight}, and the arguments.
 Scorer = tuple[str | Mapping[str, float], Mapping[str, Any] | None]
 
@@ -26,6 +30,7 @@ def build_backbone(
 ) -> tuple[Backbone, EncodedPrompts]:
     """The loaded model family, and the prompts with the features of those that are ``used``, by default all."""
     backbone = new_backbone(config, distributed.device)
+    backbone.mesh = distributed.mesh if config.models.shard_frozen else None
     fetch_weights(config, backbone, distributed, used or prompts)
     # One process of a machine fills its cache, so that the encoder is loaded once and not once per process.
     for turn in (True, False):
@@ -34,7 +39,18 @@ def build_backbone(
         distributed.barrier()
     with backbone.loading("the model", backbone.weights.keys() - set(backbone.text_weights)):
         backbone.load()
+    if backbone.mesh is not None:
+        held = sharding.held_bytes(backbone.denoiser)
+        logger.info(
+            "the denoiser is split over %d processes: %d MB here", distributed.num_processes, held >> 20
+        )
     return backbone, encoded
+
+
+def refuse_machine(config: Config, distributed: Distributed) -> None:
+    """Raise ConfigError where the configuration cannot be had with the processes and the device that there are."""
+    if errors := machine_errors(config, distributed.num_processes, distributed.device.type):
+        raise ConfigError(errors)
 
 
 def _encode(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from Core.config import Config, ConfigError, load_config
-from Core.config.checks import OPTIONAL_KEYS
+from Core.config.checks import OPTIONAL_KEYS, machine_errors
 from Core.utils.errors import IncompleteError
 from Core.utils.folder_lock import folder_lock
 from Core.utils.process import INTERRUPTED
@@ -35,10 +35,17 @@ MEMORY_SAVERS = {
     "levels_per_video": 1,
     "trajectory_device": "cpu",
     "decode_frame": -1,
+    "stream_blocks": True,
     "dtype": "fp8",
     "use_AdamW8bit": True,
     "guidance_grad": "cond",
 }
+
+SAVERS_WITHOUT_TRAINING = {"val_batch_size": 1, "stream_blocks": True, "dtype": "fp8"}
+LOST_PROCESS = (
+    "another process of the run is gone, and this one cannot go on alone; what that process or its node wrote last "
+    "says why, and the same command continues from what is saved"
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def exit_code(action: Callable[[], object]) -> int:
     """Exit code of ``action``: 2 when the user has something to change, 1 when videos are missing, 3 when the
-    memory is too small, 130 after Ctrl-C.
+    memory is too small, 4 when another process of the run is gone, 130 after Ctrl-C.
 
     Each is explained on the standard error stream, one sentence per problem; what is wrong with a configuration
     by one process of a machine.
@@ -63,9 +70,19 @@ def exit_code(action: Callable[[], object]) -> int:
         return answer(1, [str(error)])
     except (MemoryError, torch.OutOfMemoryError) as error:
         return answer(3, [str(error)])
+    except RuntimeError as error:
+        if not lost_a_process(error):
+            raise
+        return answer(4, [LOST_PROCESS])
     except KeyboardInterrupt:
         return answer(130, [INTERRUPTED] if os.environ.get("LOCAL_RANK", "0") == "0" else [])
     return 0
+
+
+def lost_a_process(error: RuntimeError) -> bool:
+    """Whether ``error`` says that another process of the run does not answer any more."""
+    # gloo's are plain RuntimeErrors, which name its own source.
+    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
 
 
 def answer(code: int, sentences: Sequence[str]) -> int:
@@ -78,6 +95,7 @@ def run(config: Config) -> Path:
     """Train, generate, or only check; returns the run folder."""
     from transformers.utils.logging import disable_progress_bar
 
+    from Core.build import refuse_machine
     from Core.generation.jobs import sample
     from Core.training.setup import train
     from Core.utils.distributed import Distributed
@@ -89,6 +107,7 @@ def run(config: Config) -> Path:
     if config.run.check_only:
         check(config, distributed, folder)
         return folder
+    refuse_machine(config, distributed)
     with sole_owner(folder, distributed) if training else nullcontext():
         start_log(folder, distributed, config.run.verbose)
         try:
@@ -134,11 +153,11 @@ def check(config: Config, distributed: "Distributed", folder: Path) -> None:
     from Core.build import fetch_weights, new_backbone
     from Core.training.setup import refuse_unscorable
 
-    prompts, errors = list(config.prompt_list), []
+    prompts, errors = list(config.prompt_list), process_errors(config)
     if config.run.is_vader_training:
         refuse_unscorable(config, distributed)
         prompts += config.validation_prompt_list
-        errors = [*batch_errors(config), *resume_errors(config, folder)]
+        errors += resume_errors(config, folder)
     try:
         fetch_weights(config, new_backbone(config, distributed.device), distributed, prompts)
     except ConfigError as error:
@@ -147,12 +166,16 @@ def check(config: Config, distributed: "Distributed", folder: Path) -> None:
         raise ConfigError(errors)
 
 
-def batch_errors(config: Config) -> list[str]:
-    """What is wrong with the batch of as many processes as ``check_only`` names."""
+def process_errors(config: Config) -> list[str]:
+    """What is wrong with as many processes as ``check_only`` names, which may run on another machine than the check."""
     if config.run.check_only is True:
         return []
-    batch = config.optimizer.global_batch(int(config.run.check_only))
-    return config.objective_class.batch_errors(config.objective, batch)
+    processes = int(config.run.check_only)
+    errors = machine_errors(config, processes)
+    if config.run.is_vader_training:
+        batch = config.optimizer.global_batch(processes)
+        errors += config.objective_class.batch_errors(config.objective, batch)
+    return errors
 
 
 def resume_errors(config: Config, folder: Path) -> list[str]:
@@ -173,12 +196,15 @@ def resume_errors(config: Config, folder: Path) -> list[str]:
 def memory_advice(config: Config, error: str) -> str:
     """One sentence: what did not fit, and the settings that would still save memory."""
     values = config.flat()
-    savers = MEMORY_SAVERS if config.run.is_vader_training else {"val_batch_size": 1, "dtype": "fp8"}
+    savers = MEMORY_SAVERS if config.run.is_vader_training else SAVERS_WITHOUT_TRAINING
     same = (
         {"decode_frame"} if isinstance(values.get("decode_frame"), int) else set()
     )  # any one frame costs the same
-    if config.models.compile_blocks or config.models.base_quant != "none":
-        same.add("dtype")  # would be refused beside them
+    models = config.models
+    if models.compile_blocks or models.shard_frozen or models.base_quant != "none":
+        same.add("dtype")  # would be refused beside them, and so would streaming
+    if models.compile_blocks or models.shard_frozen:
+        same.add("stream_blocks")
     same |= set(OPTIONAL_KEYS) - config.backbone.obeys
     known = {key: value for key, value in savers.items() if key in values and key not in same}
     unused = [f"{key}={value!r}" for key, value in known.items() if values[key] != value]

@@ -19,6 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
 # Import this checkout's packages from any working directory, installed or not.
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
+from Core.build import refuse_machine  # noqa: E402
 from Core.cli import exit_code, start_log, stop_log  # noqa: E402
 from Core.config import BASE, Config, ConfigError, load_config  # noqa: E402
 from Core.evaluation.compare import compare, read_training_prompts  # noqa: E402
@@ -129,6 +130,7 @@ def evaluate(argv: Sequence[str] | None) -> None:
     training = read_training_prompts(own.training_prompts, config) if own.training_prompts else None
     folder = Path(own.out or f"{config.run.project_dir}/evaluation").expanduser()
     distributed = Distributed()
+    refuse_machine(config, distributed)
     start_log(folder, distributed, config.run.verbose)
     try:
         if distributed.is_main:

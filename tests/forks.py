@@ -4,6 +4,7 @@ Started as a program, it reads jobs as JSON lines and answers each with the exit
 own process cannot fork after a backward pass; this one never makes one itself.
 """
 
+import importlib
 import json
 import os
 import signal
@@ -25,7 +26,7 @@ class ForkServer:
 
     def run(
         self, config: Path, *flags: str, processes: int = 1, starts: int = 1, kill_after=None, kill_in_save=None,
-        **env,
+        call: str = "", **env,
     ):  # fmt: skip
         """Exit codes by rank, and everything the processes printed.
 
@@ -33,10 +34,11 @@ class ForkServer:
             starts: how often to start it, all at once; the codes are those of the first start, the second, …
             kill_after: seconds until rank 0 receives SIGKILL.
             kill_in_save: number of the call to fsync or rename at which rank 0 kills itself.
+            call: ``module:function`` of this folder to run in place of the entry point, with the same arguments.
             env: environment variables of the run.
         """
         job = {"argv": [str(config), *flags], "processes": processes, "env": env, "log": str(config) + ".log"}
-        job |= {"kill_after": kill_after, "kill_in_save": kill_in_save, "starts": starts}
+        job |= {"kill_after": kill_after, "kill_in_save": kill_in_save, "starts": starts, "call": call}
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         codes = json.loads(self.process.stdout.readline())
@@ -68,6 +70,8 @@ def serve() -> None:
 
 
 def run_job(job: dict, port: int) -> list[int]:
+    if job["call"]:
+        importlib.import_module(job["call"].partition(":")[0])
     ranks = [(start, rank) for start in range(job["starts"]) for rank in range(job["processes"])]
     children = [fork(job, start, rank, port + start) for start, rank in ranks]
     if job["kill_after"] is not None:
@@ -93,6 +97,8 @@ def fork(job: dict, start: int, rank: int, port: int) -> int:
         kill_at_call(job["kill_in_save"])
     if os.environ.get("DIVERGE_ON_RANK") == str(rank):
         corrupt_the_optimizer()
+    if os.environ.get("KILLED_RANK") == str(rank):
+        kill_in_backward(int(os.environ["KILLED_IN_BACKWARD"]))
     if os.environ.get("IN_FLOAT64"):
         compute_in_float64()
     if fault := os.environ.get("FAULT"):
@@ -103,12 +109,32 @@ def fork(job: dict, start: int, rank: int, port: int) -> int:
     try:
         from Core.cli import main
 
-        code = main(job["argv"])
+        code = call(job["call"], job["argv"]) if job["call"] else main(job["argv"])
     except BaseException:
         import traceback
 
         traceback.print_exc()
     os._exit(code)
+
+
+def call(name: str, argv: list[str]) -> int:
+    """The exit code of ``module:function`` in this folder, given ``argv`` as they are."""
+    module, _, function = name.partition(":")
+    return getattr(sys.modules[module], function)(*argv) or 0
+
+
+def kill_in_backward(number: int) -> None:
+    """SIGKILL this process in the middle of a backward pass, the ``number``-th."""
+    from Core.utils.distributed import Distributed
+
+    backward, calls = Distributed.backward, iter(range(number - 1))
+
+    def dying(distributed, loss):
+        if next(calls, None) is None:
+            loss.register_hook(lambda gradient: os.kill(os.getpid(), signal.SIGKILL))
+        backward(distributed, loss)
+
+    Distributed.backward = dying
 
 
 def kill_at_call(number: int) -> None:

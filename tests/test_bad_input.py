@@ -136,9 +136,17 @@ def test_one_process_of_a_machine_says_what_is_wrong(twin, tmp_path, capfd, monk
     [
         (
             {},
-            "set train_batch_size=1, dtype='fp8', use_AdamW8bit=True, guidance_grad='cond', a smaller resolution",
+            "set train_batch_size=1, stream_blocks=True, dtype='fp8', use_AdamW8bit=True, guidance_grad='cond', "
+            "a smaller resolution",
         ),
-        (dict(is_vader_training=False, val_batch_size=4), "set val_batch_size=1, dtype='fp8', a smaller"),
+        (
+            dict(is_vader_training=False, val_batch_size=4),
+            "set val_batch_size=1, stream_blocks=True, dtype='fp8', a smaller",
+        ),
+        (
+            dict(compile_blocks=True, train_batch_size=1),
+            "set use_AdamW8bit=True, guidance_grad='cond', a smaller",
+        ),
     ],
 )
 def test_too_small_a_memory_is_one_sentence_and_an_exit_code_of_its_own(

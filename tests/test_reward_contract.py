@@ -387,7 +387,7 @@ def test_training_never_runs_a_scorer_in_float16(base, mixed_precision, expected
         optimizer=SimpleNamespace(mixed_precision=mixed_precision),
     )
     distributed = SimpleNamespace(device=torch.device("cpu"))
-    reward, monitors = build_scorers(config, distributed, SimpleNamespace(dtype=base))
+    reward, monitors = build_scorers(config, distributed, SimpleNamespace(dtype=base, mesh=None))
     assert reward.dtype == monitors["aesthetic"].dtype == expected
 
 

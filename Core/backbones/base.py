@@ -15,10 +15,11 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
-from Core.modules import base_adapters
+from Core.modules import base_adapters, sharding
 from Core.modules.base_adapters import BaseAdapter
 from Core.modules.frozen_conv import forget_conv_inputs
 from Core.modules.quantization import store_linears_in_fp8, store_linears_in_nf4
+from Core.modules.streaming import stream
 from Core.sampling.euler import DenoisingStep, Predict, Process, RectifiedFlow, Step
 from Core.sampling.guidance import PredictionObserver
 from Core.sampling.no_grad_steps import lean_steps
@@ -97,6 +98,15 @@ class ModelSettings:
     text_cache: str = free_option("~/.cache/vader/text", "folder of cached prompt embeddings", path=True)
     compile_blocks: bool = option(
         False, "compile the denoiser's blocks for training (torch.compile); the first step is slow"
+    )
+    shard_frozen: bool = free_option(
+        False,
+        "split the frozen denoiser, and a reward that is a language model, over all processes; each gathers a block's "
+        "weights while it runs",
+    )
+    stream_blocks: bool = free_option(
+        False,
+        "keep the frozen denoiser's blocks in the CPU's memory, and bring each to the GPU shortly before it runs",
     )
     grad_checkpoint: bool | Literal["keep_attention"] = option(
         True,
@@ -218,6 +228,9 @@ class Backbone(ABC):
         process: noise levels and deterministic step of the diffusion process.
         negative: features of ``negative_prompt``; set when captions are encoded.
         compiled: whether the denoiser's blocks are compiled.
+        mesh: the processes that the denoiser is split over, to be set before ``load``; None where it is whole.
+        unfilled: networks whose parameters are on the meta device, with the files that hold them, until ``load`` has
+            split them and each process reads its own part.
     """
 
     settings_class: ClassVar[type[FamilySettings]]
@@ -241,6 +254,8 @@ class Backbone(ABC):
         self.dtype = DTYPES[models.dtype]
         self.process: Process = RectifiedFlow()
         self.compiled = False
+        self.mesh: Any = None
+        self.unfilled: list[tuple[nn.Module, Sequence[Path]]] = []
 
     # Before anything loads
 
@@ -361,7 +376,10 @@ class Backbone(ABC):
 
     @abstractmethod
     def load_denoiser(self) -> nn.Module:
-        """The denoiser with its weights, on the CPU; runs after ``load_vae``."""
+        """The denoiser with its weights, on the CPU; runs after ``load_vae``.
+
+        Where there is a ``mesh``, parts of it may be in ``unfilled`` instead.
+        """
 
     def load_vae(self) -> nn.Module | None:
         """The VAE with its weights, on the CPU."""
@@ -369,7 +387,12 @@ class Backbone(ABC):
 
     @property
     def blocks(self) -> list[nn.Module]:
-        """The denoiser's repeated blocks, which are compiled and whose linear layers are quantised."""
+        """The denoiser's repeated blocks: they are compiled, split and streamed, and their linear layers quantised."""
+        return []
+
+    @property
+    def called_from_outside(self) -> list[sharding.Part]:
+        """Modules of the denoiser with a method that is called when neither they nor their block run ``forward``."""
         return []
 
     def adapter_targets(self, suffixes: Sequence[str]) -> list[str]:
@@ -383,18 +406,30 @@ class Backbone(ABC):
         """
         if (vae := self.load_vae()) is not None:
             # An image VAE's activations overflow float16; diffusers, too, computes it in float32 then.
-            self.vae = self._place(vae, torch.float32 if self.dtype == torch.float16 else self.dtype)
+            vae_dtype = torch.float32 if self.dtype == torch.float16 else self.dtype
+            self.vae = self._place(vae, vae_dtype, self.device)
             forget_conv_inputs(self.vae)
-        denoiser = self.load_denoiser()
-        base_adapters.merge(denoiser, self.models.base_adapters, self.original_names)
-        self.denoiser = self._place(denoiser, self.dtype)
+        self.denoiser = self.load_denoiser()
+        if self.mesh is not None:
+            parts = [*self.called_from_outside, *((block, "") for block in self.blocks)]
+            sharding.shard(self.denoiser, parts, self.mesh)
+            for network, files in self.unfilled:
+                sharding.fill(network, files, self.device)
+        base_adapters.merge(self.denoiser, self.models.base_adapters, self.original_names)
+        streamed = self.models.stream_blocks
+        self.denoiser = self._place(
+            self.denoiser, self.dtype, torch.device("cpu") if streamed else self.device
+        )
         if self.models.dtype == "fp8":
             store_linears_in_fp8(self.blocks)
         if self.models.base_quant == "nf4":
             store_linears_in_nf4(self.blocks)
+        if streamed:
+            stream(self.blocks, self.device, [module for module, _ in self.called_from_outside])
+            self.denoiser.to(self.device)  # what is in no block
 
-    def _place(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
-        return module.to(self.device, dtype).eval().requires_grad_(False)
+    def _place(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
+        return module.to(device, dtype).eval().requires_grad_(False)
 
     def enable_checkpointing(self, keep_attention: bool = False) -> None:
         """Recompute activations in the backward pass, once, wherever gradients flow.

@@ -19,6 +19,7 @@ import torch
 from packaging.version import Version
 from torch import Tensor, nn
 
+from Core.modules import sharding
 from Core.modules.autocast import keep_out_of_autocast
 from Core.sampling import guidance
 from Core.sampling.euler import Predict
@@ -37,7 +38,7 @@ from .base import (
     file_identity,
     weight_errors,
 )
-from .diffusers_files import INDEX, PipelineWeight, component_config
+from .diffusers_files import INDEX, PipelineWeight, component_config, weight_files
 from .image_prompts import refuse_pictures
 from .padded_text import PaddedText
 
@@ -107,7 +108,7 @@ class DiffusersBackbone(Backbone):
     text_weights = ("text_encoder_path",)
     obeys = frozenset(
         ["dtype", "base_quant", "text_encoding", "compile_blocks", "grad_checkpoint"]
-        + ["guidance_grad", "decode_context"]
+        + ["guidance_grad", "decode_context", "shard_frozen", "stream_blocks"]
     )
 
     settings: Any
@@ -268,15 +269,34 @@ class DiffusersBackbone(Backbone):
 
     def load_network(self, kind: type, component: str, dtype: torch.dtype) -> nn.Module:
         """A network of diffusers with its weights, on the CPU; what must stay float32 stays so, also under autocast."""
-        network = kind.from_pretrained(  # type: ignore[attr-defined]
-            self.folder,
-            subfolder=component,
-            dtype=dtype,
-            variant=self.settings.weights_variant or None,
-            local_files_only=True,
-            use_safetensors=True,
-        )
+        if self.mesh is not None and component.startswith(self.components[0]):
+            network = self._unfilled_network(kind, component, dtype)
+        else:
+            network = kind.from_pretrained(  # type: ignore[attr-defined]
+                self.folder,
+                subfolder=component,
+                dtype=dtype,
+                variant=self.settings.weights_variant or None,
+                local_files_only=True,
+                use_safetensors=True,
+            )
         keep_out_of_autocast(network, getattr(network, "_keep_in_fp32_modules", None) or ())
+        return network
+
+    def _unfilled_network(self, kind: Any, component: str, dtype: torch.dtype) -> nn.Module:
+        """The same with its parameters on the meta device, for ``load`` to fill."""
+        before = torch.get_default_dtype()
+        torch.set_default_dtype(dtype)  # as from_pretrained does, for what a constructor computes
+        try:
+            with sharding.parameters_on_meta():
+                network = kind.from_config(dict(self.read_config(component)))
+        finally:
+            torch.set_default_dtype(before)
+        exact = set(kind._keep_in_fp32_modules or ())
+        for name, parameter in network.named_parameters():
+            kept = torch.float32 if exact & set(name.split(".")) else dtype
+            parameter.data = parameter.data.to(kept)
+        self.unfilled.append((network, weight_files(self.folder / component, self.settings.weights_variant)))
         return network
 
     def load_text_model(self, kind: type, component: str = "text_encoder") -> nn.Module:
@@ -322,9 +342,9 @@ class DiffusersBackbone(Backbone):
             else VAE_DTYPES[self.settings.vae_dtype]
         )
 
-    def _place(self, module: nn.Module, dtype: torch.dtype) -> nn.Module:
+    def _place(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
         # Loading gave each part its dtype.
-        return module.to(self.device).eval().requires_grad_(False)
+        return module.to(device).eval().requires_grad_(False)
 
     def enable_checkpointing(self, keep_attention: bool = False) -> None:
         self.checkpointing = True

@@ -51,18 +51,22 @@ class PipelineWeight(Weight):
         return ""
 
     def _has_weights(self, folder: Path) -> bool:
-        dot = f".{self.variant}" if self.variant else ""
-        for stem in NETWORK_STEMS:
-            if (folder / f"{stem}{dot}.safetensors").is_file():
-                return True
-            index = folder / f"{stem}.safetensors.index{dot}.json"
-            if index.is_file():
-                shards = set(read_settings(index)["weight_map"].values())
-                return all((folder / shard).is_file() for shard in shards)
-        return False
+        files = weight_files(folder, self.variant)
+        return bool(files) and all(file.is_file() for file in files)
 
 
 def component_config(folder: Path, component: str) -> Mapping[str, Any]:
     """Configuration of one component of the pipeline in ``folder``."""
     marker = next((file for name, file in MARKERS.items() if component.startswith(name)), "config.json")
     return read_settings(folder / component / marker)
+
+
+def weight_files(folder: Path, variant: str = "") -> list[Path]:
+    """The files with the weights of a component: one, or the shards that an index names; empty where there are none."""
+    dot = f".{variant}" if variant else ""
+    for stem in NETWORK_STEMS:
+        if (whole := folder / f"{stem}{dot}.safetensors").is_file():
+            return [whole]
+        if (index := folder / f"{stem}.safetensors.index{dot}.json").is_file():
+            return [folder / shard for shard in sorted(set(read_settings(index)["weight_map"].values()))]
+    return []

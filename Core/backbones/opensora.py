@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from Core.modules.sharding import Part
 from Core.sampling.euler import Predict
 from Core.utils.damage import read_settings
 from Core.utils.hub import Weight, locate, present
@@ -210,7 +211,7 @@ class OpenSora(Backbone):
     lora_targets = ("qkv", "q_linear", "kv_linear")
     obeys = frozenset(
         ["dtype", "base_quant", "text_encoding", "compile_blocks", "grad_checkpoint"]
-        + ["guidance_grad", "decode_context", "pairs"]
+        + ["guidance_grad", "decode_context", "pairs", "shard_frozen", "stream_blocks"]
     )
     decode_contexts = ("isolated", "causal")
 
@@ -388,6 +389,12 @@ class OpenSora(Backbone):
     @property
     def blocks(self) -> list[nn.Module]:
         return [*self.denoiser.spatial_blocks, *self.denoiser.temporal_blocks]
+
+    @property
+    def called_from_outside(self) -> list[Part]:
+        if not getattr(self.denoiser, "accepts_text_context", False):
+            return []
+        return [*((block.cross_attn, "keys_values") for block in self.blocks), (self.denoiser, "encode_text")]
 
     def latent_shape(self) -> tuple[int, int, int, int]:
         size = (self.video.num_frames, self.video.height, self.video.width)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from Core.modules import lora, lora_names
+from Core.modules.sharding import raised_anywhere
 from Core.sampling import guidance
 from Core.sampling.euler import Predict
 from Core.sampling.guidance import Combine
@@ -71,11 +72,16 @@ class WanSettings(DiffusersSettings):
 
 
 class Experts(nn.Module):
-    """Two denoisers that take turns: one above a noise level, the other below it."""
+    """Two denoisers that take turns: one above a noise level, the other below it.
 
-    def __init__(self, high_noise: nn.Module, low_noise: nn.Module, boundary: float):
+    Args:
+        in_step: an expert that any process asks runs on all, since they are split over the processes.
+    """
+
+    def __init__(self, high_noise: nn.Module, low_noise: nn.Module, boundary: float, in_step: bool = False):
         super().__init__()
         self.high_noise, self.low_noise, self.boundary = high_noise, low_noise, boundary
+        self.in_step = in_step
 
     def save_pretrained(self, folder: Path) -> None:
         """Each expert into the folder that a pipeline has for it."""
@@ -89,18 +95,22 @@ class Experts(nn.Module):
     def forward(self, hidden_states: Tensor, timestep: Tensor, **condition: Tensor) -> Tensor:
         """hidden_states [B, C, T, h, w], timestep [B], conditions [B, …] → velocity [B, C', T, h, w]."""
         high = timestep >= self.boundary
-        if bool(high.all()):
+        asked = torch.stack([high.any(), ~high.all()])
+        asks_high, asks_low = (raised_anywhere(asked) if self.in_step else asked).tolist()
+        if not asks_low:
             return self.high_noise(hidden_states, timestep, **condition)[0]
-        if not bool(high.any()):
+        if not asks_high:
             return self.low_noise(hidden_states, timestep, **condition)[0]
-        rows = [torch.nonzero(high)[:, 0], torch.nonzero(~high)[:, 0]]
+        # An expert that is asked elsewhere alone runs on the first row, whose result is left out.
+        rows = [torch.nonzero(own)[:, 0] if own.any() else high.new_zeros(1).long() for own in (high, ~high)]
         parts = [
             expert(
                 hidden_states[own], timestep[own], **{key: value[own] for key, value in condition.items()}
             )[0]
             for expert, own in zip((self.high_noise, self.low_noise), rows, strict=True)
         ]
-        return torch.cat(parts)[torch.cat(rows).argsort()]
+        places = torch.where(high, high.cumsum(0), len(rows[0]) + (~high).cumsum(0)) - 1
+        return torch.cat(parts)[places]
 
 
 def picture_fault(folder: Path, given: bool) -> str:
@@ -211,7 +221,7 @@ class Wan(CausalDecode):
 
         names = EXPERTS.values() if self.is_two_experts else ("transformer",)
         first, *second = (self.load_network(WanTransformer3DModel, name, self.dtype) for name in names)
-        return Experts(first, second[0], self.boundary) if second else first
+        return Experts(first, second[0], self.boundary, self.mesh is not None) if second else first
 
     def load_vae(self) -> nn.Module:
         from diffusers import AutoencoderKLWan

@@ -25,9 +25,19 @@ OPTIONAL_KEYS = (
     "grad_checkpoint",
     "guidance_grad",
     "decode_context",
+    "shard_frozen",
+    "stream_blocks",
 )
 # What these keep or widen inside a block is not compiled with it, or fails to be recomputed: key → its other value.
 UNCOMPILED: dict[str, Any] = {"grad_checkpoint": True, "dtype": "bf16", "base_quant": "none"}
+# Keys that shard_frozen and stream_blocks do not go together with: value refused, value to set.
+UNSHARDED: dict[str, tuple[Any, Any]] = {
+    "stream_blocks": (True, False),
+    "compile_blocks": (True, False),
+    "dtype": ("fp8", "bf16"),
+    "base_quant": ("nf4", "none"),
+}
+UNSTREAMED: dict[str, tuple[Any, Any]] = {"compile_blocks": (True, False)}
 
 
 def config_errors(config: Config) -> list[str]:
@@ -38,6 +48,7 @@ def config_errors(config: Config) -> list[str]:
     errors += _pairs_errors(config)
     errors += config.backbone.config_errors(config.family, config.models, config.video, training)
     errors += prompt_file_errors(config.prompts, training)
+    errors += _placement_errors(config)
     if training:
         errors += _training_errors(config)
     if not errors:
@@ -53,6 +64,33 @@ def _obeyed_errors(config: Config) -> list[str]:
         for key in OPTIONAL_KEYS
         if key in values and key not in config.backbone.obeys and values[key] != defaults[key]
     ]
+
+
+def _placement_errors(config: Config) -> list[str]:
+    """What does not go together with a denoiser that is split over processes, or streamed from the CPU."""
+    values = config.flat()
+    return [
+        f"{key}=True and {other}={refused!r} do not go together; set {key}=False or {other}={instead!r}"
+        for key, table in (("shard_frozen", UNSHARDED), ("stream_blocks", UNSTREAMED))
+        for other, (refused, instead) in table.items()
+        if values[key] and values[other] == refused
+    ]
+
+
+def machine_errors(config: Config, processes: int, device: str = "cuda") -> list[str]:
+    """What a configuration needs that so many processes on such a device, ``cuda`` or ``cpu``, have not."""
+    errors = []
+    if config.models.shard_frozen and processes == 1:
+        errors.append(
+            "shard_frozen=True splits weights over processes, and there is one; start several, or set "
+            "stream_blocks=True instead"
+        )
+    if config.models.stream_blocks and device == "cpu":
+        errors.append(
+            "stream_blocks=True brings weights from the CPU to a GPU, and this machine has none; set "
+            "stream_blocks=False"
+        )
+    return errors
 
 
 def _decode_errors(config: Config) -> list[str]:

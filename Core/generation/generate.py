@@ -23,19 +23,47 @@ from Core.utils import rng
 logger = logging.getLogger("vader")
 
 
+class Turns:
+    """The sampling runs of one batch, one for each clip; where the denoiser is split they run on every process."""
+
+    def __init__(self, backbone: Backbone):
+        self.backbone, self.left = backbone, backbone.settings.clips_per_video
+        self.running = False
+
+    def sample(self, step: Any, z: Tensor, count: int, progress: bool = False) -> Tensor:
+        self.running = True
+        with self.backbone.no_grad_steps():
+            z = run_steps(step, z, 0, count, progress)
+        self.running = False
+        self.left -= 1
+        return z
+
+    @torch.no_grad()
+    def finish(self, texts: Sequence[EncodedPrompt]) -> None:
+        """Run those that a failure between them has left out, on zeros."""
+        for _ in range(self.left):
+            predict = self.backbone.predictor([self.backbone.features(text) for text in texts])
+            step: Any = self.backbone.inference_step(predict, len(texts))
+            z = torch.zeros(len(texts), *self.backbone.latent_shape(), device=self.backbone.device)
+            self.sample(step, z, len(step.timesteps))
+
+
 @torch.no_grad()
 def generate(
     backbone: Backbone,
     samples: Sequence[Sample],
     texts: Sequence[EncodedPrompt],
     progress: bool = False,
+    turns: Turns | None = None,
 ) -> Tensor:
     """Videos [B, 3, frames, H, W] in [-1, 1], float32 on the CPU.
 
     Args:
         texts: the prompts of the samples, encoded.
         progress: show the sampling steps.
+        turns: of this batch, for a caller that goes on where it fails.
     """
+    turns = turns or Turns(backbone)
     conditions = backbone.conditions([sample.prompt for sample in samples])
     clips: list[Tensor] = []
     for clip in range(backbone.settings.clips_per_video):
@@ -48,8 +76,7 @@ def generate(
         count = len(step.timesteps)
         if conditions:
             step = conditions.condition(step, z, clip, _condition_noise(samples, clip))
-        with backbone.no_grad_steps():
-            z = run_steps(step, z, 0, count, progress)
+        z = turns.sample(step, z, count, progress)
         clips.append(backbone.decode(z).clamp(-1, 1))
     video = conditions.join(clips) if conditions else clips[0]
     return video.float().cpu().contiguous()
@@ -62,11 +89,29 @@ def _condition_noise(samples: Sequence[Sample], clip: int) -> Callable[[Tensor],
 
 
 @dataclass(frozen=True)
+class Lockstep:
+    """What keeps the processes of a split denoiser together: each runs it, and what scores its videos, as often.
+
+    length: videos that each process makes. spare: one to fill up with. agree: whether a flag is raised on some process.
+    """
+
+    length: int
+    spare: tuple[Sample, EncodedPrompt]
+    agree: Callable[[bool], bool]
+
+    def fill(self, pairs: list[tuple[Sample, EncodedPrompt]]) -> list[tuple[Sample, EncodedPrompt]]:
+        return pairs + [self.spare] * (self.length - len(pairs))
+
+
+@dataclass(frozen=True)
 class Video:
-    """A generated video: its sample, its file, and its pixels [3, frames, H, W] on the CPU."""
+    """A generated video: its sample, its file, and its pixels [3, frames, H, W] on the CPU.
+
+    Without a path it stands in for one that this process has not, or could not make, so that all have as many.
+    """
 
     sample: Sample
-    path: Path
+    path: Path | None
     pixels: Tensor
 
 
@@ -80,6 +125,7 @@ def write_videos(
     files: VideoSettings,
     batch_size: int,
     progress: bool = False,
+    lockstep: Lockstep | None = None,
 ) -> Iterator[Video]:
     """Generate ``samples`` into ``folder`` and record each in its manifest.
 
@@ -90,32 +136,88 @@ def write_videos(
         settings: recorded with each video.
         files: frame rate and kind of the files.
         batch_size: videos generated at once.
+        lockstep: with other processes, which are then given as many videos, of which some may have no path.
     """
-    pairs = list(zip(samples, texts, strict=True))
+    own = list(zip(samples, texts, strict=True))
+    pairs = lockstep.fill(own) if lockstep else own
     for start in range(0, len(pairs), batch_size):
-        for sample, pixels in generate_each(backbone, pairs[start : start + batch_size], progress):
-            path = write_sample(pixels, folder, sample.name, files.file_fps, files.save_gif)
-            entry = {**sample.identity, "copy": sample.copy, "file": path.name, **settings}
-            append_line(folder / MANIFEST, json.dumps(entry))
-            publish(path)
-            yield Video(sample, path, pixels)
+        batch = pairs[start : start + batch_size]
+        made = generate_each(backbone, batch, progress, lockstep)
+        for number, ((sample, _), pixels) in enumerate(zip(batch, made, strict=True), start):
+            path = None
+            if pixels is not None and number < len(own):
+                path = _write(pixels, sample, folder, settings, files, lockstep is not None)
+            if path or lockstep:
+                yield Video(sample, path, _blank(backbone) if pixels is None else pixels)
+
+
+def _write(
+    pixels: Tensor,
+    sample: Sample,
+    folder: Path,
+    settings: Mapping[str, Any],
+    files: VideoSettings,
+    go_on: bool,
+) -> Path | None:
+    """Write a video and record it; with ``go_on`` a disk that fails costs the video and a message."""
+    try:
+        path = write_sample(pixels, folder, sample.name, files.file_fps, files.save_gif)
+        entry = {**sample.identity, "copy": sample.copy, "file": path.name, **settings}
+        append_line(folder / MANIFEST, json.dumps(entry))
+        publish(path)
+        return path
+    except OSError as error:
+        if not go_on:
+            raise
+        logger.error("no video for %s: %s", sample.name, error)
+        return None
+
+
+def _blank(backbone: Backbone) -> Tensor:
+    """A grey video [3, frames, H, W]."""
+    return torch.zeros(3, backbone.video.num_frames, backbone.video.height, backbone.video.width)
 
 
 def generate_each(
-    backbone: Backbone, pairs: Sequence[tuple[Sample, EncodedPrompt]], progress: bool
-) -> list[tuple[Sample, Tensor]]:
-    """Samples with their pixels; when a batch fails, each is tried alone, so that only the faulty one is lost."""
+    backbone: Backbone,
+    pairs: Sequence[tuple[Sample, EncodedPrompt]],
+    progress: bool,
+    lockstep: Lockstep | None = None,
+) -> list[Tensor | None]:
+    """Pixels of each sample; when a batch fails, each is tried alone, so that only the faulty one is None."""
     samples, texts = zip(*pairs, strict=True)
+    turns, videos, fault = Turns(backbone), None, None
     try:
-        videos = generate(backbone, samples, texts, progress)
+        videos = generate(backbone, samples, texts, progress, turns)
         if not torch.isfinite(videos).all():
             raise ValueError("its pixels are not finite numbers; try dtype='bf16' or 'fp32'")
-        return list(zip(samples, videos, strict=True))
     except (ValueError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
-        if len(samples) == 1:
-            logger.error("no video for %s: %s", samples[0].name, error)
-            return []
-    return [made for pair in pairs for made in generate_each(backbone, [pair], progress)]
+        fault = error
+    if lockstep:
+        _keep_step(turns, fault, [lockstep.spare[1]] * len(pairs))
+    if fault and len(pairs) == 1:
+        logger.error("no video for %s: %s", samples[0].name, fault)
+        return [None]
+    failed = fault is not None
+    if len(pairs) > 1 and (lockstep.agree(failed) if lockstep else failed):
+        alone = [generate_each(backbone, [pair], progress, lockstep)[0] for pair in pairs]
+    return alone if fault or videos is None else list(videos)
+
+
+def _keep_step(turns: Turns, fault: Exception | None, texts: Sequence[EncodedPrompt]) -> None:
+    """Run what a failed batch has left out of a denoiser that is split over processes.
+
+    Raises:
+        ValueError, torch.OutOfMemoryError: it failed while the denoiser ran, which the others cannot do alone.
+    """
+    if isinstance(fault, torch.OutOfMemoryError):
+        raise fault
+    if fault and turns.running:
+        raise ValueError(
+            f"the denoiser, which is split over the processes, failed on one of them: {fault}; the same command goes "
+            "on with what is missing"
+        ) from fault
+    turns.finish(texts)
 
 
 def write_sample(pixels: Tensor, folder: Path, name: str, fps: float, gif: bool) -> Path:

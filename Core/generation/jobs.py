@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from Core.backbones import Backbone
+from Core.backbones import Backbone, EncodedPrompt
 from Core.build import build_backbone, commits_of_weights, new_backbone
 from Core.config import BASE, Config
-from Core.generation.generate import write_videos
+from Core.generation.generate import Lockstep, write_videos
 from Core.generation.manifest import Sample, clear_partial, plan_samples, tidy_manifest, unfinished
 from Core.modules import lora
 from Core.utils.distributed import Distributed
@@ -185,6 +185,14 @@ def make_videos(
     logger.info("%d videos are in %s", total, ", ".join(map(str, folders)))
 
 
+def lockstep(distributed: Distributed, backbone: Backbone, job: Job, text: EncodedPrompt) -> Lockstep | None:
+    """As many videos for each process as the first has, where the denoiser is split; ``text`` stands in for any."""
+    if backbone.mesh is None or not job.samples:
+        return None
+    most = -(-len(job.samples) // distributed.num_processes)
+    return Lockstep(most, (job.samples[0], text), distributed.any)
+
+
 def run_jobs(config: Config, distributed: Distributed, jobs: Sequence[Job]) -> int:
     """This process's share of the jobs; returns how many videos it made."""
     backbone, encoded = build_backbone(config, distributed, config.prompt_list)
@@ -200,11 +208,12 @@ def run_jobs(config: Config, distributed: Distributed, jobs: Sequence[Job]) -> i
             bar.update(task, description=f"generating, {job.variant.name}")
             texts = [encoded[sample.index - first] for sample in share]
             with adapted(backbone, job.variant, scale):
-                for _ in write_videos(
+                for video in write_videos(
                     backbone, share, texts, job.folder, job.settings,
                     files=config.video, batch_size=config.validation.val_batch_size,
-                    progress=config.run.verbose >= 2,
+                    progress=config.run.verbose >= 2, lockstep=lockstep(distributed, backbone, job, encoded[0]),
                 ):  # fmt: skip
-                    made += 1
-                    bar.advance(task)
+                    if video.path:
+                        made += 1
+                        bar.advance(task)
     return made

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from Core.modules import lora
+from Core.modules import lora, sharding
 from Core.modules.lora_formats import Layers
 from Core.utils.files import path_fault
 from Core.utils.options import check_values, option
@@ -78,8 +78,8 @@ def merge(
         layers = {prefix + name: layer for name, layer in lora.read(entry.path, names).layers.items()}
         weights = _weights(model, layers, entry.path)
         for name, weight in weights.items():
-            delta = layers[name].delta().to(weight.device).view_as(weight)
-            weight.data.copy_(weight.data.float() + entry.strength * delta)
+            held, delta = sharding.own_part(weight.data, layers[name].delta().view(weight.shape))
+            held.copy_(held.float() + entry.strength * delta.to(held.device))
 
 
 def _weights(model: nn.Module, layers: Layers, source: str) -> dict[str, Tensor]:

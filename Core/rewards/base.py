@@ -3,6 +3,7 @@
 Axes: B videos, F frames of each, N images (N = B·F inside an image scorer), H rows, W columns.
 """
 
+import itertools
 from abc import abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from Core.modules.sharding import is_sharded
 from Core.rewards.arguments import argument_errors
 from Core.rewards.preprocess import to_unit_range
 from Core.rewards.user_files import blamed
@@ -57,14 +59,27 @@ def freeze(module: nn.Module) -> nn.Module:
     """Put ``module`` into eval mode and turn each of its parameters into a buffer.
 
     A buffer moves and is saved like a parameter, but no ``requires_grad_``, optimiser or wrapper finds it:
-    the only form of freezing that whoever holds the module cannot undo by accident.
+    the only form of freezing that whoever holds the module cannot undo by accident. A network that is split over
+    processes keeps its parameters, which alone can be split, and whose gradients are switched off.
     """
     for child in module.modules():
         for name, parameter in list(child._parameters.items()):
-            if parameter is not None:
+            if parameter is not None and is_sharded(child):
+                parameter.requires_grad_(False)
+            elif parameter is not None:
                 del child._parameters[name]
                 child._buffers[name] = parameter.detach()
         child.training = False
+    return module
+
+
+def thaw(module: nn.Module) -> nn.Module:
+    """Turn what ``freeze`` made buffers back into parameters, without a gradient, so that they can be split."""
+    for child in module.modules():
+        for name, buffer in list(child._buffers.items()):
+            if buffer is not None:
+                del child._buffers[name]
+                child._parameters[name] = nn.Parameter(buffer, requires_grad=False)
     return module
 
 
@@ -100,15 +115,15 @@ class Reward(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights (CPU for a scorer without any)."""
-        return next((b.device for b in self.buffers()), torch.device("cpu"))
+        weights = itertools.chain(self.buffers(), self.parameters())
+        return next((weight.device for weight in weights), torch.device("cpu"))
 
     @property
     def dtype(self) -> torch.dtype:
         """Floating-point type the networks run in."""
         kept = tuple(f"{name}." for name in self.full_precision)
-        floats = (
-            b.dtype for n, b in self.named_buffers() if b.is_floating_point() and not n.startswith(kept)
-        )
+        weights = itertools.chain(self.named_buffers(), self.named_parameters())
+        floats = (w.dtype for n, w in weights if w.is_floating_point() and not n.startswith(kept))
         return next(floats, torch.float32)
 
     def cast(self, dtype: torch.dtype) -> "Reward":

@@ -9,8 +9,11 @@ from typing import Any
 
 import torch
 
-from Core.rewards.base import Reward
+from Core.modules.quantization import Nf4Linear
+from Core.modules.sharding import shard
+from Core.rewards.base import Reward, thaw
 from Core.rewards.mixture import Mixture, mixture_errors
+from Core.rewards.qwen2_vl import Qwen2VL
 from Core.rewards.registry import construct, named_errors, reading, resolve_reward
 from Core.rewards.user_files import blamed
 from Core.utils.hub import Weight, prefetch
@@ -80,8 +83,12 @@ def build_reward(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
+    mesh: Any = None,
 ) -> Reward:
     """Build a scorer or a weighted mixture.
+
+    Args:
+        mesh: processes that language models are split over; None leaves them whole.
 
     Raises:
         ValueError: every mistake of the configuration at once.
@@ -92,4 +99,16 @@ def build_reward(
     prefetch(required_weights(reward_fn, reward_args))
     parts = {name: construct(name, args) for name, args in _parts(reward_fn, reward_args).items()}
     reward = Mixture(parts, reward_fn) if isinstance(reward_fn, Mapping) else parts[reward_fn]
+    if mesh is not None:
+        _split(reward, mesh)
     return reward.place(device).cast(dtype)
+
+
+def _split(reward: Reward, mesh: Any) -> None:
+    """Split the language models of ``reward`` over processes, but for those on a device of their own or in 4 bits."""
+    scorers = [part for part in reward.modules() if isinstance(part, Reward)]
+    placed = {module for scorer in scorers if scorer.placement is not None for module in scorer.modules()}
+    for network in [module for module in reward.modules() if isinstance(module, Qwen2VL)]:
+        packed = any(isinstance(module, Nf4Linear) for module in network.modules())
+        if network not in placed and not packed:
+            shard(thaw(network), network.parts, mesh)

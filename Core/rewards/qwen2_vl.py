@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from Core.modules.sharding import Part
 from Core.rewards.preprocess import CLIP_MEAN, CLIP_STD, normalize, resize
 
 MAX_RATIO = 200  # of the longer side to the shorter
@@ -124,6 +125,23 @@ class WideRMSNorm(nn.Module):
         return self.weight * wide.to(x.dtype)
 
 
+class VisionBlock(nn.Module):
+    """One layer of the vision tower, made of transformers' own."""
+
+    def __init__(self, block: Any, heads: int):
+        super().__init__()
+        self.norm1, self.attn, self.norm2, self.mlp = block.norm1, block.attn, block.norm2, block.mlp
+        self.heads = heads
+
+    def forward(self, x: Tensor, angles: Tensor) -> Tensor:
+        """[N, S, D] with rotary angles [S, D / heads / 2] of the patches → the same shape."""
+        qkv = self.attn.qkv(self.norm1(x)).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, S, D / heads]
+        seen = F.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v)
+        x = x + self.attn.proj(seen.transpose(1, 2).flatten(2))
+        return x + self.mlp(self.norm2(x))
+
+
 class Qwen2VL(nn.Module):
     """The vision tower and the language model, without cache or vocabulary head.
 
@@ -142,6 +160,7 @@ class Qwen2VL(nn.Module):
         # Both are computed here; theirs are buffers, which a cast to half precision would round.
         del self.visual.rotary_pos_emb, self.language_model.rotary_emb
         self.heads = config.vision_config.num_heads
+        self.visual.blocks = nn.ModuleList(VisionBlock(block, self.heads) for block in self.visual.blocks)
         text = config.text_config
         self.head_size = text.hidden_size // text.num_attention_heads
         self.theta = float(text.rope_parameters["rope_theta"])
@@ -155,6 +174,11 @@ class Qwen2VL(nn.Module):
         """The layers of both, which hold nearly all weights."""
         return [*self.visual.blocks, *self.language_model.layers]
 
+    @property
+    def parts(self) -> list[Part]:
+        """What is gathered by itself where the network is split over processes, see ``Core.modules.sharding``."""
+        return [*((block, "") for block in (self.language_model.embed_tokens, *self.blocks)), (self, "see")]
+
     def see(self, patches: Tensor, grid: tuple[int, int, int]) -> Tensor:
         """Patches [B, t, S, …] of a grid (t, h, w) → features of the merged tokens [B, t·S / merge², D].
 
@@ -164,7 +188,7 @@ class Qwen2VL(nn.Module):
         x = self.visual.patch_embed(patches.flatten(0, 2)).view(batch * times, count, -1)
         angles = self.vision_angles(*grid[1:], x.shape[-1] // self.heads, x.device)
         for block in self.visual.blocks:
-            x = checkpoint(self.vision_block, block, x, angles, use_reentrant=False)
+            x = checkpoint(block, x, angles, use_reentrant=False)
         return self.visual.merger(x.flatten(0, 1)).unflatten(0, (batch, -1))
 
     def vision_angles(self, rows: int, columns: int, size: int, device: torch.device) -> Tensor:
@@ -178,14 +202,6 @@ class Qwen2VL(nn.Module):
         )
         ordered = grid.view(rows // merge, merge, columns // merge, merge, 2).transpose(1, 2).reshape(-1, 2)
         return (ordered[..., None].float() * frequencies(size // 2, VISION_THETA, device)).flatten(1)
-
-    def vision_block(self, block: Any, x: Tensor, angles: Tensor) -> Tensor:
-        """One layer of the vision tower on [N, S, D]."""
-        qkv = block.attn.qkv(block.norm1(x)).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each [N, heads, S, D / heads]
-        seen = F.scaled_dot_product_attention(rotate(q, angles), rotate(k, angles), v)
-        x = x + block.attn.proj(seen.transpose(1, 2).flatten(2))
-        return x + block.mlp(block.norm2(x))
 
     def read(self, embeddings: Tensor) -> Tensor:
         """Embeddings [B, L, D] → last hidden states [B, L, D].

@@ -138,6 +138,7 @@ def build_scorers(
     placed: dict[str, Any] = {
         "device": distributed.device,
         "dtype": scorer_dtype(backbone.dtype, config.optimizer.mixed_precision),
+        "mesh": backbone.mesh,
     }
     reward = build_reward(config.reward.reward_fn, config.reward.arguments, **placed)
     arguments = config.validation.monitor_args

@@ -13,8 +13,8 @@ import torch
 from Core.backbones import Backbone, EncodedPrompt
 from Core.config import Config
 from Core.evaluation.metrics import diversity, dynamic_degree, means, motion, score_videos
-from Core.generation.generate import Video, write_videos
-from Core.generation.manifest import plan_samples
+from Core.generation.generate import Lockstep, Video, write_videos
+from Core.generation.manifest import Sample, plan_samples
 from Core.rewards import Reward
 from Core.utils.distributed import Distributed
 
@@ -71,19 +71,39 @@ class Validation:
     def _by_prompt(self, step: int, folder: Path):
         """For each of this process's prompts: the values of its videos, and their files."""
         count, rank = self.distributed.num_processes, self.distributed.rank
-        own = [sample for sample in self.samples if sample.index % count == rank]
-        folder.mkdir(parents=True, exist_ok=True)
+        shares = [[sample for sample in self.samples if sample.index % count == n] for n in range(count)]
+        self._make_folder(folder)
         made = write_videos(
-            self.backbone, own, [self.prompts[sample.index] for sample in own], folder, {"step": step},
-            files=self.config.video, batch_size=self.config.validation.val_batch_size,
-            progress=self.config.run.verbose >= 2,
+            self.backbone, shares[rank], [self.prompts[sample.index] for sample in shares[rank]], folder,
+            {"step": step}, files=self.config.video, batch_size=self.config.validation.val_batch_size,
+            progress=self.config.run.verbose >= 2, lockstep=self._lockstep(shares),
         )  # fmt: skip
         for _, group in itertools.groupby(made, key=lambda video: video.sample.index):
-            videos = list(group)
-            rows = [self._score(video) for video in videos]
+            scored = [(video, self._score(video)) for video in group]
+            videos = [video for video, _ in scored if video.path]
+            rows = [row for video, row in scored if video.path]
             if len(videos) > 1:
                 rows.append({"diversity": diversity(torch.stack([video.pixels for video in videos]))})
             yield rows, [(str(video.path), video.sample.prompt.reward_text) for video in videos]
+
+    def _make_folder(self, folder: Path) -> None:
+        """Make ``folder``; where the denoiser is split, one process that cannot is an OSError on all."""
+        fault: OSError | None = None
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            fault = error
+        if self.backbone.mesh is not None and self.distributed.any(fault is not None):
+            fault = fault or OSError(f"another process cannot write to {str(folder)!r}")
+        if fault:
+            raise fault
+
+    def _lockstep(self, shares: Sequence[Sequence[Sample]]) -> Lockstep | None:
+        """As many videos for each process as the one with the most, where the denoiser is split."""
+        if self.backbone.mesh is None:
+            return None
+        spare = self.samples[0]
+        return Lockstep(max(map(len, shares)), (spare, self.prompts[spare.index]), self.distributed.any)
 
     def _score(self, video: Video) -> dict[str, float]:
         """Reward, its parts, the monitors, and what is always measured unless a scorer of that name gives it."""

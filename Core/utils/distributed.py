@@ -1,5 +1,6 @@
 """accelerate lives here and nowhere else: devices, processes, autocast, gradient averaging, gathering."""
 
+import functools
 import math
 import os
 from collections.abc import Iterable, Sequence
@@ -57,6 +58,13 @@ class Distributed:
     @property
     def num_processes(self) -> int:
         return self.accelerator.num_processes
+
+    @functools.cached_property
+    def mesh(self) -> Any:
+        """All processes in a row, for networks that are split over them."""
+        from torch.distributed.device_mesh import init_device_mesh
+
+        return init_device_mesh(self.device.type, (self.num_processes,))
 
     @property
     def is_main(self) -> bool:

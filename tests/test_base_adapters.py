@@ -91,7 +91,7 @@ DIFFERENCES = {
 
 
 def with_differences(folder: Path, form: str, changed=DIFFERENCES):
-    """An adapter of Wan, and a file that holds it with changes of whole tensors: file, model with the adapter, changes."""
+    """A file of an adapter with changes of whole tensors; the model with the adapter; the changes."""
     model = lora_twins.adapted("wan")
     lora.save(model, folder / "plain")
     layers = lora.read(folder / "plain").layers

@@ -48,6 +48,7 @@ class CogVideoX(DdimFamily, CausalDecode):
 
     settings_class = CogVideoXSettings
     pipelines = ("CogVideoXPipeline",)
+    denoiser_class = "CogVideoXTransformer3DModel"
     published = {
         "THUDM/CogVideoX-2b": Published("Apache-2.0", 3_800_000_000, TEXT_SIZE),
         "THUDM/CogVideoX-5b": Published(CUSTOM_LICENCE, 11_600_000_000, TEXT_SIZE),
@@ -85,11 +86,6 @@ class CogVideoX(DdimFamily, CausalDecode):
         return 2 ** (len(blocks) - 1) * component_config(folder, "transformer").get("patch_size", 2)
 
     # Networks
-
-    def load_denoiser(self) -> nn.Module:
-        from diffusers import CogVideoXTransformer3DModel
-
-        return self.load_network(CogVideoXTransformer3DModel, "transformer", self.dtype)
 
     def load_vae(self) -> nn.Module:
         from diffusers import AutoencoderKLCogVideoX

@@ -87,7 +87,9 @@ class DiffusersBackbone(Backbone):
 
     Class attributes beside those of ``Backbone``:
         pipelines: classes that ``model_index.json`` may name.
+        denoiser_class: name of the denoiser's class in diffusers.
         components: folders that training needs; the first is the denoiser.
+        optional_components: those that only some of its pipelines have.
         text_components: folders that encoding captions needs.
         published: hub id → what is known of it; the first is the default.
         sizes: resolution → height:width → (height, width) in pixels.
@@ -97,7 +99,9 @@ class DiffusersBackbone(Backbone):
     """
 
     pipelines: ClassVar[tuple[str, ...]]
+    denoiser_class: ClassVar[str]
     components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "scheduler")
+    optional_components: ClassVar[tuple[str, ...]] = ()
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     published: ClassVar[Mapping[str, Published]]
     sizes: ClassVar[Mapping[str, Mapping[str, tuple[int, int]]]]
@@ -132,6 +136,7 @@ class DiffusersBackbone(Backbone):
             return PipelineWeight(
                 source=source,
                 components=components,
+                optional=() if of_text else cls.optional_components,
                 variant=settings.weights_variant,
                 size=known.text_size if of_text else known.size,
                 licence=known.licence,
@@ -247,6 +252,36 @@ class DiffusersBackbone(Backbone):
         nearest = tuple(max(multiple, round(side / multiple) * multiple) for side in size)
         return [f"height and width must be multiples of {multiple}, got {size}; the nearest are {nearest}"]
 
+    @classmethod
+    def denoiser_shapes(cls, settings: Any) -> Mapping[str, Sequence[int]]:
+        folder = present(cls.weights_of(settings)["model_path"])
+        if folder is None:
+            return {}
+        parts = cls.denoiser_parts(folder)
+        return {
+            prefix + name: shape
+            for prefix, part in parts.items()
+            for name, shape in cls._component_shapes(folder, part).items()
+        }
+
+    @classmethod
+    def denoiser_parts(cls, folder: Path) -> Mapping[str, str]:
+        """Folders that hold the denoiser's networks, by what their names begin with in the whole."""
+        return {"": cls.components[0]}
+
+    @classmethod
+    def _component_shapes(cls, folder: Path, component: str) -> Mapping[str, Sequence[int]]:
+        """From a network's configuration; empty where that is of another class or none, which is said elsewhere."""
+        try:
+            config = component_config(folder, component)
+            if config.get("_class_name") != cls.denoiser_class:
+                return {}
+            with torch.device("meta"):
+                network = _class_of_diffusers(cls.denoiser_class).from_config(dict(config))
+        except (ValueError, OSError, KeyError, TypeError):
+            return {}
+        return {name: parameter.shape for name, parameter in network.named_parameters()}
+
     def fetch(self, text_encoder: bool = True) -> list[str]:
         errors = super().fetch(text_encoder)
         # What a repository holds is known once it is here.
@@ -278,6 +313,13 @@ class DiffusersBackbone(Backbone):
         )
         keep_out_of_autocast(network, getattr(network, "_keep_in_fp32_modules", None) or ())
         return network
+
+    def load_denoiser(self) -> nn.Module:
+        return self.load_denoiser_part(self.components[0])
+
+    def load_denoiser_part(self, component: str) -> nn.Module:
+        """One of the denoiser's networks, from its folder."""
+        return self.load_network(_class_of_diffusers(self.denoiser_class), component, self.dtype)
 
     def load_text_model(self, kind: type, component: str = "text_encoder") -> nn.Module:
         """A text encoder of transformers, where and as ``text_encoding`` says."""
@@ -395,6 +437,12 @@ class DiffusersBackbone(Backbone):
 
     def _branch(self, condition: Mapping[str, Tensor]) -> Predict:
         return lambda z, t, generated=None: self.predict(z, t, condition)
+
+
+def _class_of_diffusers(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)
 
 
 def clean_caption(text: str) -> str:

@@ -117,6 +117,7 @@ class HunyuanVideo15(CausalDecode):
 
     settings_class = HunyuanVideo15Settings
     pipelines = ("HunyuanVideo15Pipeline",)
+    denoiser_class = "HunyuanVideo15Transformer3DModel"
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     published = {
         "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v": Published(LICENCE, SIZE, TEXT_SIZE),
@@ -143,9 +144,7 @@ class HunyuanVideo15(CausalDecode):
     # Networks
 
     def load_denoiser(self) -> nn.Module:
-        from diffusers import HunyuanVideo15Transformer3DModel
-
-        network: Any = self.load_network(HunyuanVideo15Transformer3DModel, "transformer", self.dtype)
+        network: Any = super().load_denoiser()
         network.time_embed.timestep_embedder.register_forward_pre_hook(_in_dtype_of_weights)
         for block in network.transformer_blocks:
             block.attn.set_processor(UnmaskedAttention())

@@ -42,6 +42,7 @@ class ModelScope(DdimFamily):
 
     settings_class = ModelScopeSettings
     pipelines = ("TextToVideoSDPipeline",)
+    denoiser_class = "UNet3DConditionModel"
     components = ("unet", "vae", "scheduler")
     published = {"damo-vilab/text-to-video-ms-1.7b": Published("CC-BY-NC-4.0", SIZE, TEXT_SIZE)}
     sizes = {"256p": {"1:1": (256, 256)}}
@@ -56,11 +57,6 @@ class ModelScope(DdimFamily):
         return 2 ** (len(component_config(folder, "vae")["block_out_channels"]) - 1)
 
     # Networks
-
-    def load_denoiser(self) -> nn.Module:
-        from diffusers import UNet3DConditionModel
-
-        return self.load_network(UNet3DConditionModel, "unet", self.dtype)
 
     def load_vae(self) -> nn.Module:
         from diffusers import AutoencoderKL

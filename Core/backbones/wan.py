@@ -119,6 +119,8 @@ class Wan(CausalDecode):
 
     settings_class = WanSettings
     pipelines = ("WanPipeline", "WanImageToVideoPipeline")
+    denoiser_class = "WanTransformer3DModel"
+    optional_components = ("transformer_2",)
     published = {
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": Published("Apache-2.0", 6_200_000_000, TEXT_SIZE),
         "Wan-AI/Wan2.1-T2V-14B-Diffusers": Published("Apache-2.0", 57_700_000_000, TEXT_SIZE),
@@ -170,6 +172,12 @@ class Wan(CausalDecode):
         return component_config(folder, "vae").get("scale_factor_spatial", 8) * patch
 
     @classmethod
+    def denoiser_parts(cls, folder: Path) -> Mapping[str, str]:
+        if read_settings(folder / INDEX).get("boundary_ratio") is None:
+            return super().denoiser_parts(folder)
+        return {f"{expert}.": component for expert, component in EXPERTS.items()}
+
+    @classmethod
     def parse_prompts(cls, texts: Sequence[str], settings: Any = None) -> list[ImagePrompt]:
         return parse_image_prompts(texts)
 
@@ -192,9 +200,9 @@ class Wan(CausalDecode):
     def index(self) -> Mapping[str, Any]:
         return read_settings(self.folder / INDEX)
 
-    @property
+    @functools.cached_property
     def is_two_experts(self) -> bool:
-        return self.index.get("boundary_ratio") is not None
+        return len(self.denoiser_parts(self.folder)) > 1
 
     @property
     def expands_timesteps(self) -> bool:
@@ -207,10 +215,7 @@ class Wan(CausalDecode):
         return self.index["boundary_ratio"] * self.process.num_timesteps
 
     def load_denoiser(self) -> nn.Module:
-        from diffusers import WanTransformer3DModel
-
-        names = EXPERTS.values() if self.is_two_experts else ("transformer",)
-        first, *second = (self.load_network(WanTransformer3DModel, name, self.dtype) for name in names)
+        first, *second = map(self.load_denoiser_part, self.denoiser_parts(self.folder).values())
         return Experts(first, second[0], self.boundary) if second else first
 
     def load_vae(self) -> nn.Module:

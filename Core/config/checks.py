@@ -235,9 +235,9 @@ def _prompt_errors(config: Config) -> list[str]:
 
 def _path_errors(config: Config) -> list[str]:
     errors = adapter_errors(config)
-    errors += base_adapters.errors(
-        config.models.base_adapters, config.backbone.original_names, config.backbone.experts
-    )
+    if entries := config.models.base_adapters:
+        family = config.backbone
+        errors += base_adapters.errors(entries, family.original_names, family.experts, config.denoiser_shapes)
     for key, value in (("project_dir", config.run.project_dir), ("text_cache", config.models.text_cache)):
         folder = Path(value).expanduser().absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -41,13 +41,17 @@ class Change:
 
 
 def errors(
-    entries: Sequence[str | Mapping[str, Any]], names: Mapping[str, str], experts: Sequence[str] = ()
+    entries: Sequence[str | Mapping[str, Any]],
+    names: Mapping[str, str],
+    experts: Sequence[str] = (),
+    shapes: Mapping[str, Sequence[int]] = lora.NOTHING,
 ) -> list[str]:
-    """Sentences on entries that are malformed or name no readable adapter.
+    """Sentences on entries that are malformed, or name no readable adapter or one that does not fit.
 
     Args:
         names: the model family's table of original names.
         experts: of its denoisers.
+        shapes: of the denoiser's weights; empty where they are not known.
     """
     fields = {entry.name: entry for entry in dataclasses.fields(BaseAdapter)}
     found = []
@@ -60,20 +64,32 @@ def errors(
         if not wrong and given.get("expert") and given["expert"] not in experts:
             known = f"choose one of {', '.join(experts)}" if experts else "this family has none; remove it"
             wrong.append(f"{key}.expert: there is no expert {given['expert']!r}; {known}")
-        found += wrong or _reading_errors(key, given["path"], names)
+        found += wrong or _reading_errors(key, BaseAdapter.of(entry), names, experts, shapes)
     return found
 
 
-def _reading_errors(key: str, path: str, names: Mapping[str, str]) -> list[str]:
+def _reading_errors(
+    key: str,
+    entry: BaseAdapter,
+    names: Mapping[str, str],
+    experts: Sequence[str],
+    shapes: Mapping[str, Sequence[int]],
+) -> list[str]:
+    path = entry.path
     if fault := path_fault(path):
         return [f"{key}: {fault}"]
     if not Path(path).expanduser().exists():
         return [f"{key}: there is no file or folder {path!r}"]
     try:
-        lora.read(path, names, differences=True)
+        adapter = lora.read(path, names, differences=True)
     except (ValueError, OSError) as error:
         return [f"{key}: {error}"]
-    return []
+    mismatch = _mismatch(_changes(adapter, entry, shapes), shapes) if shapes else ""
+    if not mismatch:
+        return []
+    several = any(name.startswith(tuple(f"{expert}." for expert in experts)) for name in shapes)
+    advice = f"; set its expert to {' or '.join(map(repr, experts))}" if several and not entry.expert else ""
+    return [f"{key}: the adapter {path!r} does not fit the model: {mismatch}{advice}"]
 
 
 def merge(

@@ -113,3 +113,68 @@ def test_the_second_expert_is_fetched_where_there_is_one(folder_of, tmp_path):
     assert not weight.lacks(copy)
     (copy / "transformer_2" / "diffusion_pytorch_model.safetensors").unlink()
     assert weight.lacks(copy) == "its component 'transformer_2' has no complete .safetensors"
+
+
+GRPO = {"objective": "grpo", "group_size": 2, "decode_context": "isolated"}
+IDLE = [
+    (
+        "wan",
+        {"decode_context": "whole", "decode_reach": 2},
+        "decode_reach=2 has an effect with decode_context='causal'",
+    ),
+    ("ltx", {"decode_reach": 2}, "decode_reach=2 has no effect on backbone='ltx'; remove it"),
+    (
+        "wan",
+        GRPO | {"decode_context": "causal"},
+        "decode_context='causal' has no effect with decode_frame='video'",
+    ),
+    (
+        "wan",
+        GRPO | {"decode_reach": 2},
+        "remove it, or set decode_context='causal' and decode_frame to the frames",
+    ),
+    ("wan", {"train_experts": "low_noise"}, "train_experts='low_noise' has an effect on Wan 2.2 A14B alone"),
+    ("wan", {"guidance_scale_2": 3.0}, "guidance_scale_2=3.0 has an effect on Wan 2.2 A14B alone"),
+    (
+        "cogvideox",
+        GRPO | {"noise_level": 1.5},
+        "noise_level must be at most 1, got 1.5, for backbone='cogvideox'",
+    ),
+    (
+        "modelscope",
+        GRPO | {"noise_level": 1.01},
+        "noise_level must be at most 1, got 1.01, for backbone='modelscope'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "keys", "sentence"), IDLE, ids=lambda value: str(value)[:40])
+def test_keys_without_effect_and_out_of_bounds_are_refused_before_weights_load(
+    folder_of, name, keys, sentence
+):
+    (error,) = sentences(name, folder_of(name), **keys)
+    assert sentence in error
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"),
+    [
+        ("wan a14b", {"train_experts": "low_noise", "guidance_scale_2": 3.0}),
+        ("wan", {"decode_context": "causal", "decode_reach": 2}),
+        ("wan", GRPO | {"decode_frame": "all", "decode_context": "causal", "decode_reach": 2}),
+        ("wan", GRPO | {"noise_level": 1.5}),
+        ("ltx", GRPO),
+        ("modelscope", GRPO | {"noise_level": 1.0}),
+        ("modelscope", {"decode_frame": "2fps"}),
+    ],
+    ids=str,
+)
+def test_the_same_keys_are_taken_where_they_have_an_effect(folder_of, name, keys):
+    config_for(name.partition(" ")[0], folder_of(name), **of_family(name, **keys))
+
+
+def test_all_faults_of_a_pipeline_are_said_at_once(folder_of):
+    errors = sentences(
+        "wan", folder_of("wan"), train_experts="low_noise", image_size=(40, 64), num_frames=8, decode_reach=2
+    )
+    assert len(errors) == 4, errors

@@ -24,7 +24,7 @@ from Core.sampling.guidance import PredictionObserver
 from Core.sampling.no_grad_steps import lean_steps
 from Core.utils.damage import loading, refuse_damaged
 from Core.utils.hub import Weight, locate, present
-from Core.utils.options import free_option, option, video_option
+from Core.utils.options import Bounds, free_option, option, video_option
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 # What a text encoder makes of one caption: tensors by name, without a batch axis.
@@ -210,6 +210,7 @@ class Backbone(ABC):
             without one its adapters are neither read nor written as ComfyUI and kohya do.
         diffusers_component: the denoiser's name in diffusers' pipeline, for adapters that diffusers loads.
         experts: names of the denoiser's parts that are denoisers of their own to other programs.
+        key_bounds: common keys that have narrower bounds for it.
 
     Attributes:
         denoiser: the network adapters attach to; set by ``load``, replaced by the adapter's wrapper.
@@ -229,6 +230,7 @@ class Backbone(ABC):
     original_names: ClassVar[Mapping[str, str]] = {}
     diffusers_component: ClassVar[str] = ""
     experts: ClassVar[tuple[str, ...]] = ()
+    key_bounds: ClassVar[Mapping[str, Bounds]] = {}
 
     denoiser: nn.Module
     vae: Any = None

@@ -19,7 +19,7 @@ from Core.sampling.euler import Predict, per_video
 from Core.sampling.guidance import Combine
 from Core.utils.options import video_option
 
-from .base import Features, TextEncoder, VideoSpec
+from .base import Features, TextEncoder
 from .causal_decode import CausalDecode
 from .ddim_family import DdimFamily
 from .diffusers_base import DiffusersSettings, Published
@@ -63,9 +63,7 @@ class CogVideoX(DdimFamily, CausalDecode):
     # Before anything loads
 
     @classmethod
-    def folder_errors(cls, folder: Path, settings: CogVideoXSettings, video: VideoSpec) -> list[str]:
-        if errors := super().folder_errors(folder, settings, video):
-            return errors
+    def pipeline_errors(cls, folder: Path, settings: CogVideoXSettings) -> list[str]:
         config = component_config(folder, "transformer")
         if config.get("patch_size_t") is not None:
             return [

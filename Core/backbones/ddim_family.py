@@ -8,13 +8,15 @@ from typing import Any
 
 from torch import Tensor
 
-from Core.sampling.ddim import DDIM
+from Core.sampling.ddim import DDIM, NOISE_LEVELS
 
 from .diffusers_base import DiffusersBackbone
 
 
 class DdimFamily(DiffusersBackbone):
     """A family whose process and timesteps are those of its scheduler."""
+
+    key_bounds = {"noise_level": NOISE_LEVELS}
 
     @abstractmethod
     def _scheduler(self) -> Any:

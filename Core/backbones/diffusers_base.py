@@ -195,6 +195,8 @@ class DiffusersBackbone(Backbone):
         if not errors:
             weights = cls.weights_of(settings).items()
             errors += [f"{key}: {lack}" for key, weight in weights if (lack := missing_local(weight))]
+        weight = cls.weights_of(settings)["model_path"]
+        folder = None if errors else present(weight)
         if models.grad_checkpoint == "keep_attention":
             errors.append("grad_checkpoint='keep_attention' is for opensora; set True or False")
         try:
@@ -202,8 +204,6 @@ class DiffusersBackbone(Backbone):
         except ValueError:
             return errors  # said of the video itself
         errors += cls.length_errors(spec.num_frames)
-        weight = cls.weights_of(settings)["model_path"]
-        folder = None if errors else present(weight)
         if folder and not weight.lacks(folder):
             errors += cls.folder_errors(folder, settings, spec)
         return errors
@@ -229,9 +229,14 @@ class DiffusersBackbone(Backbone):
                     f"model_path: {settings.model_path!r} holds a {kind}, and this family needs a "
                     f"{' or '.join(cls.pipelines)}; choose another repository or backbone"
                 ]
-            return cls.size_errors(cls.size_multiple(folder), video)
+            return cls.size_errors(cls.size_multiple(folder), video) + cls.pipeline_errors(folder, settings)
         except (ValueError, OSError, KeyError, TypeError) as error:
             return [f"model_path: {settings.model_path!r} cannot be read: {error}"]
+
+    @classmethod
+    def pipeline_errors(cls, folder: Path, settings: Any) -> list[str]:
+        """What is wrong with the family's keys for its pipeline in ``folder``; reads JSON files alone."""
+        return []
 
     @classmethod
     def prompt_errors(

@@ -156,15 +156,21 @@ class Wan(CausalDecode):
         return errors
 
     @classmethod
-    def folder_errors(cls, folder: Path, settings: WanSettings, video: VideoSpec) -> list[str]:
-        if errors := super().folder_errors(folder, settings, video):
-            return errors
+    def pipeline_errors(cls, folder: Path, settings: WanSettings) -> list[str]:
         if component_config(folder, "transformer").get("image_dim") is not None:
             return [
                 f"model_path: {settings.model_path!r} is a Wan 2.1 image-to-video model, which is not supported; use "
                 "Wan 2.2 TI2V-5B or I2V-A14B"
             ]
-        return []
+        if len(cls.denoiser_parts(folder)) > 1:
+            return []
+        given = {"train_experts": settings.train_experts, "guidance_scale_2": settings.guidance_scale_2}
+        defaults = WanSettings()
+        return [
+            f"{key}={value!r} has an effect on Wan 2.2 A14B alone, which has two experts; remove it"
+            for key, value in given.items()
+            if value != getattr(defaults, key)
+        ]
 
     @classmethod
     def size_multiple(cls, folder: Path) -> int:

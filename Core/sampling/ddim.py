@@ -8,9 +8,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from Core.utils.options import Bounds
+
 from .euler import per_video
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# η of a stochastic step. Above 1 a step from pure noise would draw more noise than the next level holds; a step from a
+# lower level leaves a little room, which no run can use at all of its steps.
+NOISE_LEVELS = Bounds(minimum=0, maximum=1)
 
 
 class DDIM:
@@ -72,8 +77,8 @@ class DDIM:
         Raises:
             ValueError: a noise level above 1, where the marginals are no longer the process's.
         """
-        if not 0 <= noise_level <= 1:
-            raise ValueError(f"the noise level of DDIM is between 0 and 1, got {noise_level}")
+        if errors := NOISE_LEVELS.errors("noise_level", noise_level):
+            raise ValueError(errors[0])
         alpha, alpha_next, drawn = self._alpha(t), self._alpha(t_next), self._alpha(t_next.clamp_min(1))
         variance = noise_level**2 * (1 - drawn) / (1 - alpha) * (1 - alpha / drawn)
         x0, noise = self._parts(z, t, prediction)

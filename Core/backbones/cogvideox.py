@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from Core.modules.video_decode import Cache, Size
 from Core.sampling import guidance
-from Core.sampling.euler import Predict, per_video
+from Core.sampling.euler import per_video
 from Core.sampling.guidance import Combine
 from Core.utils.options import video_option
 
@@ -120,13 +120,6 @@ class CogVideoX(DdimFamily, CausalDecode):
         return CogVideoXDDIMScheduler.from_config(
             dict(self.read_config("scheduler")), timestep_spacing="trailing"
         )
-
-    def inference_step(self, predict: Predict, batch: int) -> Any:
-        step = super().inference_step(predict, batch)
-        # Where the levels do not divide evenly, diffusers' steps end a level beside the next one's start.
-        stride = self.process.num_timesteps // self.settings.num_sampling_steps
-        step.next_timesteps = (step.timesteps - stride).clamp_min(0)
-        return step
 
     @property
     def combine(self) -> Combine | None:

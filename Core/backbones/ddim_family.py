@@ -24,10 +24,14 @@ class DdimFamily(DiffusersBackbone):
 
     def load(self) -> None:
         super().load()
-        self.process = DDIM.from_scheduler(self._scheduler())
+        self.process = DDIM.from_scheduler(self._set_scheduler())
 
-    def timesteps(self, batch: int) -> Tensor:
+    def _set_scheduler(self) -> Any:
+        """The same with its timesteps set."""
         scheduler = self._scheduler()
         scheduler.set_timesteps(self.settings.num_sampling_steps)
+        return scheduler
+
+    def timesteps(self, batch: int) -> Tensor:
         # diffusers counts noise levels from 0, where DDIM has data.
-        return (scheduler.timesteps + 1.0)[:, None].expand(-1, batch).to(self.device)
+        return (self._set_scheduler().timesteps + 1.0)[:, None].expand(-1, batch).to(self.device)

@@ -447,9 +447,13 @@ class Backbone(ABC):
             observe: sees the captions' own prediction at every step that keeps its graph.
         """
 
-    def inference_step(self, predict: Predict, batch: int) -> Any:
-        """The sampling step of finished videos, with ``timesteps`` [N, batch]."""
-        return DenoisingStep(predict, self.process, self.timesteps(batch))
+    def inference_step(self, predict: Predict, generators: Sequence[torch.Generator]) -> Any:
+        """The sampling step of finished videos, with ``timesteps`` [N, B].
+
+        Args:
+            generators: one per video, for a sampler that draws noise.
+        """
+        return DenoisingStep(predict, self.process, self.timesteps(len(generators)))
 
     def no_grad_steps(self) -> AbstractContextManager:
         """Context of sampling steps without a gradient, which leave out what is there for one."""

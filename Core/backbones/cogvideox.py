@@ -8,15 +8,16 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from Core.modules.video_decode import Cache, Size
 from Core.sampling import guidance
-from Core.sampling.euler import per_video
+from Core.sampling.euler import Predict, per_video
 from Core.sampling.guidance import Combine
+from Core.sampling.scheduler_step import DpmStep
 from Core.utils.options import video_option
 
 from .base import Features, TextEncoder
@@ -38,6 +39,11 @@ class CogVideoXSettings(DiffusersSettings):
     )
     guidance_scale: float = video_option(6.0, "classifier-free guidance scale; 1 = off", minimum=1)
     max_sequence_length: int = video_option(226, "text tokens", minimum=1, maximum=1 << 16)
+    sampler: Literal["ddim", "dpm"] = video_option(
+        "ddim",
+        "sampler of finished videos; `dpm`, which draws noise at every step, is CogVideoX's own DPM-Solver++; training "
+        "and its validation take `ddim`",
+    )
     use_dynamic_cfg: bool = video_option(
         False, "vary the guidance scale over the timesteps, by the formula of diffusers' pipeline"
     )
@@ -116,10 +122,20 @@ class CogVideoX(DdimFamily, CausalDecode):
     def _scheduler(self) -> Any:
         from diffusers import CogVideoXDDIMScheduler
 
+        return self._trailing(CogVideoXDDIMScheduler)
+
+    def _trailing(self, kind: Any) -> Any:
         # Zero terminal SNR takes effect where sampling starts at the last level.
-        return CogVideoXDDIMScheduler.from_config(
-            dict(self.read_config("scheduler")), timestep_spacing="trailing"
-        )
+        return kind.from_config(dict(self.read_config("scheduler")), timestep_spacing="trailing")
+
+    def inference_step(self, predict: Predict, generators: Sequence[torch.Generator]) -> Any:
+        if self.settings.sampler == "ddim":
+            return super().inference_step(predict, generators)
+        from diffusers import CogVideoXDPMScheduler
+
+        scheduler = self._trailing(CogVideoXDPMScheduler)
+        scheduler.set_timesteps(self.settings.num_sampling_steps)
+        return DpmStep(predict, scheduler, generators)
 
     @property
     def combine(self) -> Combine | None:

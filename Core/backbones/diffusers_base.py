@@ -197,6 +197,7 @@ class DiffusersBackbone(Backbone):
             errors += [f"{key}: {lack}" for key, weight in weights if (lack := missing_local(weight))]
         weight = cls.weights_of(settings)["model_path"]
         folder = None if errors else present(weight)
+        errors += cls.sampler_errors(settings) if training else []
         if models.grad_checkpoint == "keep_attention":
             errors.append("grad_checkpoint='keep_attention' is for opensora; set True or False")
         try:
@@ -207,6 +208,15 @@ class DiffusersBackbone(Backbone):
         if folder and not weight.lacks(folder):
             errors += cls.folder_errors(folder, settings, spec)
         return errors
+
+    @classmethod
+    def sampler_errors(cls, settings: Any) -> list[str]:
+        """A sampler of finished videos alone, where training is asked for; training takes the default one."""
+        default = getattr(cls.settings_class, "sampler", None)
+        chosen = getattr(settings, "sampler", default)
+        if chosen == default:
+            return []
+        return [f"sampler={chosen!r} is for inference; remove it or set is_vader_training=False"]
 
     @classmethod
     def length_errors(cls, frames: int) -> list[str]:

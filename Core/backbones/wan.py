@@ -147,15 +147,6 @@ class Wan(CausalDecode):
     # Before anything loads
 
     @classmethod
-    def config_errors(
-        cls, settings: WanSettings, models: ModelSettings, video: VideoSettings, training: bool
-    ) -> list[str]:
-        errors = super().config_errors(settings, models, video, training)
-        if training and settings.sampler != "euler":
-            errors.append("sampler='unipc' is for inference; remove it or set is_vader_training=False")
-        return errors
-
-    @classmethod
     def pipeline_errors(cls, folder: Path, settings: WanSettings) -> list[str]:
         if component_config(folder, "transformer").get("image_dim") is not None:
             return [
@@ -285,10 +276,10 @@ class Wan(CausalDecode):
         scheduler.set_timesteps(self.settings.num_sampling_steps, device=self.device)
         return scheduler
 
-    def inference_step(self, predict: Predict, batch: int) -> Any:
+    def inference_step(self, predict: Predict, generators: Sequence[torch.Generator]) -> Any:
         if self.settings.sampler == "euler":
-            return super().inference_step(predict, batch)
-        return SchedulerStep(predict, self._unipc(), batch)
+            return super().inference_step(predict, generators)
+        return SchedulerStep(predict, self._unipc(), len(generators))
 
     @property
     def combine(self) -> Combine | None:

@@ -20,6 +20,7 @@ from pipelines import (
     with_adapter,
 )
 from pipelines_cogvideox import SIZES, save_cogvideox
+from torch.utils._pytree import tree_leaves
 
 from Core.backbones import VideoSpec
 from Core.backbones.cogvideox import CogVideoX
@@ -151,6 +152,21 @@ def test_checkpointing_bounds_what_decoding_keeps(folders, monkeypatch):
         ]
     assert kept["causal", 81] <= 1.1 * kept["causal", 33]
     assert kept["whole", 81] <= 0.2 * kept["plain", 81]
+
+
+def test_what_a_whole_clip_keeps_of_two_latent_frames(folders):
+    """What docs/families/cogvideox.md says: the published decoder at 480×720 in bfloat16."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    backbone, _ = loaded("cogvideox", folders["5b"], image_size=(16, 16), num_frames=9)
+    with torch.device("meta"), torch.no_grad():
+        backbone.vae = AutoencoderKLCogVideoX().to(torch.bfloat16)
+        cache, held = None, []
+        for frames in (3, 2, 2):
+            z = torch.empty(1, 16, frames, 60, 90, dtype=torch.bfloat16)
+            _, cache = backbone._decode_step(z, cache)
+            held.append(sum(t.nbytes for t in tree_leaves(cache) if isinstance(t, torch.Tensor)))
+    assert held[1] == held[2] == 2_809_382_400
 
 
 # As published, where they differ from the classes' defaults, with the parameters of denoiser and adapter of rank 16.

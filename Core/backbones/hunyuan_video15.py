@@ -127,7 +127,8 @@ class HunyuanVideo15(CausalDecode):
         "480p": {WIDE: (480, 848), TALL: (848, 480), "1:1": (640, 640)},
         "720p": {WIDE: (720, 1280), TALL: (1280, 720), "1:1": (960, 960)},
     }
-    # Each length of a caption would be a program of its own.
+    # Each length of a caption would be a program of its own; one program for all lengths, by dynamic shapes, gave the
+    # right predictions and wrong gradients (inductor of PyTorch 2.13 on a CPU; aot_eager gave both right).
     obeys = CausalDecode.obeys - {"compile_blocks"}
     lora_targets = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),

@@ -152,6 +152,7 @@ def test_the_config_is_valid():
         ({"image_size": (8, 17)}, r"must be multiples of 2, got \(8, 17\); the nearest are \(8, 16\)"),
         ({"image_size": None}, "resolution '240p' with aspect_ratio '3:4' is not in this family's table"),
         ({"max_sequence_length": 78}, "max_sequence_length must be at most 77"),
+        ({"compile_blocks": True}, "compile_blocks=True has no effect on backbone='modelscope'; remove it"),
         ({"num_frames": 0}, "num_frames must be at least 1, got 0"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",

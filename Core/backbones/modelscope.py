@@ -47,6 +47,8 @@ class ModelScope(DdimFamily):
     published = {"damo-vilab/text-to-video-ms-1.7b": Published("CC-BY-NC-4.0", SIZE, TEXT_SIZE)}
     sizes = {"256p": {"1:1": (256, 256)}}
     time_factor = 1
+    # Traced whole, with the right gradients (aot_eager); what inductor makes of it is yet to be checked.
+    obeys = DdimFamily.obeys - {"compile_blocks"}
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     settings: ModelScopeSettings

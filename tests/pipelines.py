@@ -136,9 +136,15 @@ def loaded(family: str, folder: Path, **keys: Any) -> tuple[Backbone, list]:
     return backbone, encoded
 
 
+def generators(count: int) -> list[torch.Generator]:
+    """Of each video's noise, where its sampler draws any."""
+    return [torch.Generator().manual_seed(seed) for seed in range(count)]
+
+
 def sample(backbone: Backbone, encoded: list, noise: torch.Tensor) -> torch.Tensor:
     """Final latents of the family's own sampler from ``noise``."""
-    step = backbone.inference_step(backbone.predictor([backbone.features(e) for e in encoded]), len(noise))
+    predict = backbone.predictor([backbone.features(e) for e in encoded])
+    step = backbone.inference_step(predict, generators(len(noise)))
     with torch.no_grad(), backbone.no_grad_steps():
         return run_steps(step, noise, 0, len(step.timesteps))
 

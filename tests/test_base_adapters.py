@@ -10,6 +10,7 @@ import sampling_runs
 import torch
 import twin_runs
 import twins
+from diffusers import WanPipeline
 from safetensors.torch import load_file, save_file
 
 from Core.backbones.opensora import OpenSora
@@ -72,6 +73,77 @@ def test_an_adapter_is_merged_into_its_expert(tmp_path):
         base_adapters.merge(alone, entries)
         merged = model[expert].state_dict()
         assert all(torch.equal(merged[key], value) for key, value in alone.state_dict().items())
+
+
+DIFFERENCES = {
+    # key of a file → the tensor it changes
+    "blocks.0.self_attn.q.diff_b": "blocks.0.attn1.to_q.bias",
+    "blocks.1.ffn.0.diff_b": "blocks.1.ffn.net.0.proj.bias",
+    "blocks.0.norm3.diff": "blocks.0.norm2.weight",
+    "blocks.0.norm3.diff_b": "blocks.0.norm2.bias",
+    "blocks.1.cross_attn.norm_k.diff": "blocks.1.attn2.norm_k.weight",
+    "patch_embedding.diff": "patch_embedding.weight",
+    "blocks.0.self_attn.k.diff": "blocks.0.attn1.to_k.weight",
+    "blocks.0.diff_m": "blocks.0.scale_shift_table",
+    "blocks.1.modulation.diff": "blocks.1.scale_shift_table",
+    "head.diff_m": "scale_shift_table",
+}
+
+
+def with_differences(folder: Path, form: str, changed=DIFFERENCES):
+    """A file of an adapter with changes of whole tensors; the model with the adapter; the changes."""
+    model = lora_twins.adapted("wan")
+    lora.save(model, folder / "plain")
+    layers = lora.read(folder / "plain").layers
+    state = getattr(lora_formats, f"to_{form}")(layers, lora_names.WAN)
+    own, generator = lora_twins.denoiser("wan").state_dict(), torch.Generator().manual_seed(4)
+    changes = {}
+    for key, name in changed.items():
+        changes[name] = 0.3 * torch.randn(own[name].shape, generator=generator)
+        stem, _, kind = key.rpartition(".")
+        flat = "lora_unet_" + stem.replace(".", "_")
+        state[f"{flat if form == 'kohya' else f'diffusion_model.{stem}'}.{kind}"] = changes[name]
+    save_file(state, folder / "distilled.safetensors")
+    return str(folder / "distilled.safetensors"), model, changes
+
+
+@pytest.mark.parametrize("form", ["comfyui", "kohya"])
+def test_changes_of_whole_tensors_are_added(tmp_path, form):
+    file, model, changes = with_differences(tmp_path, form)
+    merged, before = lora_twins.denoiser("wan"), lora_twins.denoiser("wan").state_dict()
+    base_adapters.merge(merged, [dict(path=file, strength=0.5)], lora_names.WAN)
+    lora.set_scale(model, 0.5)
+    expected = model.merge_and_unload().state_dict()
+    for key, value in merged.state_dict().items():
+        torch.testing.assert_close(value, expected[key] + 0.5 * changes.get(key, torch.zeros(())))
+    assert all(not torch.equal(merged.state_dict()[key], before[key]) for key in changes)
+
+
+def test_a_step_distillation_makes_what_it_makes_in_diffusers(tmp_path):
+    """diffusers' converter takes biases for those of LoRA, which all layers then have, and leaves out the norms."""
+    layers = [name for name in lora_twins.adapted_layers(lora_twins.denoiser("wan")) if "blocks." in name]
+    biases = {f"{lora_names.to_original(name, lora_names.WAN)}.diff_b": f"{name}.bias" for name in layers}
+    file, _, _ = with_differences(tmp_path, "comfyui", biases)
+    merged = lora_twins.denoiser("wan")
+    base_adapters.merge(merged, [file], lora_names.WAN)
+    parts = dict.fromkeys(("tokenizer", "text_encoder", "vae", "scheduler"))
+    pipeline = WanPipeline(transformer=lora_twins.denoiser("wan"), **parts)
+    pipeline.load_lora_weights(file)
+    theirs = lora_twins.output("wan", pipeline.transformer)
+    torch.testing.assert_close(lora_twins.output("wan", merged), theirs, rtol=1e-5, atol=1e-5)
+
+
+def test_changes_of_tensors_that_are_not_there_are_refused(tmp_path):
+    state = {
+        "diffusion_model.blocks.0.norm2.diff": torch.zeros(24),
+        "diffusion_model.head.diff_m": torch.zeros(2),
+    }
+    save_file(state, tmp_path / "other.safetensors")
+    with pytest.raises(
+        ValueError,
+        match=r"unexpected: blocks.0.norm3.weight; 1 of another shape: scale_shift_table \(2,\) instead",
+    ):
+        base_adapters.merge(lora_twins.denoiser("wan"), [str(tmp_path / "other.safetensors")], lora_names.WAN)
 
 
 def test_half_precision_is_rounded_once(tmp_path):

@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXPipeline
 from pipelines import (
     CAPTIONS,
     assert_learns_and_resumes,
     config_for,
+    generators,
     gradient_error,
     in_float64,
     loaded,
@@ -18,6 +20,7 @@ from pipelines import (
     with_adapter,
 )
 from pipelines_cogvideox import SIZES, save_cogvideox
+from torch.utils._pytree import tree_leaves
 
 from Core.backbones import VideoSpec
 from Core.backbones.cogvideox import CogVideoX
@@ -30,19 +33,20 @@ def folders(tmp_path_factory):
     return {size: save_cogvideox(tmp_path_factory.mktemp("cogvideox") / size, size) for size in SIZES}
 
 
-def pipeline_video(folder, noise, tiled=False, **arguments):
+def pipeline_video(folder, noise, tiled=False, sampler="ddim", **arguments):
     """Pixels [B, 3, F, H, W] in [0, 1] of the pipeline itself."""
-    from diffusers import CogVideoXPipeline
-
     pipeline = CogVideoXPipeline.from_pretrained(folder, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if tiled:
         pipeline.vae.enable_tiling()
-    pipeline.scheduler = type(pipeline.scheduler).from_config(
-        pipeline.scheduler.config, timestep_spacing="trailing"
-    )
+    kind = {"ddim": CogVideoXDDIMScheduler, "dpm": CogVideoXDPMScheduler}[sampler]
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, timestep_spacing="trailing")
     frames = pipeline(
-        latents=noise.transpose(1, 2).clone(), output_type="pt", max_sequence_length=24, **arguments
+        latents=noise.transpose(1, 2).clone(),
+        output_type="pt",
+        max_sequence_length=24,
+        generator=generators(len(noise)),
+        **arguments,
     ).frames
     return frames.transpose(1, 2)
 
@@ -62,6 +66,8 @@ def video_of(backbone, encoded, noise):
         ("2b", {"guidance_scale": 1.0, "num_sampling_steps": 3}),
         ("2b", {"guidance_scale": 6.0, "image_size": (32, 16), "num_frames": 17}),
         ("5b", {"guidance_scale": 6.0, "use_dynamic_cfg": True}),
+        ("5b", {"guidance_scale": 6.0, "sampler": "dpm"}),
+        ("2b", {"guidance_scale": 1.0, "sampler": "dpm", "num_sampling_steps": 7}),
         ("5b", {"guidance_scale": 4.0, "image_size": (32, 48), "num_frames": 1}),
         ("5b", {"guidance_scale": 1.0, "image_size": (32, 56), "num_frames": 17, "vae_tiling": True}),
     ],
@@ -148,6 +154,21 @@ def test_checkpointing_bounds_what_decoding_keeps(folders, monkeypatch):
     assert kept["whole", 81] <= 0.2 * kept["plain", 81]
 
 
+def test_what_a_whole_clip_keeps_of_two_latent_frames(folders):
+    """What docs/families/cogvideox.md says: the published decoder at 480×720 in bfloat16."""
+    from diffusers import AutoencoderKLCogVideoX
+
+    backbone, _ = loaded("cogvideox", folders["5b"], image_size=(16, 16), num_frames=9)
+    with torch.device("meta"), torch.no_grad():
+        backbone.vae = AutoencoderKLCogVideoX().to(torch.bfloat16)
+        cache, held = None, []
+        for frames in (3, 2, 2):
+            z = torch.empty(1, 16, frames, 60, 90, dtype=torch.bfloat16)
+            _, cache = backbone._decode_step(z, cache)
+            held.append(sum(t.nbytes for t in tree_leaves(cache) if isinstance(t, torch.Tensor)))
+    assert held[1] == held[2] == 2_809_382_400
+
+
 # As published, where they differ from the classes' defaults, with the parameters of denoiser and adapter of rank 16.
 PUBLISHED = {
     "2b": ({}, 1_693_783_872, 16_588_800),
@@ -179,6 +200,10 @@ def test_the_published_networks_have_their_size(size):
         ({"image_size": (20, 32)}, r"must be multiples of 8, got \(20, 32\); the nearest are \(16, 32\)"),
         ({"max_sequence_length": 100}, "max_sequence_length must be 24, which .* was trained with, got 100"),
         ({"image_size": None}, "resolution '240p' with aspect_ratio '3:4' is not in this family's table"),
+        (
+            {"sampler": "dpm", "is_vader_training": True, "reward_fn": "saturation"},
+            "sampler='dpm' is for inference; remove it",
+        ),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

@@ -10,12 +10,16 @@ from pathlib import Path
 from typing import Any, get_args
 
 import pytest
+import torch
 import twins
 import yaml
+from PIL import Image
+from safetensors.torch import save_file
 from torch import nn
 
 from Core.backbones import BACKBONES, Backbone, FamilySettings
 from Core.backbones.opensora import OpenSora, OpenSoraSettings
+from Core.build import new_backbone
 from Core.config import ConfigError, build_config, load_config
 from Core.config.files import read_file
 from Core.config.load import RETIRED
@@ -585,12 +589,43 @@ def test_what_upstreams_package_lacks_is_refused_before_anything_loads(values, m
 CONFIGS = sorted(file for file in (ROOT / "configs").glob("*/*.py"))
 
 
+# Files that the user of a config supplies, with the sentence where they lack.
+SUPPLIED = {
+    "t2v_14b_4_steps": (
+        "loras/wan_t2v_14b_4_steps.safetensors",
+        "base_adapters[0]: there is no file or folder",
+    ),
+    "i2v_a14b": ("pictures/prompts.txt", "prompt_path: prompt file"),
+}
+
+
+def supply(file: Path) -> None:
+    """A picture with its prompts, or an adapter."""
+    file.parent.mkdir()
+    if file.suffix == ".safetensors":
+        layer = "diffusion_model.blocks.0.self_attn.q"
+        factors = {"lora_down": torch.zeros(4, 5120), "lora_up": torch.zeros(5120, 4)}
+        save_file({f"{layer}.{name}.weight": value for name, value in factors.items()}, file)
+        return
+    Image.new("RGB", (16, 9)).save(file.with_name("fox.png"))
+    file.write_text('a fox wakes up {"reference_path": "pictures/fox.png"}\n')
+
+
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda file: f"{file.parent.name}/{file.stem}")
-def test_every_config_of_the_repository_is_valid(config, monkeypatch):
+def test_every_config_of_the_repository_is_valid(config, monkeypatch, tmp_path):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.chdir(tmp_path)
+    if config.stem in SUPPLIED:
+        name, sentence = SUPPLIED[config.stem]
+        with pytest.raises(ConfigError) as refused:
+            load_config([str(config)])
+        (error,) = refused.value.errors
+        assert error.startswith(sentence) and repr(name) in error
+        supply(tmp_path / name)
     loaded = load_config([str(config)])
     assert loaded.models.backbone == config.parent.name
     assert loaded.run.is_vader_training and loaded.run.project_dir.startswith("runs/")
+    assert new_backbone(loaded, torch.device("cpu")).settings is loaded.family
 
 
 def test_an_objective_named_by_a_flag_brings_its_own_defaults(file):

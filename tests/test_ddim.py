@@ -27,21 +27,31 @@ def latents(*seeds, dtype=torch.float32):
     ]
 
 
+def process_of(name):
+    scheduler = SCHEDULERS[name]()
+    scheduler.set_timesteps(5)
+    return DDIM.from_scheduler(scheduler)
+
+
 def timesteps(*values):
     return torch.tensor(values, dtype=torch.float32)
 
 
+@pytest.mark.parametrize("count", [5, 7, 30])
+@pytest.mark.parametrize("spacing", ["leading", "linspace", "trailing"])
 @every_scheduler
-def test_the_loop_equals_the_scheduler(name):
-    scheduler = SCHEDULERS[name]()
-    scheduler.set_timesteps(5)
+def test_the_loop_equals_the_scheduler(name, spacing, count):
+    """Its steps end beside the next timestep where the levels do not divide by their count, or are spaced otherwise."""
+    scheduler = type(SCHEDULERS[name]()).from_config(SCHEDULERS[name]().config, timestep_spacing=spacing)
+    scheduler.set_timesteps(count)
     process = DDIM.from_scheduler(scheduler)
     z, direction = latents(0, 1)
 
     def model(z, t, generated=None):
         return 0.5 * torch.tanh(z) + direction * (t / 1000)[:, None, None, None, None]
 
-    ours = run_steps(DenoisingStep(model, process, scheduler.timesteps[:, None].repeat(1, 2) + 1), z, 0, 5)
+    step = DenoisingStep(model, process, scheduler.timesteps[:, None].repeat(1, 2) + 1)
+    ours = run_steps(step, z, 0, count)
     for t in scheduler.timesteps:
         z = scheduler.step(model(z, t.repeat(2) + 1), int(t), z, return_dict=False)[0]
     torch.testing.assert_close(ours, z, rtol=1e-5, atol=1e-5)
@@ -50,7 +60,7 @@ def test_the_loop_equals_the_scheduler(name):
 @every_scheduler
 def test_noise_levels_equal_the_scheduler(name):
     scheduler, (x0, noise) = SCHEDULERS[name](), latents(0, 1)
-    process, t = DDIM.from_scheduler(scheduler), torch.tensor([999, 250])
+    process, t = process_of(name), torch.tensor([999, 250])
     expected = scheduler.add_noise(x0, noise, t)
     torch.testing.assert_close(process.add_noise(x0, noise, t + 1), expected, rtol=1e-5, atol=1e-5)
 
@@ -70,7 +80,7 @@ def test_the_stochastic_step_equals_the_scheduler(name, eta):
 
 @every_scheduler
 def test_the_true_prediction_leads_back_to_data_and_to_every_level(name):
-    process = DDIM.from_scheduler(SCHEDULERS[name]())
+    process = process_of(name)
     x0, noise = latents(0, 1, dtype=torch.float64)
     t, t_next = timesteps(900, 40), timesteps(300, 7)
     z, target = process.add_noise(x0, noise, t), process.target(x0, noise, t)
@@ -80,7 +90,7 @@ def test_the_true_prediction_leads_back_to_data_and_to_every_level(name):
 
 
 def test_the_last_step_ends_in_data():
-    process = DDIM.from_scheduler(SCHEDULERS["cogvideox"]())
+    process = process_of("cogvideox")
     z, prediction = latents(0, 1)
     t = timesteps(200, 1)
     ended = process.step(z, prediction, t, torch.zeros_like(t))
@@ -88,7 +98,7 @@ def test_the_last_step_ends_in_data():
 
 
 def test_the_last_stochastic_step_has_probabilities():
-    process = DDIM.from_scheduler(SCHEDULERS["cogvideox"]())
+    process = process_of("cogvideox")
     z, prediction = latents(0, 1)
     t = timesteps(200, 20)
     mean, std = process.stochastic_step(z, prediction, t, torch.zeros_like(t), 0.7)
@@ -97,7 +107,7 @@ def test_the_last_stochastic_step_has_probabilities():
 
 
 def test_the_timesteps_of_fractions_are_whole_and_span_the_axis():
-    process = DDIM.from_scheduler(SCHEDULERS["v"]())
+    process = process_of("v")
     assert process.timesteps_at(torch.tensor([0, 0.1234, 1])).tolist() == [0, 124, 1000]
 
 
@@ -106,7 +116,7 @@ def test_what_has_no_x0_is_refused():
         DDIM.from_scheduler(DDIMScheduler(prediction_type="sample"))
     with pytest.raises(ValueError, match="'epsilon' cannot start from pure noise"):
         DDIM.from_scheduler(CogVideoXDDIMScheduler(rescale_betas_zero_snr=True))
-    process = DDIM.from_scheduler(SCHEDULERS["v"]())
+    process = process_of("v")
     z, prediction = latents(0, 1)
-    with pytest.raises(ValueError, match="between 0 and 1, got 1.5"):
+    with pytest.raises(ValueError, match="noise_level must be at most 1, got 1.5"):
         process.stochastic_step(z, prediction, timesteps(9, 9), timesteps(3, 3), 1.5)

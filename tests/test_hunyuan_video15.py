@@ -102,6 +102,7 @@ def test_timesteps_are_not_rounded_in_bfloat16(folder):
     ("context", "reach", "tiled"),
     [
         ("isolated", 1, False),
+        ("isolated", 1, True),
         ("causal", 1, False),
         ("causal", 2, True),
         ("whole", 1, False),

@@ -75,7 +75,12 @@ def test_every_registered_name_is_a_documented_scorer(arguments):
         ("pick_score", {"model": "./nowhere"}, "model: there is no './nowhere'; give a model folder"),
         ("pick_score", {"model": os.path.dirname(__file__)}, "it has no config.json"),
         ("aesthetic_hps", {"aesthetic": {"head": "no.pth"}}, "reward_args of 'aesthetic': head: there is no"),
-        ("aesthetic_hps", {"slice_size": 3}, "reward_args of 'aesthetic_hps' have no 'slice_size'"),
+        (
+            "aesthetic_hps",
+            {"slice_size": 0},
+            "reward_args of 'aesthetic_hps': slice_size must be at least 1, got 0",
+        ),
+        ("aesthetic_hps", {"device": "gpu"}, "reward_args of 'aesthetic_hps': device must be like 'cpu'"),
         ({}, {}, "a reward mixture needs at least one part, got an empty dict"),
         ({"motion": 0}, {}, "weight of reward 'motion' must be a number above 0, got 0"),
         ({"motion": math.inf}, {}, "must be a number above 0, got inf"),
@@ -418,6 +423,18 @@ def test_required_weights_follow_the_arguments(arguments):
     assert hps.file == "HPS_v2.1_compressed.pt"
     assert required_weights("clip_score", {"model": "open_clip:ViT-B-32/openai"}) == []
     assert required_weights({"motion": 1.0, "sharpness": 1.0}) == []
+
+
+@pytest.mark.parametrize("name", ["aesthetic_hps", "relative", "hinge"])
+def test_rewards_around_others_pass_on_what_every_scorer_takes(arguments, name):
+    """Those inside keep what they were given themselves."""
+    inner = "hps" if name == "aesthetic_hps" else "reward_args"
+    for given, expected in (({}, (5, "meta")), ({"slice_size": 2, "device": "cpu"}, (2, "cpu"))):
+        args = {**arguments[name], inner: {**arguments[name][inner], **given}}
+        reward = build_reward(name, args | {"slice_size": 5, "device": "meta"})
+        parts = list(reward.rewards) if name == "aesthetic_hps" else [reward.inner]
+        assert (parts[-1].slice_size, parts[-1].device.type) == expected
+        assert all((part.slice_size, part.device.type) == (5, "meta") for part in parts[:-1])
 
 
 def test_paths_and_hub_ids_are_told_apart(tmp_path, monkeypatch):

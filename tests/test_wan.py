@@ -38,6 +38,27 @@ def folders(tmp_path_factory):
     return {kind: save_wan(tmp_path_factory.mktemp("wan") / kind, kind) for kind in (*KINDS, "i2v")}
 
 
+@pytest.fixture
+def pictures(tmp_path):
+    """Two that differ."""
+    paths = [tmp_path / "fox.png", tmp_path / "boats.png"]
+    for path, extent in zip(paths, [(-2, -1, 1, 1), (-1, 0, 0, 1)], strict=True):
+        Image.effect_mandelbrot((50, 40), extent, 20).convert("RGB").save(path)
+    return paths
+
+
+@pytest.fixture
+def picture(pictures):
+    return pictures[0]
+
+
+def with_pictures(pictures):
+    """Two prompts, each with its first frame."""
+    return [
+        f'{text} {{"reference_path": "{path}"}}' for text, path in zip(CAPTIONS[:2], pictures, strict=True)
+    ]
+
+
 SHAPE = {"height": 32, "width": 64, "num_frames": 9, "num_inference_steps": 3}
 
 
@@ -85,13 +106,26 @@ def test_videos_equal_the_pipelines(folders, kind, guidance):
     assert (video_of(backbone, encoded, noise) - wanted).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("sampler", ["euler", "unipc"])
-def test_other_shapes_lengths_and_samplers(folders, sampler):
-    keys = {"image_size": (64, 32), "num_frames": 5, "sampler": sampler, "num_sampling_steps": 4}
-    backbone, encoded = loaded("wan", folders["2.1"], shift=5.0, **keys)
+@pytest.mark.parametrize(
+    ("kind", "sampler", "frames", "low_guidance"),
+    [
+        ("2.1", "euler", 5, None),
+        ("2.1", "unipc", 5, None),
+        ("2.1", "euler", 1, None),
+        ("ti2v", "euler", 1, None),
+        ("ti2v", "unipc", 5, None),
+        ("a14b", "euler", 1, 2.0),
+        ("a14b", "unipc", 5, 2.0),
+    ],
+)
+def test_other_shapes_lengths_and_samplers(folders, kind, sampler, frames, low_guidance):
+    """An image, too, and another guidance of the low-noise expert."""
+    keys = {"image_size": (64, 32), "num_frames": frames, "sampler": sampler, "num_sampling_steps": 4}
+    backbone, encoded = loaded("wan", folders[kind], shift=5.0, guidance_scale_2=low_guidance, **keys)
     noise = noise_for(backbone, 2)
+    extra = {"guidance_scale_2": low_guidance} if low_guidance else {}
     wanted = pipeline_video(
-        folders["2.1"],
+        folders[kind],
         noise,
         shift=5.0,
         prompt=list(CAPTIONS[:2]),
@@ -99,38 +133,44 @@ def test_other_shapes_lengths_and_samplers(folders, sampler):
         num_inference_steps=4,
         height=64,
         width=32,
-        num_frames=5,
+        num_frames=frames,
         sampler=sampler,
+        **extra,
     )
     assert (video_of(backbone, encoded, noise) - wanted).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("kind", ["ti2v", "i2v"])
-def test_a_first_frame_is_taken_as_the_pipelines_take_it(folders, kind, tmp_path):
-    picture = tmp_path / "fox.png"
-    Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 20).convert("RGB").save(picture)
-    prompt = f'{CAPTIONS[0]} {{"reference_path": "{picture}"}}'
-    backbone, encoded = loaded("wan", folders[kind], prompt=[prompt], guidance_scale=3.0)
-    noise = noise_for(backbone, 1)
-    wanted = pipeline_video(
-        folders[kind],
-        noise,
-        image=Image.open(picture),
-        prompt=CAPTIONS[0],
-        guidance_scale=3.0,
-        **SHAPE,
-    )
-    assert (video_of(backbone, encoded, noise) - wanted).abs().max() < 1e-4
+def test_a_first_frame_is_taken_as_the_pipelines_take_it(folders, kind, guidance, pictures):
+    """Each prompt's own, and captions of unequal length; the pipeline takes one picture at a time."""
+    backbone, encoded = loaded("wan", folders[kind], prompt=with_pictures(pictures), guidance_scale=guidance)
+    noise = noise_for(backbone, 2)
+    ours = video_of(backbone, encoded, noise)
+    for row, (caption, picture) in enumerate(zip(CAPTIONS[:2], pictures, strict=True)):
+        wanted = pipeline_video(
+            folders[kind],
+            noise[[row]],
+            image=Image.open(picture),
+            prompt=caption,
+            guidance_scale=guidance,
+            **SHAPE,
+        )
+        assert (ours[[row]] - wanted).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("tiled", [False, True], ids=["whole frames", "tiles"])
 @pytest.mark.parametrize(
     ("kind", "context", "reach"),
     [("2.1", "isolated", 1), ("2.1", "causal", 1), ("2.1", "causal", 2), ("2.1", "whole", 1)]
-    + [("ti2v", "causal", 1), ("a14b", "isolated", 1)],
+    + [("ti2v", "isolated", 1), ("ti2v", "causal", 1), ("ti2v", "whole", 1), ("a14b", "isolated", 1)]
+    + [("i2v", "causal", 1)],
 )
-def test_gradients_equal_central_differences(folders, kind, context, reach, tiled, monkeypatch):
-    backbone, encoded = loaded("wan", folders[kind], vae_tiling=tiled, num_sampling_steps=2)
+def test_gradients_equal_central_differences(folders, kind, context, reach, tiled, monkeypatch, pictures):
+    """Image to video, too: those of TI2V that decode whole clips begin with a picture."""
+    given = kind == "i2v" or (kind, context) == ("ti2v", "whole")
+    prompts = with_pictures(pictures) if given else list(CAPTIONS[:2])
+    backbone, encoded = loaded("wan", folders[kind], vae_tiling=tiled, num_sampling_steps=2, prompt=prompts)
     if tiled:
         scale = backbone.vae.spatial_compression_ratio
         backbone.vae.enable_tiling(3 * scale, 3 * scale, 2 * scale, 2 * scale)
@@ -156,18 +196,29 @@ def test_each_expert_can_have_the_adapter(folders, experts, tmp_path):
     assert trained == ({"high_noise", "low_noise"} if experts == "both" else {experts})
 
 
-def channel_twin(frames: int) -> Wan:
-    """The family with a VAE of the real channel ratios."""
+# The VAE of TI2V-5B as published, and the smaller one of the others by the class's defaults.
+FINE_VAE = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2}
+FINE_VAE |= {"in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}
+FINE_VAE |= {"latents_mean": [0.0] * 48, "latents_std": [1.0] * 48}
+VAES = {"2.1": {}, "ti2v": FINE_VAE}
+every_vae = pytest.mark.parametrize("kind", VAES)
+
+
+def channel_twin(frames: int, kind: str) -> Wan:
+    """The family with a VAE of the real channel ratios and 16 latent channels."""
     video = VideoSpec(32, 32, frames * 4 - 3, 16)
     backbone = Wan(WanSettings(), ModelSettings(dtype="fp32"), video, torch.device("cpu"))
-    backbone.vae = AutoencoderKLWan(base_dim=8, z_dim=16).eval().requires_grad_(False)
+    small = {"base_dim": 8, "z_dim": 16, "latents_mean": [0.0] * 16, "latents_std": [1.0] * 16}
+    small |= {"base_dim": 5, "decoder_base_dim": 8} if kind == "ti2v" else {}
+    backbone.vae = AutoencoderKLWan(**{**VAES[kind], **small}).eval().requires_grad_(False)
     return backbone
 
 
-def test_a_causal_frame_costs_the_same_memory_in_any_video():
+@every_vae
+def test_a_causal_frame_costs_the_same_memory_in_any_video(kind):
     kept = {}
     for frames in (5, 21):
-        backbone = channel_twin(frames)
+        backbone = channel_twin(frames, kind)
         backbone.checkpointing = True
         z = torch.randn(1, 16, frames, 2, 2, requires_grad=True)
         index = torch.tensor([[frames - 1]])
@@ -176,13 +227,33 @@ def test_a_causal_frame_costs_the_same_memory_in_any_video():
     assert kept[21] < 1.1 * kept[5]
 
 
-def test_a_whole_clip_is_recomputed_by_latent_frame():
-    backbone = channel_twin(21)
+@every_vae
+def test_a_whole_clip_is_recomputed_by_latent_frame(kind):
+    backbone = channel_twin(21, kind)
     z = torch.randn(1, 16, 21, 2, 2, requires_grad=True)
     plain, _ = saved_bytes(lambda: backbone.decode(z))
     backbone.checkpointing = True
     kept, _ = saved_bytes(lambda: backbone.decode(z))
     assert kept < 0.2 * plain
+
+
+@pytest.mark.parametrize(
+    ("kind", "parameters", "size", "cache"),
+    [("2.1", 126_892_531, (480, 832), 3_777_146_880), ("ti2v", 704_688_668, (704, 1280), 6_431_744_000)],
+)
+def test_what_a_whole_clip_keeps_of_a_latent_frame(kind, parameters, size, cache):
+    """What docs/families/wan.md says, in float32: the published decoder on the meta device."""
+    backbone = channel_twin(5, kind)
+    with torch.device("meta"), torch.no_grad():
+        backbone.vae = AutoencoderKLWan(**VAES[kind])
+        assert sum(p.numel() for p in backbone.vae.parameters()) == parameters
+        scale = backbone.vae.config.scale_factor_spatial
+        z = torch.empty(1, backbone.vae.config.z_dim, 1, size[0] // scale, size[1] // scale)
+        kept, held = None, []
+        for _ in range(3):
+            _, kept = backbone._decode_step(z, kept)
+            held.append(sum(t.nbytes for t in kept if isinstance(t, torch.Tensor)))
+    assert held[1] == held[2] == cache
 
 
 SIZES = {
@@ -191,6 +262,11 @@ SIZES = {
     "Wan2.1-T2V-14B": (
         dict(num_attention_heads=40, ffn_dim=13824, num_layers=40),
         14_288_491_584,
+        76_677_120,
+    ),
+    "Wan2.2-I2V-A14B": (  # each expert
+        dict(num_attention_heads=40, ffn_dim=13824, num_layers=40, in_channels=36),
+        14_288_901_184,
         76_677_120,
     ),
     "Wan2.2-TI2V-5B": (
@@ -330,13 +406,6 @@ def test_what_the_hub_does_not_give_is_said_by_key(monkeypatch, tmp_path):
     assert [error.partition(":")[0] for error in errors] == ["model_path", "text_encoder_path"]
 
 
-@pytest.fixture
-def picture(tmp_path):
-    path = tmp_path / "fox.png"
-    Image.effect_mandelbrot((50, 40), (-2, -1, 1, 1), 20).convert("RGB").save(path)
-    return path
-
-
 @pytest.mark.parametrize(
     ("kind", "prompts", "sentence"),
     [
@@ -363,10 +432,42 @@ def test_another_picture_makes_another_run(folders, picture):
     assert prompt.identity != before and prompt.identity["prompt"] == before["prompt"]
 
 
-def test_training_from_first_frames(folders, picture, tmp_path):
-    prompts = [f'{caption} {{"reference_path": "{picture}"}}' for caption in CAPTIONS[:2]]
-    rows = train("wan", folders["ti2v"], tmp_path / "run", max_train_steps=1, prompt=prompts)
-    assert math.isfinite(float(rows[0]["reward"]))
+@pytest.mark.parametrize("kind", ["ti2v", "i2v"])
+def test_training_and_validation_from_first_frames(folders, kind, pictures, tmp_path, monkeypatch):
+    """Each prompt with its own, in the steps and in the validation's videos, and the adapter learns."""
+    seen = set()
+    features = Wan.features
+
+    def noted(self, encoded, clip=0):
+        seen.add((encoded.prompt.text, encoded.prompt.reference))
+        return features(self, encoded, clip)
+
+    monkeypatch.setattr(Wan, "features", noted)
+    prompts, swapped = with_pictures(pictures), with_pictures(pictures[::-1])
+    (tmp_path / "validation.txt").write_text("\n".join(swapped))
+    keys = {"prompt": prompts, "val_prompt_path": str(tmp_path / "validation.txt"), "val_batch_size": 2}
+    keys |= {"num_frames": 9, "decode_frame": 2, "decode_context": "causal", "backprop_steps": 2}
+    rows = train("wan", folders[kind], tmp_path / "run", max_train_steps=2, validation_steps=1, **keys)
+    assert all(float(row["grad_norm"]) > 0 for row in rows)
+    assert seen == {(prompt.text, prompt.reference) for prompt in Wan.parse_prompts([*prompts, *swapped])}
+    adapter = load_file(tmp_path / "run" / "adapter" / lora.WEIGHTS)
+    experts = {"high_noise", "low_noise"} if kind == "i2v" else {"blocks"}
+    trained = {key.split(".")[2] for key, value in adapter.items() if "lora_B" in key and value.any()}
+    assert trained == experts
+
+
+@pytest.mark.parametrize("kind", ["ti2v", "i2v"])
+def test_a_video_follows_its_own_first_frame(folders, kind, pictures):
+    """A batch of two pictures makes what each makes alone, and TI2V's latents begin with the picture's."""
+    backbone, encoded = loaded("wan", folders[kind], prompt=with_pictures(pictures), guidance_scale=1.0)
+    noise = noise_for(backbone, 1).expand(2, -1, -1, -1, -1).clone()
+    latents = sample(backbone, [encoded[0]] * 2, noise)
+    swapped = sample(backbone, [encoded[0], encoded[1]], noise)
+    torch.testing.assert_close(latents[0], swapped[0], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(latents[1], swapped[1], atol=1e-2)
+    if kind == "ti2v":
+        given = torch.stack([backbone.features(e)["image"] for e in encoded])
+        torch.testing.assert_close(swapped[:, :, :1], given, rtol=1e-4, atol=1e-4)
 
 
 def test_a_target_that_an_expert_lacks_is_named(folders):

@@ -25,7 +25,7 @@ from Core.sampling.guidance import PredictionObserver
 from Core.sampling.no_grad_steps import lean_steps
 from Core.utils.damage import loading, refuse_damaged
 from Core.utils.hub import Weight, locate, present
-from Core.utils.options import free_option, option, video_option
+from Core.utils.options import Bounds, free_option, option, video_option
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "fp8": torch.bfloat16}
 # What a text encoder makes of one caption: tensors by name, without a batch axis.
@@ -220,6 +220,7 @@ class Backbone(ABC):
             without one its adapters are neither read nor written as ComfyUI and kohya do.
         diffusers_component: the denoiser's name in diffusers' pipeline, for adapters that diffusers loads.
         experts: names of the denoiser's parts that are denoisers of their own to other programs.
+        key_bounds: common keys that have narrower bounds for it.
 
     Attributes:
         denoiser: the network adapters attach to; set by ``load``, replaced by the adapter's wrapper.
@@ -242,6 +243,7 @@ class Backbone(ABC):
     original_names: ClassVar[Mapping[str, str]] = {}
     diffusers_component: ClassVar[str] = ""
     experts: ClassVar[tuple[str, ...]] = ()
+    key_bounds: ClassVar[Mapping[str, Bounds]] = {}
 
     denoiser: nn.Module
     vae: Any = None
@@ -480,9 +482,13 @@ class Backbone(ABC):
             observe: sees the captions' own prediction at every step that keeps its graph.
         """
 
-    def inference_step(self, predict: Predict, batch: int) -> Any:
-        """The sampling step of finished videos, with ``timesteps`` [N, batch]."""
-        return DenoisingStep(predict, self.process, self.timesteps(batch))
+    def inference_step(self, predict: Predict, generators: Sequence[torch.Generator]) -> Any:
+        """The sampling step of finished videos, with ``timesteps`` [N, B].
+
+        Args:
+            generators: one per video, for a sampler that draws noise.
+        """
+        return DenoisingStep(predict, self.process, self.timesteps(len(generators)))
 
     def no_grad_steps(self) -> AbstractContextManager:
         """Context of sampling steps without a gradient, which leave out what is there for one."""

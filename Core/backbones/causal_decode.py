@@ -32,6 +32,7 @@ class CausalDecode(DiffusersBackbone):
     The first latent frame makes one video frame, each other ``time_factor``.
     """
 
+    obeys = DiffusersBackbone.obeys | {"decode_reach"}
     decode_contexts = ("isolated", "causal", "whole")
 
     @abstractmethod

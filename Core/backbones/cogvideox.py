@@ -8,7 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -17,9 +17,10 @@ from Core.modules.video_decode import Cache, Size
 from Core.sampling import guidance
 from Core.sampling.euler import Predict, per_video
 from Core.sampling.guidance import Combine
+from Core.sampling.scheduler_step import DpmStep
 from Core.utils.options import video_option
 
-from .base import Features, TextEncoder, VideoSpec
+from .base import Features, TextEncoder
 from .causal_decode import CausalDecode
 from .ddim_family import DdimFamily
 from .diffusers_base import DiffusersSettings, Published
@@ -38,6 +39,11 @@ class CogVideoXSettings(DiffusersSettings):
     )
     guidance_scale: float = video_option(6.0, "classifier-free guidance scale; 1 = off", minimum=1)
     max_sequence_length: int = video_option(226, "text tokens", minimum=1, maximum=1 << 16)
+    sampler: Literal["ddim", "dpm"] = video_option(
+        "ddim",
+        "sampler of finished videos; `dpm`, which draws noise at every step, is CogVideoX's own DPM-Solver++; training "
+        "and its validation take `ddim`",
+    )
     use_dynamic_cfg: bool = video_option(
         False, "vary the guidance scale over the timesteps, by the formula of diffusers' pipeline"
     )
@@ -48,6 +54,7 @@ class CogVideoX(DdimFamily, CausalDecode):
 
     settings_class = CogVideoXSettings
     pipelines = ("CogVideoXPipeline",)
+    denoiser_class = "CogVideoXTransformer3DModel"
     published = {
         "THUDM/CogVideoX-2b": Published("Apache-2.0", 3_800_000_000, TEXT_SIZE),
         "THUDM/CogVideoX-5b": Published(CUSTOM_LICENCE, 11_600_000_000, TEXT_SIZE),
@@ -62,9 +69,7 @@ class CogVideoX(DdimFamily, CausalDecode):
     # Before anything loads
 
     @classmethod
-    def folder_errors(cls, folder: Path, settings: CogVideoXSettings, video: VideoSpec) -> list[str]:
-        if errors := super().folder_errors(folder, settings, video):
-            return errors
+    def pipeline_errors(cls, folder: Path, settings: CogVideoXSettings) -> list[str]:
         config = component_config(folder, "transformer")
         if config.get("patch_size_t") is not None:
             return [
@@ -85,11 +90,6 @@ class CogVideoX(DdimFamily, CausalDecode):
         return 2 ** (len(blocks) - 1) * component_config(folder, "transformer").get("patch_size", 2)
 
     # Networks
-
-    def load_denoiser(self) -> nn.Module:
-        from diffusers import CogVideoXTransformer3DModel
-
-        return self.load_network(CogVideoXTransformer3DModel, "transformer", self.dtype)
 
     def load_vae(self) -> nn.Module:
         from diffusers import AutoencoderKLCogVideoX
@@ -122,17 +122,20 @@ class CogVideoX(DdimFamily, CausalDecode):
     def _scheduler(self) -> Any:
         from diffusers import CogVideoXDDIMScheduler
 
-        # Zero terminal SNR takes effect where sampling starts at the last level.
-        return CogVideoXDDIMScheduler.from_config(
-            dict(self.read_config("scheduler")), timestep_spacing="trailing"
-        )
+        return self._trailing(CogVideoXDDIMScheduler)
 
-    def inference_step(self, predict: Predict, batch: int) -> Any:
-        step = super().inference_step(predict, batch)
-        # Where the levels do not divide evenly, diffusers' steps end a level beside the next one's start.
-        stride = self.process.num_timesteps // self.settings.num_sampling_steps
-        step.next_timesteps = (step.timesteps - stride).clamp_min(0)
-        return step
+    def _trailing(self, kind: Any) -> Any:
+        # Zero terminal SNR takes effect where sampling starts at the last level.
+        return kind.from_config(dict(self.read_config("scheduler")), timestep_spacing="trailing")
+
+    def inference_step(self, predict: Predict, generators: Sequence[torch.Generator]) -> Any:
+        if self.settings.sampler == "ddim":
+            return super().inference_step(predict, generators)
+        from diffusers import CogVideoXDPMScheduler
+
+        scheduler = self._trailing(CogVideoXDPMScheduler)
+        scheduler.set_timesteps(self.settings.num_sampling_steps)
+        return DpmStep(predict, scheduler, generators)
 
     @property
     def combine(self) -> Combine | None:

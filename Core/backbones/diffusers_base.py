@@ -88,7 +88,9 @@ class DiffusersBackbone(Backbone):
 
     Class attributes beside those of ``Backbone``:
         pipelines: classes that ``model_index.json`` may name.
+        denoiser_class: name of the denoiser's class in diffusers.
         components: folders that training needs; the first is the denoiser.
+        optional_components: those that only some of its pipelines have.
         text_components: folders that encoding captions needs.
         published: hub id → what is known of it; the first is the default.
         sizes: resolution → height:width → (height, width) in pixels.
@@ -98,7 +100,9 @@ class DiffusersBackbone(Backbone):
     """
 
     pipelines: ClassVar[tuple[str, ...]]
+    denoiser_class: ClassVar[str]
     components: ClassVar[tuple[str, ...]] = ("transformer", "vae", "scheduler")
+    optional_components: ClassVar[tuple[str, ...]] = ()
     text_components: ClassVar[tuple[str, ...]] = ("tokenizer", "text_encoder")
     published: ClassVar[Mapping[str, Published]]
     sizes: ClassVar[Mapping[str, Mapping[str, tuple[int, int]]]]
@@ -133,6 +137,7 @@ class DiffusersBackbone(Backbone):
             return PipelineWeight(
                 source=source,
                 components=components,
+                optional=() if of_text else cls.optional_components,
                 variant=settings.weights_variant,
                 size=known.text_size if of_text else known.size,
                 licence=known.licence,
@@ -191,6 +196,9 @@ class DiffusersBackbone(Backbone):
         if not errors:
             weights = cls.weights_of(settings).items()
             errors += [f"{key}: {lack}" for key, weight in weights if (lack := missing_local(weight))]
+        weight = cls.weights_of(settings)["model_path"]
+        folder = None if errors else present(weight)
+        errors += cls.sampler_errors(settings) if training else []
         if models.grad_checkpoint == "keep_attention":
             errors.append("grad_checkpoint='keep_attention' is for opensora; set True or False")
         try:
@@ -198,11 +206,18 @@ class DiffusersBackbone(Backbone):
         except ValueError:
             return errors  # said of the video itself
         errors += cls.length_errors(spec.num_frames)
-        weight = cls.weights_of(settings)["model_path"]
-        folder = None if errors else present(weight)
         if folder and not weight.lacks(folder):
             errors += cls.folder_errors(folder, settings, spec)
         return errors
+
+    @classmethod
+    def sampler_errors(cls, settings: Any) -> list[str]:
+        """A sampler of finished videos alone, where training is asked for; training takes the default one."""
+        default = getattr(cls.settings_class, "sampler", None)
+        chosen = getattr(settings, "sampler", default)
+        if chosen == default:
+            return []
+        return [f"sampler={chosen!r} is for inference; remove it or set is_vader_training=False"]
 
     @classmethod
     def length_errors(cls, frames: int) -> list[str]:
@@ -225,9 +240,14 @@ class DiffusersBackbone(Backbone):
                     f"model_path: {settings.model_path!r} holds a {kind}, and this family needs a "
                     f"{' or '.join(cls.pipelines)}; choose another repository or backbone"
                 ]
-            return cls.size_errors(cls.size_multiple(folder), video)
+            return cls.size_errors(cls.size_multiple(folder), video) + cls.pipeline_errors(folder, settings)
         except (ValueError, OSError, KeyError, TypeError) as error:
             return [f"model_path: {settings.model_path!r} cannot be read: {error}"]
+
+    @classmethod
+    def pipeline_errors(cls, folder: Path, settings: Any) -> list[str]:
+        """What is wrong with the family's keys for its pipeline in ``folder``; reads JSON files alone."""
+        return []
 
     @classmethod
     def prompt_errors(
@@ -247,6 +267,36 @@ class DiffusersBackbone(Backbone):
             return []
         nearest = tuple(max(multiple, round(side / multiple) * multiple) for side in size)
         return [f"height and width must be multiples of {multiple}, got {size}; the nearest are {nearest}"]
+
+    @classmethod
+    def denoiser_shapes(cls, settings: Any) -> Mapping[str, Sequence[int]]:
+        folder = present(cls.weights_of(settings)["model_path"])
+        if folder is None:
+            return {}
+        parts = cls.denoiser_parts(folder)
+        return {
+            prefix + name: shape
+            for prefix, part in parts.items()
+            for name, shape in cls._component_shapes(folder, part).items()
+        }
+
+    @classmethod
+    def denoiser_parts(cls, folder: Path) -> Mapping[str, str]:
+        """Folders that hold the denoiser's networks, by what their names begin with in the whole."""
+        return {"": cls.components[0]}
+
+    @classmethod
+    def _component_shapes(cls, folder: Path, component: str) -> Mapping[str, Sequence[int]]:
+        """From a network's configuration; empty where that is of another class or none, which is said elsewhere."""
+        try:
+            config = component_config(folder, component)
+            if config.get("_class_name") != cls.denoiser_class:
+                return {}
+            with torch.device("meta"):
+                network = _class_of_diffusers(cls.denoiser_class).from_config(dict(config))
+        except (ValueError, OSError, KeyError, TypeError):
+            return {}
+        return {name: parameter.shape for name, parameter in network.named_parameters()}
 
     def fetch(self, text_encoder: bool = True) -> list[str]:
         errors = super().fetch(text_encoder)
@@ -298,6 +348,13 @@ class DiffusersBackbone(Backbone):
             parameter.data = parameter.data.to(kept)
         self.unfilled.append((network, weight_files(self.folder / component, self.settings.weights_variant)))
         return network
+
+    def load_denoiser(self) -> nn.Module:
+        return self.load_denoiser_part(self.components[0])
+
+    def load_denoiser_part(self, component: str) -> nn.Module:
+        """One of the denoiser's networks, from its folder."""
+        return self.load_network(_class_of_diffusers(self.denoiser_class), component, self.dtype)
 
     def load_text_model(self, kind: type, component: str = "text_encoder") -> nn.Module:
         """A text encoder of transformers, where and as ``text_encoding`` says."""
@@ -415,6 +472,12 @@ class DiffusersBackbone(Backbone):
 
     def _branch(self, condition: Mapping[str, Tensor]) -> Predict:
         return lambda z, t, generated=None: self.predict(z, t, condition)
+
+
+def _class_of_diffusers(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)
 
 
 def clean_caption(text: str) -> str:

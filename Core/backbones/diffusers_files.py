@@ -19,11 +19,13 @@ MARKERS = {"scheduler": "scheduler_config.json", "tokenizer": "tokenizer_config.
 class PipelineWeight(Weight):
     """Some components of a published pipeline.
 
-    components: their folders. variant: of the weight files, such as ``fp16``; '' for the plain ones.
+    components: their folders. optional: those that only some pipelines have, as their index says. variant: of the
+    weight files, such as ``fp16``; '' for the plain ones.
     """
 
     kind: Any = "pipeline"
     components: tuple[str, ...] = ()
+    optional: tuple[str, ...] = ()
     variant: str = ""
 
     @property
@@ -32,14 +34,21 @@ class PipelineWeight(Weight):
         weights = [
             f"{stem}{dot}{end}" for stem in NETWORK_STEMS for end in (".safetensors", "-*.safetensors")
         ]
-        files = [f"{component}/{name}" for component in self.components for name in (*SMALL_FILES, *weights)]
+        parts = (*self.components, *self.optional)
+        files = [f"{component}/{name}" for component in parts for name in (*SMALL_FILES, *weights)]
         return ((INDEX, *files),)
 
     def lacks(self, folder: Path) -> str:
         if not (folder / INDEX).is_file():
             return f"it has no {INDEX}"
-        lacking = (lack for name in self.components if (lack := self._component_lacks(folder / name)))
+        names = (*self.components, *self._held(folder))
+        lacking = (lack for name in names if (lack := self._component_lacks(folder / name)))
         return next(lacking, "")
+
+    def _held(self, folder: Path) -> list[str]:
+        """The optional components that the pipeline in ``folder`` has: the others are [None, None] in its index."""
+        index = read_settings(folder / INDEX) if self.optional else {}
+        return [name for name in self.optional if index.get(name) not in (None, [None, None])]
 
     def _component_lacks(self, folder: Path) -> str:
         marker = next((file for name, file in MARKERS.items() if folder.name.startswith(name)), "config.json")

@@ -117,6 +117,7 @@ class HunyuanVideo15(CausalDecode):
 
     settings_class = HunyuanVideo15Settings
     pipelines = ("HunyuanVideo15Pipeline",)
+    denoiser_class = "HunyuanVideo15Transformer3DModel"
     text_components = ("tokenizer", "text_encoder", "tokenizer_2", "text_encoder_2")
     published = {
         "hunyuanvideo-community/HunyuanVideo-1.5-480p_t2v": Published(LICENCE, SIZE, TEXT_SIZE),
@@ -126,7 +127,8 @@ class HunyuanVideo15(CausalDecode):
         "480p": {WIDE: (480, 848), TALL: (848, 480), "1:1": (640, 640)},
         "720p": {WIDE: (720, 1280), TALL: (1280, 720), "1:1": (960, 960)},
     }
-    # Each length of a caption would be a program of its own.
+    # Each length of a caption would be a program of its own; one program for all lengths, by dynamic shapes, gave the
+    # right predictions and wrong gradients (inductor of PyTorch 2.13 on a CPU; aot_eager gave both right).
     obeys = CausalDecode.obeys - {"compile_blocks"}
     lora_targets = (
         *("to_q", "to_k", "to_v", "to_out.0", "add_q_proj", "add_k_proj", "add_v_proj", "to_add_out"),
@@ -143,9 +145,7 @@ class HunyuanVideo15(CausalDecode):
     # Networks
 
     def load_denoiser(self) -> nn.Module:
-        from diffusers import HunyuanVideo15Transformer3DModel
-
-        network: Any = self.load_network(HunyuanVideo15Transformer3DModel, "transformer", self.dtype)
+        network: Any = super().load_denoiser()
         network.time_embed.timestep_embedder.register_forward_pre_hook(_in_dtype_of_weights)
         for block in network.transformer_blocks:
             block.attn.set_processor(UnmaskedAttention())

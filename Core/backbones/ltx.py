@@ -58,6 +58,7 @@ class Ltx(DiffusersBackbone):
 
     settings_class = LtxSettings
     pipelines = ("LTXPipeline", "LTXImageToVideoPipeline", "LTXConditionPipeline")
+    denoiser_class = "LTXVideoTransformer3DModel"
     published = {
         "Lightricks/LTX-Video": Published(
             "LTX-Video licence, with a revenue limit", 9_400_000_000, 19_000_000_000
@@ -81,11 +82,6 @@ class Ltx(DiffusersBackbone):
         return compression(component_config(folder, "vae"))
 
     # Networks
-
-    def load_denoiser(self) -> nn.Module:
-        from diffusers import LTXVideoTransformer3DModel
-
-        return self.load_network(LTXVideoTransformer3DModel, "transformer", self.dtype)
 
     def load_vae(self) -> nn.Module:
         from diffusers import AutoencoderKLLTXVideo

@@ -129,6 +129,8 @@ class Wan(CausalDecode):
 
     settings_class = WanSettings
     pipelines = ("WanPipeline", "WanImageToVideoPipeline")
+    denoiser_class = "WanTransformer3DModel"
+    optional_components = ("transformer_2",)
     published = {
         "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": Published("Apache-2.0", 6_200_000_000, TEXT_SIZE),
         "Wan-AI/Wan2.1-T2V-14B-Diffusers": Published("Apache-2.0", 57_700_000_000, TEXT_SIZE),
@@ -155,29 +157,32 @@ class Wan(CausalDecode):
     # Before anything loads
 
     @classmethod
-    def config_errors(
-        cls, settings: WanSettings, models: ModelSettings, video: VideoSettings, training: bool
-    ) -> list[str]:
-        errors = super().config_errors(settings, models, video, training)
-        if training and settings.sampler != "euler":
-            errors.append("sampler='unipc' is for inference; remove it or set is_vader_training=False")
-        return errors
-
-    @classmethod
-    def folder_errors(cls, folder: Path, settings: WanSettings, video: VideoSpec) -> list[str]:
-        if errors := super().folder_errors(folder, settings, video):
-            return errors
+    def pipeline_errors(cls, folder: Path, settings: WanSettings) -> list[str]:
         if component_config(folder, "transformer").get("image_dim") is not None:
             return [
                 f"model_path: {settings.model_path!r} is a Wan 2.1 image-to-video model, which is not supported; use "
                 "Wan 2.2 TI2V-5B or I2V-A14B"
             ]
-        return []
+        if len(cls.denoiser_parts(folder)) > 1:
+            return []
+        given = {"train_experts": settings.train_experts, "guidance_scale_2": settings.guidance_scale_2}
+        defaults = WanSettings()
+        return [
+            f"{key}={value!r} has an effect on Wan 2.2 A14B alone, which has two experts; remove it"
+            for key, value in given.items()
+            if value != getattr(defaults, key)
+        ]
 
     @classmethod
     def size_multiple(cls, folder: Path) -> int:
         patch = component_config(folder, "transformer")["patch_size"][1]
         return component_config(folder, "vae").get("scale_factor_spatial", 8) * patch
+
+    @classmethod
+    def denoiser_parts(cls, folder: Path) -> Mapping[str, str]:
+        if read_settings(folder / INDEX).get("boundary_ratio") is None:
+            return super().denoiser_parts(folder)
+        return {f"{expert}.": component for expert, component in EXPERTS.items()}
 
     @classmethod
     def parse_prompts(cls, texts: Sequence[str], settings: Any = None) -> list[ImagePrompt]:
@@ -202,9 +207,9 @@ class Wan(CausalDecode):
     def index(self) -> Mapping[str, Any]:
         return read_settings(self.folder / INDEX)
 
-    @property
+    @functools.cached_property
     def is_two_experts(self) -> bool:
-        return self.index.get("boundary_ratio") is not None
+        return len(self.denoiser_parts(self.folder)) > 1
 
     @property
     def expands_timesteps(self) -> bool:
@@ -217,10 +222,7 @@ class Wan(CausalDecode):
         return self.index["boundary_ratio"] * self.process.num_timesteps
 
     def load_denoiser(self) -> nn.Module:
-        from diffusers import WanTransformer3DModel
-
-        names = EXPERTS.values() if self.is_two_experts else ("transformer",)
-        first, *second = (self.load_network(WanTransformer3DModel, name, self.dtype) for name in names)
+        first, *second = map(self.load_denoiser_part, self.denoiser_parts(self.folder).values())
         return Experts(first, second[0], self.boundary, self.mesh is not None) if second else first
 
     def load_vae(self) -> nn.Module:
@@ -284,10 +286,10 @@ class Wan(CausalDecode):
         scheduler.set_timesteps(self.settings.num_sampling_steps, device=self.device)
         return scheduler
 
-    def inference_step(self, predict: Predict, batch: int) -> Any:
+    def inference_step(self, predict: Predict, generators: Sequence[torch.Generator]) -> Any:
         if self.settings.sampler == "euler":
-            return super().inference_step(predict, batch)
-        return SchedulerStep(predict, self._unipc(), batch)
+            return super().inference_step(predict, generators)
+        return SchedulerStep(predict, self._unipc(), len(generators))
 
     @property
     def combine(self) -> Combine | None:

@@ -16,7 +16,7 @@ def adapter_errors(config: Config) -> list[str]:
     errors = _training_errors(config, given) if config.run.is_vader_training else []
     shapes: Mapping[str, Sequence[int]] = {}
     if paths or config.adapter.lora_targets:
-        shapes = config.backbone.denoiser_shapes(config.family)
+        shapes = config.denoiser_shapes
     errors += _target_errors(config.adapter.lora_targets or [], shapes)
     return errors + [error for path in paths for error in _file_errors(config, path, shapes)]
 
@@ -46,12 +46,12 @@ def _file_errors(config: Config, path: str, shapes: Mapping[str, Sequence[int]])
         adapter = lora.read(path, config.backbone.original_names)
     except (ValueError, OSError) as error:
         return [f"lora_ckpt_path: {error}"]
-    if misfit := _misfit(adapter, shapes):
-        return [f"lora_ckpt_path: the adapter {path!r} does not fit the model: {misfit}"]
+    if mismatch := misfit(adapter, shapes):
+        return [f"lora_ckpt_path: the adapter {path!r} does not fit the model: {mismatch}"]
     return _differences(config, path, adapter) if config.run.is_vader_training else []
 
 
-def _misfit(adapter: lora.Adapter, shapes: Mapping[str, Sequence[int]]) -> str:
+def misfit(adapter: lora.Adapter, shapes: Mapping[str, Sequence[int]]) -> str:
     """What of an adapter the denoiser has no layer for, or one of another size; empty where nothing is known."""
     if not shapes:
         return ""

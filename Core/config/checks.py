@@ -10,6 +10,7 @@ from Core.modules import base_adapters
 from Core.rewards import check_reward_config, frames_needed, parts_without_gradient
 from Core.sampling.frame_choice import frames_of_video, is_of_video
 from Core.training.objectives.base import no_gradient_sentence
+from Core.training.objectives.group import WHOLE_VIDEO
 
 from .adapter_checks import adapter_errors
 from .schema import Config
@@ -27,6 +28,7 @@ OPTIONAL_KEYS = (
     "decode_context",
     "shard_frozen",
     "stream_blocks",
+    "decode_reach",
 )
 # What these keep or widen inside a block is not compiled with it, or fails to be recomputed: key → its other value.
 UNCOMPILED: dict[str, Any] = {"grad_checkpoint": True, "dtype": "bf16", "base_quant": "none"}
@@ -43,7 +45,7 @@ UNSTREAMED: dict[str, tuple[Any, Any]] = {"compile_blocks": (True, False)}
 def config_errors(config: Config) -> list[str]:
     """Everything that is wrong with a configuration beyond the types and ranges of its keys."""
     training = config.run.is_vader_training
-    errors = _obeyed_errors(config)
+    errors = _obeyed_errors(config) + _family_bounds_errors(config)
     errors += _video_errors(config)
     errors += _pairs_errors(config)
     errors += config.backbone.config_errors(config.family, config.models, config.video, training)
@@ -93,21 +95,38 @@ def machine_errors(config: Config, processes: int, device: str = "cuda") -> list
     return errors
 
 
+def _family_bounds_errors(config: Config) -> list[str]:
+    """Common keys whose values are in bounds for other families alone."""
+    values, family = config.flat(), config.models.backbone
+    return [
+        f"{error}, for backbone={family!r}"
+        for key, bounds in config.backbone.key_bounds.items()
+        if key in values
+        for error in bounds.errors(key, values[key])
+    ]
+
+
 def _decode_errors(config: Config) -> list[str]:
     """A way of decoding that the family has not, or frames that the video has not."""
     objective: Any = config.objective
-    known = config.backbone.decode_contexts
-    if "decode_context" not in config.backbone.obeys or not hasattr(objective, "decode_context"):
+    if not hasattr(objective, "decode_context"):
         return []
+    errors = _idle_decode_errors(config)
+    if "decode_context" not in config.backbone.obeys or objective.decode_frame == WHOLE_VIDEO:
+        return errors
+    known = config.backbone.decode_contexts
     context, chosen = objective.decode_context, objective.decode_frame
-    errors = []
     if context not in known:
         errors.append(
             f"decode_context={context!r} has no meaning for backbone={config.models.backbone!r}; set it to "
             f"{' or '.join(map(repr, known))}"
         )
-    elif context == "isolated" and is_of_video(chosen):
-        ways = [repr(way) for way in known if way != "isolated"]
+    # Where no other way is known, a latent frame makes one frame of the video, alone as in it.
+    elif (
+        (ways := [repr(way) for way in known if way != "isolated"])
+        and context == "isolated"
+        and is_of_video(chosen)
+    ):
         errors.append(
             f"decode_frame={chosen!r} asks for frames of the finished video; set decode_context to {' or '.join(ways)}"
         )
@@ -115,6 +134,25 @@ def _decode_errors(config: Config) -> list[str]:
         frames_of_video(chosen, config.video_spec.num_frames, config.video_spec.fps)
     except ValueError as error:
         errors.append(str(error))
+    return errors
+
+
+def _idle_decode_errors(config: Config) -> list[str]:
+    """Keys of decoding that another one leaves without effect."""
+    values, defaults = config.flat(), config.defaults()
+    whole, causal = values["decode_frame"] == WHOLE_VIDEO, values["decode_context"] == "causal"
+    errors = []
+    if whole and values["decode_context"] != defaults["decode_context"]:
+        errors.append(
+            f"decode_context={values['decode_context']!r} has no effect with decode_frame={WHOLE_VIDEO!r}; remove it, "
+            "or set decode_frame to the frames to score"
+        )
+    reach_is_known = "decode_reach" in config.backbone.obeys  # else said of the family
+    if reach_is_known and values["decode_reach"] != defaults["decode_reach"] and (whole or not causal):
+        errors.append(
+            f"decode_reach={values['decode_reach']!r} has an effect with decode_context='causal' alone; remove it, or "
+            f"set decode_context='causal'{' and decode_frame to the frames to score' if whole else ''}"
+        )
     return errors
 
 
@@ -273,9 +311,9 @@ def _prompt_errors(config: Config) -> list[str]:
 
 def _path_errors(config: Config) -> list[str]:
     errors = adapter_errors(config)
-    errors += base_adapters.errors(
-        config.models.base_adapters, config.backbone.original_names, config.backbone.experts
-    )
+    if entries := config.models.base_adapters:
+        family = config.backbone
+        errors += base_adapters.errors(entries, family.original_names, family.experts, config.denoiser_shapes)
     for key, value in (("project_dir", config.run.project_dir), ("text_cache", config.models.text_cache)):
         folder = Path(value).expanduser().absolute()
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())

@@ -7,7 +7,7 @@ keys of others: ``family`` by ``backbone``, and ``objective`` by ``objective``.
 import dataclasses
 import functools
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -217,6 +217,11 @@ class Config:
     @functools.cached_property
     def video_spec(self) -> VideoSpec:
         return self.backbone.video_spec(self.video)
+
+    @functools.cached_property
+    def denoiser_shapes(self) -> Mapping[str, Sequence[int]]:
+        """Shape of each of the denoiser's weights by name, as far as files on this machine say."""
+        return self.backbone.denoiser_shapes(self.family)
 
     @functools.cached_property
     def prompt_list(self) -> list[Prompt]:

@@ -72,7 +72,7 @@ def generate(
         z = rng.noise([s.generator("noise", clip) for s in samples], backbone.latent_shape())
         z = z.to(backbone.device)
         predict = backbone.predictor([backbone.features(text, clip) for text in texts])
-        step: Any = backbone.inference_step(predict, len(samples))
+        step: Any = backbone.inference_step(predict, [s.generator("sampler", clip) for s in samples])
         count = len(step.timesteps)
         if conditions:
             step = conditions.condition(step, z, clip, _condition_noise(samples, clip))

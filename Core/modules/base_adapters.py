@@ -1,16 +1,15 @@
 """Other people's adapters, such as a step distillation or a style, merged into the frozen denoiser."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from Core.modules import lora, sharding
-from Core.modules.lora_formats import Layers
 from Core.utils.files import path_fault
 from Core.utils.options import check_values, option
 from Core.utils.state_dict import describe_mismatch
@@ -29,14 +28,30 @@ class BaseAdapter:
         return cls(path=entry) if isinstance(entry, str) else cls(**entry)
 
 
+@dataclass(frozen=True)
+class Change:
+    """What an adapter adds to a tensor.
+
+    Attributes:
+        delta: computes it in float32, shaped as ``shape`` or with its last axes flattened.
+    """
+
+    shape: tuple[int, ...]
+    delta: Callable[[], Tensor]
+
+
 def errors(
-    entries: Sequence[str | Mapping[str, Any]], names: Mapping[str, str], experts: Sequence[str] = ()
+    entries: Sequence[str | Mapping[str, Any]],
+    names: Mapping[str, str],
+    experts: Sequence[str] = (),
+    shapes: Mapping[str, Sequence[int]] = lora.NOTHING,
 ) -> list[str]:
-    """Sentences on entries that are malformed or name no readable adapter.
+    """Sentences on entries that are malformed, or name no readable adapter or one that does not fit.
 
     Args:
         names: the model family's table of original names.
         experts: of its denoisers.
+        shapes: of the denoiser's weights; empty where they are not known.
     """
     fields = {entry.name: entry for entry in dataclasses.fields(BaseAdapter)}
     found = []
@@ -49,48 +64,83 @@ def errors(
         if not wrong and given.get("expert") and given["expert"] not in experts:
             known = f"choose one of {', '.join(experts)}" if experts else "this family has none; remove it"
             wrong.append(f"{key}.expert: there is no expert {given['expert']!r}; {known}")
-        found += wrong or _reading_errors(key, given["path"], names)
+        found += wrong or _reading_errors(key, BaseAdapter.of(entry), names, experts, shapes)
     return found
 
 
-def _reading_errors(key: str, path: str, names: Mapping[str, str]) -> list[str]:
+def _reading_errors(
+    key: str,
+    entry: BaseAdapter,
+    names: Mapping[str, str],
+    experts: Sequence[str],
+    shapes: Mapping[str, Sequence[int]],
+) -> list[str]:
+    path = entry.path
     if fault := path_fault(path):
         return [f"{key}: {fault}"]
     if not Path(path).expanduser().exists():
         return [f"{key}: there is no file or folder {path!r}"]
     try:
-        lora.read(path, names)
+        adapter = lora.read(path, names, differences=True)
     except (ValueError, OSError) as error:
         return [f"{key}: {error}"]
-    return []
+    mismatch = _mismatch(_changes(adapter, entry, shapes), shapes) if shapes else ""
+    if not mismatch:
+        return []
+    several = any(name.startswith(tuple(f"{expert}." for expert in experts)) for name in shapes)
+    advice = f"; set its expert to {' or '.join(map(repr, experts))}" if several and not entry.expert else ""
+    return [f"{key}: the adapter {path!r} does not fit the model: {mismatch}{advice}"]
 
 
 def merge(
     model: nn.Module, entries: Sequence[str | Mapping[str, Any]], names: Mapping[str, str] = lora.NOTHING
 ) -> None:
-    """Add strength · alpha / rank · B A of each entry to the weights of ``model``, in place, summed in float32.
+    """Add strength times what each entry changes to ``model``, in place, summed in float32.
+
+    That is alpha / rank · B A of a layer's weight, and differences of whole tensors as they are.
 
     Raises:
         ValueError: an adapter was made for another model; the message lists what differs.
     """
+    own = dict(model.named_parameters())
+    shapes = {name: parameter.shape for name, parameter in own.items()}
     for entry in map(BaseAdapter.of, entries):
-        prefix = f"{entry.expert}." if entry.expert else ""
-        layers = {prefix + name: layer for name, layer in lora.read(entry.path, names).layers.items()}
-        weights = _weights(model, layers, entry.path)
-        for name, weight in weights.items():
-            held, delta = sharding.own_part(weight.data, layers[name].delta().view(weight.shape))
-            held.copy_(held.float() + entry.strength * delta.to(held.device))
+        changes = _changes(lora.read(entry.path, names, differences=True), entry, shapes)
+        if mismatch := _mismatch(changes, shapes):
+            raise ValueError(f"base_adapters: the adapter {entry.path} does not fit the model: {mismatch}")
+        for name, parts in changes.items():
+            weight = own[name].data
+            total = sum(part.delta().view(weight.shape) for part in parts)
+            held, change = sharding.own_part(weight, total)
+            held.copy_(held.float() + entry.strength * change.to(held.device))
 
 
-def _weights(model: nn.Module, layers: Layers, source: str) -> dict[str, Tensor]:
-    """The weight of each layer that an adapter changes."""
-    own = {name: module.weight for name, module in model.named_modules() if isinstance(module, lora.ADAPTED)}
-    weights = {name: own[name] for name in layers.keys() & own.keys()}
-    shapes = {
-        name: (torch.Size((layers[name].up.shape[0], layers[name].down[0].numel())), weight.flatten(1).shape)
-        for name, weight in weights.items()
+def _changes(
+    adapter: lora.Adapter, entry: BaseAdapter, shapes: Mapping[str, Sequence[int]]
+) -> dict[str, list[Change]]:
+    """What an adapter adds, by the name of the tensor in the whole denoiser."""
+    prefix = f"{entry.expert}." if entry.expert else ""
+    changes: dict[str, list[Change]] = {}
+    for name, shape in lora.layer_shapes(adapter).items():
+        changes[f"{prefix}{name}.weight"] = [Change(shape, adapter.layers[name].delta)]
+    for name, difference in adapter.differences.items():
+        whole = f"{prefix}{name}"  # of a tensor that no layer has, or else of a layer's weight
+        found = whole if whole in shapes or whole.endswith(".bias") else f"{whole}.weight"
+        changes.setdefault(found, []).append(Change(tuple(difference.shape), difference.float))
+    return changes
+
+
+def _mismatch(changes: Mapping[str, list[Change]], shapes: Mapping[str, Sequence[int]]) -> str:
+    """What of an adapter the denoiser has no tensor for, or one of another size; empty where it fits."""
+    differing = {
+        name: (part.shape, shapes[name])
+        for name, parts in changes.items()
+        for part in parts
+        if name in shapes and part.shape not in (tuple(shapes[name]), _as_matrix(shapes[name]))
     }
-    differing = {name: pair for name, pair in shapes.items() if pair[0] != pair[1]}
-    if mismatch := describe_mismatch([], layers.keys() - own.keys(), differing):
-        raise ValueError(f"base_adapters: the adapter {source} does not fit the model: {mismatch}")
-    return weights
+    return describe_mismatch([], changes.keys() - shapes.keys(), differing)
+
+
+def _as_matrix(shape: Sequence[int]) -> tuple[int, ...]:
+    """Shape of a convolution's weight [out, in, *k] as [out, in · k], in which factors may come."""
+    return (*shape[:1], math.prod(shape[1:]))

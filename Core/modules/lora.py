@@ -4,7 +4,7 @@ import copy
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from types import MappingProxyType
@@ -41,10 +41,13 @@ class Adapter:
     Attributes:
         layers: by name of the adapted layer; float32, alpha a whole number above zero.
         targets: suffixes that name these layers.
+        differences: changes of whole tensors, by the name of a layer or tensor, ``.bias`` after it where the bias is
+            meant; only of a file that is merged.
     """
 
     layers: Layers
     targets: tuple[str, ...]
+    differences: Mapping[str, Tensor] = field(default_factory=dict)
 
     @cached_property
     def rank(self) -> int:
@@ -231,12 +234,13 @@ def write_into(folder: Path, model: "PeftModel") -> None:
     settings.save_pretrained(str(folder))
 
 
-def read(path: str | Path, names: Mapping[str, str] = NOTHING) -> Adapter:
+def read(path: str | Path, names: Mapping[str, str] = NOTHING, *, differences: bool = False) -> Adapter:
     """An adapter in any format: PEFT's folder, one file as ``lora_formats`` lists them, or the reference's
     ``peft_model_<step>.pt``.
 
     Args:
         names: the model family's table of original names.
+        differences: whether it may change whole tensors, too, as what is merged may.
 
     Raises:
         FileNotFoundError, ValueError: nothing there, damaged, not an adapter, or not a plain LoRA.
@@ -248,13 +252,25 @@ def read(path: str | Path, names: Mapping[str, str] = NOTHING) -> Adapter:
     _refuse_variants(path, settings)
     _refuse_other_numbers(path, state)
     try:
-        layers = lora_formats.read_layers(state, settings, names)
+        factors, changes = lora_formats.split_differences(state, names)
+        if changes and not differences:
+            raise ValueError(_no_lora(state, len(changes)))
+        layers = lora_formats.read_layers(factors, settings, names) if factors or not changes else {}
     except ValueError as error:
         raise ValueError(f"{path} {error}") from None
     if any(key.startswith(PEFT_PREFIX) for key in state):
         _refuse_disagreement(path, layers, settings)
     layers = {name: layer.in_float32().with_whole_alpha() for name, layer in layers.items()}
-    return Adapter(layers, tuple(sorted(_targets(state, settings, layers))))
+    return Adapter(layers, tuple(sorted(_targets(state, settings, layers))), changes)
+
+
+def _no_lora(state: Mapping[str, Tensor], count: int) -> str:
+    """Why a file that changes whole tensors is no adapter."""
+    example = next(key for key in state if lora_formats.DIFFERENCE.fullmatch(key))
+    return (
+        f"holds changes of whole weights or biases: {count} keys such as {example!r}, which an adapter cannot hold; "
+        "name it in base_adapters, which adds them to the frozen model"
+    )
 
 
 def _targets(state: Mapping[str, Tensor], settings: Mapping[str, Any], layers: Layers) -> Sequence[str]:

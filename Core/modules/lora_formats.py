@@ -12,6 +12,11 @@ A model family (``Core.backbones.base.Backbone``) states two class attributes fo
 holds the denoiser ("transformer"), for diffusers. Without them those formats are refused for it. One whose denoiser
 holds several, such as a high-noise and a low-noise one, names them in ``experts``: other programs have a file for each.
 
+Beside factors a file may hold changes of whole tensors, as step distillations do for norms, biases and modulations:
+``<name>.diff`` of a layer's weight or of a tensor that has no layer, ``<name>.diff_b`` of its bias, and
+``<block>.diff_m`` of a block's ``modulation``, each to be added as it is. They have no rank, so they can be merged but
+not trained on.
+
 Axes: r rank, k the kernel of a convolution, absent in a linear layer.
 """
 
@@ -30,10 +35,12 @@ from Core.modules import lora_names
 PEFT_PREFIX = "base_model.model."
 COMFYUI_PREFIX = "diffusion_model."
 KOHYA_PREFIX = "lora_unet_"
-PREFIXES = (PEFT_PREFIX, COMFYUI_PREFIX, KOHYA_PREFIX, "transformer.", "unet.")
+OWN_PREFIXES = ("transformer.", "unet.")  # diffusers' own names follow
+PREFIXES = (PEFT_PREFIX, COMFYUI_PREFIX, KOHYA_PREFIX, *OWN_PREFIXES)
 REFERENCE_ALPHA = 8  # PEFT's default, which the reference implementation left as it was
 METADATA = "lora_adapter_metadata"  # where diffusers writes PEFT's settings
 FACTOR = re.compile(r"(.+)\.(lora_A|lora_B|lora_down|lora_up|alpha)(\.default)?(\.weight)?")
+DIFFERENCE = re.compile(r"(.+)\.diff(_b|_m)?")
 PARTS = {"lora_A": "down", "lora_down": "down", "lora_B": "up", "lora_up": "up", "alpha": "alpha"}
 # What a key that is no factor of plain LoRA tells of a file: pattern → kind.
 OTHER_KINDS = {
@@ -43,7 +50,6 @@ OTHER_KINDS = {
     r"oft_": "OFT",
     r"lora_mid": "LoCon with a Tucker decomposition",
     r"lora_[AB]\.bias": "trained biases",
-    r"\.diff(_b)?$": "changes of whole weights or biases (.diff, .diff_b)",
     r"^lora_te|^text_encoder": "an adapter of the text encoder",
 }
 
@@ -100,7 +106,7 @@ def read_layers(state: Mapping[str, Tensor], settings: Mapping[str, Any], names:
     Raises:
         ValueError: it holds anything but plain LoRA, or layers the table lacks; the message continues "<file> …".
     """
-    prefix = next((p for p in PREFIXES if any(key.startswith(p) for key in state)), "")
+    prefix = _prefix(state)
     parts: dict[str, dict[str, Tensor]] = {}
     foreign = []
     for key, value in state.items():
@@ -121,6 +127,38 @@ def read_layers(state: Mapping[str, Tensor], settings: Mapping[str, Any], names:
         )
         for name, part in named.items()
     }
+
+
+def split_differences(state: Mapping[str, Tensor], names: Mapping[str, str]) -> tuple[Tensors, Tensors]:
+    """The other tensors of a file, and its changes of whole tensors.
+
+    Args:
+        names: the family's table of original names.
+
+    Returns:
+        the others by their keys; the changes by diffusers' name of the layer or tensor, ``.bias`` after it where the
+        bias is meant.
+
+    Raises:
+        ValueError: a change of a layer that the table lacks; the message continues "<file> …".
+    """
+    prefix = _prefix(state)
+    found = {key: match for key in state if (match := DIFFERENCE.fullmatch(key.removeprefix(prefix)))}
+    others = {key: value for key, value in state.items() if key not in found}
+    if not found:
+        return others, {}
+    own_name, dot = _namer(prefix, names), "_" if prefix == KOHYA_PREFIX else "."
+    endings = {None: ("", ""), "_b": ("", ".bias"), "_m": (f"{dot}modulation", "")}
+    differences = {}
+    for key, match in found.items():
+        inside, after = endings[match[2]]
+        differences[own_name(match[1] + inside) + after] = state[key]
+    return others, differences
+
+
+def _prefix(state: Mapping[str, Tensor]) -> str:
+    """What a format puts before a layer's name."""
+    return next((p for p in PREFIXES if any(key.startswith(p) for key in state)), "")
 
 
 def _refuse_other_kinds(state: Mapping[str, Tensor], foreign: list[str], parts: Mapping[str, dict]) -> None:
@@ -157,7 +195,7 @@ def _namer(prefix: str, names: Mapping[str, str]) -> Callable[[str], str]:
         )
     if prefix == KOHYA_PREFIX:
         return lambda name: lora_names.from_flat(name, names)
-    if prefix == PEFT_PREFIX:
+    if prefix == PEFT_PREFIX or prefix in OWN_PREFIXES:
         return lambda name: name
     return lambda name: lora_names.from_original(name, names)
 

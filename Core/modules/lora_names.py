@@ -1,14 +1,16 @@
 """The names of a network's layers in its first release, which ComfyUI and kohya's trainers kept, beside diffusers'.
 
 A table maps each layer's name in diffusers to its original one, ``{}`` standing for a block's number. It holds the
-layers that adapters are trained on. A model family sets ``original_names`` to its table; what is not known for
-certain has none, and its adapters are not written in those formats.
+layers that adapters are trained on, and the norms and modulations whose changes some files hold beside them. A model
+family sets ``original_names`` to its table; what is not known for certain has none, and its adapters are not written in
+those formats.
 """
 
 import re
 from collections.abc import Mapping
 
-# Wan 2.1 and 2.2; `wan/modules/model.py` of the release. The last four rows are of image-to-video models.
+# Wan 2.1 and 2.2; `wan/modules/model.py` of the release. The last seven rows are of image-to-video models. Its norm2
+# and norm3 are diffusers' norm3 and norm2, and `modulation` is no layer but a tensor.
 WAN = {
     "patch_embedding": "patch_embedding",
     "condition_embedder.text_embedder.linear_1": "text_embedding.0",
@@ -27,13 +29,24 @@ WAN = {
     "blocks.{}.ffn.net.0.proj": "blocks.{}.ffn.0",
     "blocks.{}.ffn.net.2": "blocks.{}.ffn.2",
     "proj_out": "head.head",
+    "blocks.{}.norm2": "blocks.{}.norm3",
+    "blocks.{}.norm3": "blocks.{}.norm2",
+    "blocks.{}.attn1.norm_q": "blocks.{}.self_attn.norm_q",
+    "blocks.{}.attn1.norm_k": "blocks.{}.self_attn.norm_k",
+    "blocks.{}.attn2.norm_q": "blocks.{}.cross_attn.norm_q",
+    "blocks.{}.attn2.norm_k": "blocks.{}.cross_attn.norm_k",
+    "blocks.{}.scale_shift_table": "blocks.{}.modulation",
+    "scale_shift_table": "head.modulation",
+    "blocks.{}.attn2.norm_added_k": "blocks.{}.cross_attn.norm_k_img",
+    "condition_embedder.image_embedder.norm1": "img_emb.proj.0",
+    "condition_embedder.image_embedder.norm2": "img_emb.proj.4",
     "blocks.{}.attn2.add_k_proj": "blocks.{}.cross_attn.k_img",
     "blocks.{}.attn2.add_v_proj": "blocks.{}.cross_attn.v_img",
     "condition_embedder.image_embedder.ff.net.0.proj": "img_emb.proj.1",
     "condition_embedder.image_embedder.ff.net.2": "img_emb.proj.3",
 }
 
-# LTX-Video 0.9; the transformer keeps its release's names but for the embedders of latent and time.
+# LTX-Video 0.9; the transformer keeps its release's names but for the embedders of latent and time, and some norms.
 LTX = {
     "proj_in": "patchify_proj",
     "time_embed.emb.timestep_embedder.linear_1": "adaln_single.emb.timestep_embedder.linear_1",
@@ -52,6 +65,12 @@ LTX = {
     "transformer_blocks.{}.ff.net.0.proj": "transformer_blocks.{}.ff.net.0.proj",
     "transformer_blocks.{}.ff.net.2": "transformer_blocks.{}.ff.net.2",
     "proj_out": "proj_out",
+    "transformer_blocks.{}.attn1.norm_q": "transformer_blocks.{}.attn1.q_norm",
+    "transformer_blocks.{}.attn1.norm_k": "transformer_blocks.{}.attn1.k_norm",
+    "transformer_blocks.{}.attn2.norm_q": "transformer_blocks.{}.attn2.q_norm",
+    "transformer_blocks.{}.attn2.norm_k": "transformer_blocks.{}.attn2.k_norm",
+    "transformer_blocks.{}.scale_shift_table": "transformer_blocks.{}.scale_shift_table",
+    "scale_shift_table": "scale_shift_table",
 }
 
 

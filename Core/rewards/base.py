@@ -148,13 +148,23 @@ class Reward(nn.Module):
         return getattr(cls, "min_frames", 1)
 
     @classmethod
-    def config_errors(cls, args: Mapping[str, Any]) -> list[str]:
-        """Sentences on what is wrong with ``args``, found without loading anything."""
+    def passed_on(cls, args: Mapping[str, Any]) -> Mapping[str, Any]:
+        """``args`` where those that every scorer takes are with the scorers that this one holds, if it holds any."""
+        return args
+
+    @classmethod
+    def own_errors(cls, args: Mapping[str, Any]) -> list[str]:
+        """What is wrong with ``args`` as arguments of the constructor, and of every scorer."""
         label = f"reward_args of {cls.info.name!r}"
         errors = argument_errors(cls, args, label, shared=SHARED_ARGUMENTS)
-        errors = errors or device_errors(args.get("device"), label)
-        if errors:
+        return errors or device_errors(args.get("device"), label)
+
+    @classmethod
+    def config_errors(cls, args: Mapping[str, Any]) -> list[str]:
+        """Sentences on what is wrong with ``args``, found without loading anything."""
+        if errors := cls.own_errors(args):
             return errors
+        label = f"reward_args of {cls.info.name!r}"
         required = cls.required_weights(args).items()
         return [
             f"{label}: {key}: {problem}" for key, weight in required if (problem := missing_local(weight))
@@ -306,6 +316,11 @@ class VideoReward(Reward):
         score = self.as_score(raw)
         loss = self.one_each(self.loss(raw), len(raw))
         return RewardOutput(score, loss, {self.info.name: score.detach()})
+
+
+def shared_of(args: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of ``args`` that every scorer takes."""
+    return {key: value for key, value in args.items() if key in SHARED_ARGUMENTS}
 
 
 def device_errors(device: str | None, label: str) -> list[str]:

@@ -6,8 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from Core.rewards.arguments import argument_errors
-from Core.rewards.base import Reward, RewardInfo, RewardOutput
+from Core.rewards.base import Reward, RewardInfo, RewardOutput, shared_of
 from Core.rewards.registry import construct, named_errors, resolve_reward
 from Core.utils.hub import Weight
 from Core.utils.options import NUMBER_LIMIT, shown
@@ -93,9 +92,12 @@ class AestheticHPS(Mixture):
         }
 
     @classmethod
+    def passed_on(cls, args: Mapping[str, Any]) -> Mapping[str, Any]:
+        return {name: shared_of(args) | dict(args.get(name) or {}) for name in cls.scorers()}
+
+    @classmethod
     def config_errors(cls, args: Mapping[str, Any]) -> list[str]:
-        errors = argument_errors(cls, args, f"reward_args of {cls.info.name!r}", shared={})
-        return errors or [
+        return cls.own_errors(args) or [
             error
             for name in cls.scorers()
             for error in resolve_reward(name).config_errors(args.get(name) or {})

@@ -70,6 +70,7 @@ def resolve_reward(name: str) -> type[Reward]:
 def construct(name: str, args: Mapping[str, Any]) -> Reward:
     """Instantiate a scorer; the arguments that every scorer takes are set on the instance."""
     cls = resolve_reward(name)
+    args = cls.passed_on(args)
     own = {key: value for key, value in args.items() if key not in SHARED_ARGUMENTS}
     with blamed(cls.origin, "in its constructor"), reading(name, cls, args):
         reward = cls(**own)

@@ -7,8 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from Core.rewards.arguments import argument_errors
-from Core.rewards.base import Reward, RewardInfo, RewardOutput
+from Core.rewards.base import SHARED_ARGUMENTS, Reward, RewardInfo, RewardOutput, shared_of
 from Core.rewards.registry import construct, named_errors, resolve_reward
 from Core.utils.hub import Weight
 from Core.utils.options import Bounds
@@ -47,8 +46,13 @@ class Wrapper(Reward):
         return {f"reward_args.{key}": weight for key, weight in inner.items()}
 
     @classmethod
+    def passed_on(cls, args: Mapping[str, Any]) -> Mapping[str, Any]:
+        own = {key: value for key, value in args.items() if key not in SHARED_ARGUMENTS}
+        return {**own, "reward_args": shared_of(args) | own_arguments(args)}
+
+    @classmethod
     def config_errors(cls, args: Mapping[str, Any]) -> list[str]:
-        if errors := argument_errors(cls, args, f"reward_args of {cls.info.name!r}", shared={}):
+        if errors := cls.own_errors(args):
             return errors
         try:
             return named_errors(resolve_reward(args["reward"]), own_arguments(args))

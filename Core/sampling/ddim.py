@@ -3,14 +3,20 @@
 Axes: B batch, C channels, T latent frames, h, w latent rows and columns.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from Core.utils.options import Bounds
+
 from .euler import per_video
 
 PREDICTION_TYPES = ("epsilon", "v_prediction")
+# η of a stochastic step. Above 1 a step from pure noise would draw more noise than the next level holds; a step from a
+# lower level leaves a little room, which no run can use at all of its steps.
+NOISE_LEVELS = Bounds(minimum=0, maximum=1)
 
 
 class DDIM:
@@ -23,12 +29,19 @@ class DDIM:
         alphas_cumprod: ᾱ [n] as diffusers has it, falling. 0 in its last place is pure noise (zero terminal SNR).
         final_alpha: ᾱ of data.
         prediction_type: ``epsilon`` or ``v_prediction``.
+        arrivals: timestep of the sampler → where the step before it ends, if beside it.
 
     Raises:
         ValueError: another prediction type, or ``epsilon`` where a level is pure noise, which says nothing of x_0.
     """
 
-    def __init__(self, alphas_cumprod: Tensor, final_alpha: float = 1.0, prediction_type: str = "epsilon"):
+    def __init__(
+        self,
+        alphas_cumprod: Tensor,
+        final_alpha: float = 1.0,
+        prediction_type: str = "epsilon",
+        arrivals: Mapping[int, int] | None = None,
+    ):
         if prediction_type not in PREDICTION_TYPES:
             raise ValueError(
                 f"prediction_type must be {' or '.join(PREDICTION_TYPES)}, got {prediction_type!r}; choose a scheduler "
@@ -42,17 +55,33 @@ class DDIM:
         self.prediction_type = prediction_type
         levels = alphas_cumprod.double().cpu()
         self.alphas_cumprod = torch.cat([levels.new_tensor([final_alpha]), levels])
+        self.arrivals = torch.arange(self.num_timesteps + 1)
+        for t, end in (arrivals or {}).items():
+            self.arrivals[t] = end
 
     @classmethod
     def from_scheduler(cls, scheduler: Any) -> "DDIM":
-        """The process of a DDIM-like scheduler of diffusers, whose clipping of x_0 is left out.
+        """The process of a DDIM-like scheduler of diffusers with its timesteps set, whose clipping of x_0 is left out.
+
+        Its steps go down by a fixed number of levels, so that they end beside the next timestep where the levels do not
+        divide evenly.
 
         Raises:
             ValueError: it predicts something else.
         """
+        timesteps = [int(t) + 1 for t in scheduler.timesteps]
+        stride = len(scheduler.alphas_cumprod) // len(timesteps)
         return cls(
-            scheduler.alphas_cumprod, float(scheduler.final_alpha_cumprod), scheduler.config.prediction_type
+            scheduler.alphas_cumprod,
+            float(scheduler.final_alpha_cumprod),
+            scheduler.config.prediction_type,
+            {end: max(0, t - stride) for t, end in zip(timesteps, [*timesteps[1:], 0], strict=True)},
         )
+
+    def arrival(self, t: Tensor) -> Tensor:
+        """Where the sampler's step towards timesteps ``t`` of any shape ends."""
+        self.arrivals = self.arrivals.to(t.device)
+        return self.arrivals[t.round().long()].to(t.dtype)
 
     def step(self, z: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor) -> Tensor:
         """Step of ``z`` from timesteps ``t`` [B] to ``t_next`` [B] along the noise that is predicted."""
@@ -72,8 +101,8 @@ class DDIM:
         Raises:
             ValueError: a noise level above 1, where the marginals are no longer the process's.
         """
-        if not 0 <= noise_level <= 1:
-            raise ValueError(f"the noise level of DDIM is between 0 and 1, got {noise_level}")
+        if errors := NOISE_LEVELS.errors("noise_level", noise_level):
+            raise ValueError(errors[0])
         alpha, alpha_next, drawn = self._alpha(t), self._alpha(t_next), self._alpha(t_next.clamp_min(1))
         variance = noise_level**2 * (1 - drawn) / (1 - alpha) * (1 - alpha / drawn)
         x0, noise = self._parts(z, t, prediction)

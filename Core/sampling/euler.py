@@ -42,6 +42,9 @@ class Process(Protocol):
     ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B] of a Gaussian step with the deterministic steps' marginals."""
 
+    def arrival(self, t: Tensor) -> Tensor:
+        """Where the sampler's step towards ``t`` ends: ``t`` itself, or beside it where its schedule has it so."""
+
     def x0_from(self, z: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
         """The clean latent that a prediction implies."""
 
@@ -91,6 +94,10 @@ class RectifiedFlow:
         mean = z + per_video(width) * (velocity - per_video(variance / (2 * level)) * noise)
         return mean, (variance * width).sqrt()
 
+    def arrival(self, t: Tensor) -> Tensor:
+        """``t`` itself: the time axis is continuous."""
+        return t
+
     def x0_from(self, z: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
         """The clean latent where the velocity leads."""
         return self.step(z, velocity, t, torch.zeros_like(t))
@@ -130,7 +137,7 @@ class DenoisingStep:
 
     def __init__(self, predict: Predict, process: Process, timesteps: Tensor, detach_input: bool = False):
         self.predict, self.process, self.timesteps = predict, process, timesteps
-        self.next_timesteps = torch.cat([timesteps[1:], torch.zeros_like(timesteps[:1])])
+        self.next_timesteps = process.arrival(torch.cat([timesteps[1:], torch.zeros_like(timesteps[:1])]))
         self.detach_input = detach_input
 
     def __call__(self, z: Tensor, i: int, generated: Tensor | None = None) -> Tensor:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from Core.backbones import Prompt
 from Core.config import Config
+from Core.config.adapter_checks import misfit
 from Core.config.load import RETIRED
+from Core.modules import lora
 from Core.training.checkpoint import Checkpoint, Checkpoints
 
 logger = logging.getLogger("vader")
@@ -40,6 +42,7 @@ def choose_checkpoint(
             raise ValueError(f"resume: checkpoint {config.run.resume!r} cannot be used: {damage}")
     if chosen:
         refuse_contradiction(config, chosen, prompts, global_batch)
+        refuse_misfit(config, chosen)
     return chosen
 
 
@@ -102,6 +105,15 @@ def identity(config: Config, prompts: Sequence[Prompt], global_batch: int) -> di
     settings |= config.models.base_adapter_contents()
     settings |= config.objective_class.contents(config.objective)
     return settings | {GLOBAL_BATCH: global_batch, "text of the prompts (sha256)": digest[:16]}
+
+
+def refuse_misfit(config: Config, checkpoint: Checkpoint) -> None:
+    """Raise ValueError where a checkpoint's adapter was made for another model than the one that its key names now."""
+    if mismatch := misfit(lora.read(checkpoint.adapter), config.denoiser_shapes):
+        raise ValueError(
+            f"the checkpoint {str(checkpoint.folder)!r} does not fit the model: {mismatch}; restore the model, choose "
+            "another project_dir, or set resume='never'"
+        )
 
 
 def refuse_contradiction(

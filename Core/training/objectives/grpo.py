@@ -27,7 +27,11 @@ from .group import GroupObjective, GroupSettings
 class GRPOSettings(GroupSettings, GuidedSettings, KlSettings):
     """Keys of GRPO."""
 
-    noise_level: float = option(0.7, "noise of the stochastic sampler, relative to √(s / (1 − s))", above=0)
+    noise_level: float = option(
+        0.7,
+        "noise of the stochastic sampler: relative to √(s / (1 − s)) in flow models, η of DDIM, at most 1, in others",
+        above=0,
+    )
     grad_steps: int | None = option(
         None, "sampling steps that are trained, drawn anew for each training step; None = all", minimum=1
     )

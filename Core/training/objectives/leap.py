@@ -63,10 +63,11 @@ class Leap(GradientObjective):
         timer.lap("prefix")
         t_start, t_middle = timesteps.gather(0, steps.to(timesteps.device))
         process, share = self.backbone.process, self.settings.nested_grad
-        leap = process.step(start, predict(start, t_start), t_start, t_middle)
+        leap = process.step(start, predict(start, t_start), t_start, process.arrival(t_middle))
         reached = connect(middle, leap)
         seen = share * reached + (1 - share) * reached.detach()
-        last_leap = process.step(reached, predict(seen, t_middle), t_middle, torch.zeros_like(t_middle))
+        finish = process.arrival(torch.zeros_like(t_middle))
+        last_leap = process.step(reached, predict(seen, t_middle), t_middle, finish)
         z = connect(end, last_leap)
         timer.lap("gradient_steps")
         reward = self.score(z, prompts, samples, timer)

@@ -2,6 +2,9 @@
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -16,6 +19,17 @@ WEIGHT_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 CONFIG_NAME = "config.json"
 LISTED_KEYS = 5
+_sizes_only = ContextVar("sizes_only", default=False)
+
+
+@contextmanager
+def sizes_only() -> Iterator[None]:
+    """Within this context ``load_pretrained`` reads no weights: their values are whatever was in memory."""
+    token = _sizes_only.set(True)
+    try:
+        yield
+    finally:
+        _sizes_only.reset(token)
 
 
 def is_hub_id(source: str) -> bool:
@@ -128,6 +142,8 @@ def load_pretrained(model: nn.Module, source: str | Path) -> nn.Module:
         FileNotFoundError: there are no weights.
         ValueError: a file is damaged, or a key is missing, unexpected or of another shape; the message lists them.
     """
+    if _sizes_only.get():
+        return model.to_empty(device="cpu").eval()
     own, state = model.state_dict(), {}
     for file in weight_files(find_checkpoint(source)):
         state.update(read_file(file))

@@ -1,0 +1,193 @@
+"""A training step of a configuration on tensors without content: peak bytes and work of each phase.
+
+The step is the trainer's own, on networks of full size; nothing is read, and no memory is taken.
+"""
+
+import dataclasses
+import gc
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from Core.backbones import EncodedPrompt, Prompt
+from Core.config import Config
+from Core.estimate.live_bytes import LiveBytes
+from Core.estimate.operations import Work, WorkCounter, operations_in
+from Core.estimate.scorers import joined, real_scorers
+from Core.estimate.stand_ins import AgreeingProcesses
+from Core.estimate.values import tensors_without_content, without_content
+from Core.estimate.weightless import weightless_backbone
+from Core.evaluation.metrics import score_videos
+from Core.generation.generate import generate
+from Core.generation.manifest import plan_samples
+from Core.modules import lora
+from Core.training.metric_logging import Trackers
+from Core.training.setup import adapt_for_training, scorer_dtype
+from Core.training.trainer import Trainer
+from Core.training.validation import Validation
+from Core.utils import rng
+from Core.utils.timing import Stopwatch
+
+RUN_MICRO_STEPS = 2  # of a step's backward passes; those after the second are the second's over again
+ENCODE_BATCH = 8
+NO_FOLDER = Path("/nonexistent")
+
+
+@dataclass
+class Phase:
+    """Peak bytes of everything alive, and the work that was done."""
+
+    peak: int = 0
+    work: Counter[Work] = field(default_factory=Counter)
+
+    @property
+    def operations(self) -> float:
+        return operations_in(self.work)
+
+
+@dataclass(frozen=True)
+class FakeRun:
+    """What a run does, phase by phase.
+
+    phases: ``text``, ``load``, those of a training step by their names in ``metrics.csv``, and ``validation``, which is
+    one batch of videos with their scores. networks: bytes that lie on the device throughout training.
+    """
+
+    phases: dict[str, Phase]
+    networks: int
+
+    @property
+    def step(self) -> dict[str, Phase]:
+        """The phases of a training step."""
+        return {name: phase for name, phase in self.phases.items() if name not in ("text", "load", "validation")}
+
+    @property
+    def peak(self) -> int:
+        return max(phase.peak for phase in self.phases.values())
+
+
+class Meter:
+    """Live bytes and work, whose laps end together."""
+
+    def __init__(self, live: LiveBytes, work: WorkCounter):
+        self.live, self.work = live, work
+
+    def lap(self, name: str) -> None:
+        gc.collect()
+        self.live.lap(name)
+        self.work.lap(name)
+
+    def stopwatch(self, device: torch.device) -> Stopwatch:
+        meter = self
+
+        class Metered(Stopwatch):
+            def lap(self, name: str) -> None:
+                super().lap(name)
+                meter.lap(name)
+
+        return Metered(device)
+
+    def phases(self) -> dict[str, Phase]:
+        return {name: Phase(peak, self.work.phases[name]) for name, peak in self.live.phases.items()}
+
+
+def fake_run(config: Config, processes: int = 1, tell: Callable[[str], None] = lambda phase: None) -> FakeRun:
+    """Build a run and take a training step and one batch of a validation.
+
+    Args:
+        processes: of the run; each holds and does the same.
+        tell: called with what begins.
+
+    Raises:
+        ValueError: sizes that are not known, or code that reads what tensors without content do not have.
+    """
+    scorers = real_scorers(config.reward.reward_fn, config.reward.arguments)
+    with ExitStack() as stack:
+        mode = stack.enter_context(tensors_without_content())
+        meter = Meter(stack.enter_context(LiveBytes()), stack.enter_context(WorkCounter()))
+        distributed = AgreeingProcesses(config.optimizer.mixed_precision, processes)
+        built = shortened(config)
+        backbone = weightless_backbone(built, meter.work)
+        tell("text")
+        prompts, validation_prompts = encode_used(built, backbone, processes)
+        meter.lap("text")
+        tell("load")
+        backbone.load()
+        fakes = {name: part and without_content(mode, part) for name, part in scorers.items()}
+        reward = joined(config.reward.reward_fn, fakes, scorer_dtype(backbone.dtype, config.optimizer.mixed_precision))
+        for part in filter(None, fakes.values()):
+            meter.live.add(part)
+        adapt_for_training(built, backbone)
+        validation = Validation(built, distributed, backbone, reward, {}, validation_prompts)
+        trainer = Trainer(
+            built, {}, distributed, backbone, reward, prompts, validation, NO_FOLDER, Trackers({})
+        )
+        begin_optimizer(trainer)
+        gc.collect()
+        networks = meter.live.now
+        meter.lap("load")
+        tell("step")
+        gc.freeze()
+        trainer.stopwatch = meter.stopwatch
+        trainer.train_step()
+        tell("validation")
+        validate(built, backbone, reward, validation_prompts)
+        meter.lap("validation")
+        gc.unfreeze()
+    return FakeRun(meter.phases(), networks)
+
+
+def shortened(config: Config) -> Config:
+    count = min(config.optimizer.gradient_accumulation_steps, RUN_MICRO_STEPS)
+    models = dataclasses.replace(config.models, compile_blocks=False)
+    optimizer = dataclasses.replace(config.optimizer, gradient_accumulation_steps=count)
+    return dataclasses.replace(config, optimizer=optimizer, models=models)
+
+
+def encode_used(
+    config: Config, backbone: Any, processes: int
+) -> tuple[Sequence[EncodedPrompt], list[EncodedPrompt]]:
+    """The training prompts, of which those of the first step have features, and those of a batch of the validation."""
+    prompts = config.prompt_list
+    samples = range(config.optimizer.global_batch(processes))
+    groups = [sample // config.objective_class.group_size for sample in samples]
+    chosen = set(rng.training_indices(config.run.seed, groups, len(prompts)))
+    validated = config.validation_prompt_list[: config.validation.val_batch_size]
+    wanted = [*(prompts[i] for i in sorted(chosen)), *validated]
+    captions = list(dict.fromkeys(backbone.caption(text) for prompt in wanted for text in prompt.texts))
+    negative = backbone.negative_caption
+    captions += [] if negative is None else [negative]
+    encoder, features = backbone.text_encoder(), {}
+    for start in range(0, len(captions), ENCODE_BATCH):
+        batch = captions[start : start + ENCODE_BATCH]
+        features |= dict(zip(batch, encoder.encode(batch), strict=True))
+    if negative is not None:
+        backbone.negative = features[negative]
+
+    def encoded(prompt: Prompt) -> EncodedPrompt:
+        return EncodedPrompt(prompt, tuple(features[backbone.caption(text)] for text in prompt.texts))
+
+    first = encoded(wanted[0])
+    every = [encoded(prompt) if i in chosen else first for i, prompt in enumerate(prompts)]
+    return every, [encoded(prompt) for prompt in validated]
+
+
+def begin_optimizer(trainer: Trainer) -> None:
+    """Make the optimiser's state, which is there from the second step on."""
+    for parameter in trainer.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+    trainer.optimizer.zero_grad()
+
+
+def validate(config: Config, backbone: Any, reward: Any, prompts: Sequence[EncodedPrompt]) -> None:
+    """One batch of videos, and the score of the first."""
+    lora.set_dropout(backbone.denoiser, False)
+    samples = plan_samples([encoded.prompt for encoded in prompts], 1, config.run.seed)
+    videos = generate(backbone, samples, prompts)
+    score_videos(reward, videos[:1], [prompts[0].prompt], config.video.file_fps)

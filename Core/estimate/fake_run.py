@@ -16,6 +16,7 @@ import torch
 
 from Core.backbones import EncodedPrompt, Prompt
 from Core.config import Config
+from Core.estimate.card_kernels import CudaArithmetic, attention_workspace
 from Core.estimate.live_bytes import LiveBytes
 from Core.estimate.operations import Work, WorkCounter, operations_in
 from Core.estimate.scorers import joined, real_scorers
@@ -26,6 +27,7 @@ from Core.evaluation.metrics import score_videos
 from Core.generation.generate import generate
 from Core.generation.manifest import plan_samples
 from Core.modules import lora
+from Core.rewards import Reward
 from Core.training.metric_logging import Trackers
 from Core.training.setup import adapt_for_training, scorer_dtype
 from Core.training.trainer import Trainer
@@ -96,11 +98,17 @@ class Meter:
         return {name: Phase(peak, self.work.phases[name]) for name, peak in self.live.phases.items()}
 
 
-def fake_run(config: Config, processes: int = 1, tell: Callable[[str], None] = lambda phase: None) -> FakeRun:
+def fake_run(
+    config: Config,
+    processes: int = 1,
+    on_card: bool = True,
+    tell: Callable[[str], None] = lambda phase: None,
+) -> FakeRun:
     """Build a run and take a training step and one batch of a validation.
 
     Args:
         processes: of the run; each holds and does the same.
+        on_card: what a CUDA card takes; else this machine's CPU.
         tell: called with what begins.
 
     Raises:
@@ -109,10 +117,14 @@ def fake_run(config: Config, processes: int = 1, tell: Callable[[str], None] = l
     scorers = real_scorers(config.reward.reward_fn, config.reward.arguments)
     with ExitStack() as stack:
         mode = stack.enter_context(tensors_without_content())
-        meter = Meter(stack.enter_context(LiveBytes()), stack.enter_context(WorkCounter()))
+        live = LiveBytes(attention_workspace if on_card else None)
+        meter = Meter(stack.enter_context(live), stack.enter_context(WorkCounter()))
+        if on_card:
+            stack.enter_context(CudaArithmetic())
         distributed = AgreeingProcesses(config.optimizer.mixed_precision, processes)
         built = shortened(config)
         backbone = weightless_backbone(built, meter.work)
+        gc.freeze()
         tell("text")
         prompts, validation_prompts = encode_used(built, backbone, processes)
         meter.lap("text")
@@ -127,12 +139,13 @@ def fake_run(config: Config, processes: int = 1, tell: Callable[[str], None] = l
         trainer = Trainer(
             built, {}, distributed, backbone, reward, prompts, validation, NO_FOLDER, Trackers({})
         )
+        fill_text_caches(trainer, reward)
         begin_optimizer(trainer)
         gc.collect()
         networks = meter.live.now
         meter.lap("load")
         tell("step")
-        gc.freeze()
+        gc.freeze()  # what stands is not looked through again at every collection
         trainer.stopwatch = meter.stopwatch
         trainer.train_step()
         tell("validation")
@@ -183,6 +196,16 @@ def begin_optimizer(trainer: Trainer) -> None:
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()
     trainer.optimizer.zero_grad()
+
+
+def fill_text_caches(trainer: Trainer, reward: Reward) -> None:
+    """Let scorers see the step's prompts, as they keep what they made of a text before."""
+    video, objective = trainer.backbone.video, trainer.objective
+    count = objective.count_scored_frames(objective.settings, trainer.backbone.latent_shape()[1], video)
+    for samples in trainer.micro_batches():
+        texts = [encoded.prompt.reward_text for encoded in trainer.prompts_of(samples)]
+        with torch.no_grad():
+            reward(torch.zeros(len(texts), count, 3, video.height, video.width), texts)
 
 
 def validate(config: Config, backbone: Any, reward: Any, prompts: Sequence[EncodedPrompt]) -> None:

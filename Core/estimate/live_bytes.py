@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-COLLECT_EVERY = 20  # new storages
+COLLECT_EVERY = 20  # new storages, at least
+COLLECT_LATEST = 640
 # (operator, its arguments) → bytes that its kernel allocates and frees again, which no tensor shows
 Workspace = Callable[[Any, tuple], int]
 
@@ -32,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self.phases: dict[str, int] = {}
         self.known: set[int] = set()
-        self.made = 0
+        self.made, self.patience = 0, COLLECT_EVERY
         self.workspace = workspace
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -66,11 +67,13 @@ class LiveBytes(TorchDispatchMode):
         self._raise_peak(self.now)
 
     def _raise_peak(self, wanted: int) -> None:
-        if wanted > self.peak and self.made >= COLLECT_EVERY:
+        if wanted > self.peak and self.made >= self.patience:
             before = self.now
             gc.collect()  # under a dispatch mode, what checkpointing recomputed hangs in cycles
-            self.made = 0
-            wanted -= before - self.now
+            freed = before - self.now
+            # A forward pass grows without any cycle: there to look often costs time for nothing.
+            self.patience = COLLECT_EVERY if freed else min(2 * self.patience, COLLECT_LATEST)
+            self.made, wanted = 0, wanted - freed
         self.peak = max(self.peak, wanted)
 
     def _drop(self, key: int, size: int) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import _engine_run_backward
 from torch.optim import Optimizer
 
 from Core.utils.distributed import Distributed
@@ -75,7 +76,10 @@ class AgreeingProcesses(Distributed):
         return optimizer
 
     def backward(self, loss: Tensor) -> None:
-        loss.backward()
+        # torch.autograd.backward leaves the modes of torch functions, which what is recomputed should be in.
+        _engine_run_backward(
+            (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
+        )
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
         return float(nn.utils.clip_grad_norm_(parameters, max_norm))

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from Core.config import Config, ConfigError, load_config
-from Core.config.checks import OPTIONAL_KEYS
+from Core.estimate.memory_savers import unused_savers
 from Core.utils.errors import IncompleteError
 from Core.utils.folder_lock import folder_lock
 from Core.utils.process import INTERRUPTED
@@ -25,20 +25,6 @@ if TYPE_CHECKING:
     from Core.utils.distributed import Distributed
 
 logger = logging.getLogger("vader")
-# Settings of training that need less memory, those first that cost the least quality.
-MEMORY_SAVERS = {
-    "grad_checkpoint": True,
-    "train_batch_size": 1,
-    "val_batch_size": 1,
-    "backprop_mode": "last",
-    "backprop_steps": 1,
-    "levels_per_video": 1,
-    "trajectory_device": "cpu",
-    "decode_frame": -1,
-    "dtype": "fp8",
-    "use_AdamW8bit": True,
-    "guidance_grad": "cond",
-}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -172,16 +158,7 @@ def resume_errors(config: Config, folder: Path) -> list[str]:
 
 def memory_advice(config: Config, error: str) -> str:
     """One sentence: what did not fit, and the settings that would still save memory."""
-    values = config.flat()
-    savers = MEMORY_SAVERS if config.run.is_vader_training else {"val_batch_size": 1, "dtype": "fp8"}
-    same = (
-        {"decode_frame"} if isinstance(values.get("decode_frame"), int) else set()
-    )  # any one frame costs the same
-    if config.models.compile_blocks or config.models.base_quant != "none":
-        same.add("dtype")  # would be refused beside them
-    same |= set(OPTIONAL_KEYS) - config.backbone.obeys
-    known = {key: value for key, value in savers.items() if key in values and key not in same}
-    unused = [f"{key}={value!r}" for key, value in known.items() if values[key] != value]
+    unused = [f"{key}={value!r}" for key, value in unused_savers(config).items()]
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
     failed = f", which tried to allocate {asked[1]} more" if asked else ""
     return (

@@ -93,7 +93,7 @@ def peak_allocated(profiler: profile) -> int:
 def compare(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         config = config_of(name, Path(folder))
-        estimated = fake_run(config, on_card=False)
+        estimated = fake_run(config, on_card=False, whole=True, validate=False)
         peak, operations = measure(config, Path(folder) / "run")
     return {
         "name": name,

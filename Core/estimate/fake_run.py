@@ -6,8 +6,8 @@ The step is the trainer's own, on networks of full size; nothing is read, and no
 import dataclasses
 import gc
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,9 @@ from Core.training.validation import Validation
 from Core.utils import rng
 from Core.utils.timing import Stopwatch
 
-RUN_MICRO_STEPS = 2  # of a step's backward passes; those after the second are the second's over again
+# Phases of the backward passes of a step, which all do the same.
+OF_MICRO_STEPS = ("prefix", "gradient_steps", "decode", "reward", "backward")
+OUTSIDE_STEPS = ("text", "load", "validation")
 ENCODE_BATCH = 8
 NO_FOLDER = Path("/nonexistent")
 
@@ -66,7 +68,7 @@ class FakeRun:
     @property
     def step(self) -> dict[str, Phase]:
         """The phases of a training step."""
-        return {name: phase for name, phase in self.phases.items() if name not in ("text", "load", "validation")}
+        return {name: phase for name, phase in self.phases.items() if name not in OUTSIDE_STEPS}
 
     @property
     def peak(self) -> int:
@@ -102,6 +104,8 @@ def fake_run(
     config: Config,
     processes: int = 1,
     on_card: bool = True,
+    whole: bool = False,
+    validate: bool = True,
     tell: Callable[[str], None] = lambda phase: None,
 ) -> FakeRun:
     """Build a run and take a training step and one batch of a validation.
@@ -109,6 +113,8 @@ def fake_run(
     Args:
         processes: of the run; each holds and does the same.
         on_card: what a CUDA card takes; else this machine's CPU.
+        whole: run every backward pass of the step; else one, whose work is counted for all.
+        validate: also make and score one batch of validation videos.
         tell: called with what begins.
 
     Raises:
@@ -122,11 +128,13 @@ def fake_run(
         if on_card:
             stack.enter_context(CudaArithmetic())
         distributed = AgreeingProcesses(config.optimizer.mixed_precision, processes)
-        built = shortened(config)
+        built = config if whole else shortened(config)
+        repeats = config.optimizer.gradient_accumulation_steps // built.optimizer.gradient_accumulation_steps
         backbone = weightless_backbone(built, meter.work)
         gc.freeze()
         tell("text")
         prompts, validation_prompts = encode_used(built, backbone, processes)
+        gc.collect()
         meter.lap("text")
         tell("load")
         backbone.load()
@@ -141,6 +149,8 @@ def fake_run(
         )
         fill_text_caches(trainer, reward)
         begin_optimizer(trainer)
+        if repeats == 1:
+            trainer.optimizer.zero_grad()  # else those of the backward passes before are there
         gc.collect()
         networks = meter.live.now
         meter.lap("load")
@@ -148,18 +158,31 @@ def fake_run(
         gc.freeze()  # what stands is not looked through again at every collection
         trainer.stopwatch = meter.stopwatch
         trainer.train_step()
-        tell("validation")
-        validate(built, backbone, reward, validation_prompts)
-        meter.lap("validation")
+        if validate:
+            tell("validation")
+            make_videos(built, backbone, reward, validation_prompts)
+            meter.lap("validation")
         gc.unfreeze()
-    return FakeRun(meter.phases(), networks)
+    return FakeRun(repeated(meter.phases(), repeats), networks)
+
+
+def repeated(phases: dict[str, Phase], times: int) -> dict[str, Phase]:
+    """Phases of a step with so many backward passes, from those of one."""
+    for name in set(OF_MICRO_STEPS) & set(phases):
+        work = phases[name].work
+        phases[name].work = Counter({one: times * count for one, count in work.items()})
+    return phases
 
 
 def shortened(config: Config) -> Config:
-    count = min(config.optimizer.gradient_accumulation_steps, RUN_MICRO_STEPS)
-    models = dataclasses.replace(config.models, compile_blocks=False)
-    optimizer = dataclasses.replace(config.optimizer, gradient_accumulation_steps=count)
-    return dataclasses.replace(config, optimizer=optimizer, models=models)
+    """The same run with one backward pass a step, where its objective needs no group of videos."""
+    grouped = config.objective.videos_per_prompt > 1
+    count = config.optimizer.gradient_accumulation_steps if grouped else 1
+    return dataclasses.replace(
+        config,
+        models=dataclasses.replace(config.models, compile_blocks=False),
+        optimizer=dataclasses.replace(config.optimizer, gradient_accumulation_steps=count),
+    )
 
 
 def encode_used(
@@ -168,7 +191,7 @@ def encode_used(
     """The training prompts, of which those of the first step have features, and those of a batch of the validation."""
     prompts = config.prompt_list
     samples = range(config.optimizer.global_batch(processes))
-    groups = [sample // config.objective_class.group_size for sample in samples]
+    groups = [sample // config.objective.videos_per_prompt for sample in samples]
     chosen = set(rng.training_indices(config.run.seed, groups, len(prompts)))
     validated = config.validation_prompt_list[: config.validation.val_batch_size]
     wanted = [*(prompts[i] for i in sorted(chosen)), *validated]
@@ -195,7 +218,6 @@ def begin_optimizer(trainer: Trainer) -> None:
     for parameter in trainer.parameters:
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()
-    trainer.optimizer.zero_grad()
 
 
 def fill_text_caches(trainer: Trainer, reward: Reward) -> None:
@@ -208,7 +230,7 @@ def fill_text_caches(trainer: Trainer, reward: Reward) -> None:
             reward(torch.zeros(len(texts), count, 3, video.height, video.width), texts)
 
 
-def validate(config: Config, backbone: Any, reward: Any, prompts: Sequence[EncodedPrompt]) -> None:
+def make_videos(config: Config, backbone: Any, reward: Any, prompts: Sequence[EncodedPrompt]) -> None:
     """One batch of videos, and the score of the first."""
     lora.set_dropout(backbone.denoiser, False)
     samples = plan_samples([encoded.prompt for encoded in prompts], 1, config.run.seed)

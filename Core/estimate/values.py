@@ -24,6 +24,11 @@ FACTORIES = {
     *(aten.rand.default, aten.rand.generator, aten.randint.default, aten.randint.generator),
     *(aten.randint.low, aten.randint.low_generator, aten.randperm.default, aten.randperm.generator),
 }
+# Operators whose result has one value, whatever their tensor holds.
+FILLED = {
+    **{aten.ones_like.default: 1, aten.new_ones.default: 1},
+    **{aten.zeros_like.default: 0, aten.new_zeros.default: 0},
+}
 
 
 class SmallValues(TorchDispatchMode):
@@ -38,11 +43,14 @@ class SmallValues(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and _is_unknown(args[0]):
             return _one(args[0].dtype)
         out = func(*args, **kwargs)
-        if func in FACTORIES and out.numel() <= KEPT_VALUES and out.device.type != "meta":
-            with no_dispatch():
-                real = func(*args, **kwargs)
-            return self.mode.fake_tensor_converter.from_real_tensor(self.mode, real, make_constant=True)
-        return out
+        if func not in FACTORIES and func not in FILLED:
+            return out
+        if out.numel() > KEPT_VALUES or out.device.type == "meta":
+            return out
+        with no_dispatch():
+            filled = func in FILLED
+            real = torch.full(out.shape, FILLED[func], dtype=out.dtype) if filled else func(*args, **kwargs)
+        return self.mode.fake_tensor_converter.from_real_tensor(self.mode, real, make_constant=True)
 
 
 def _is_unknown(tensor: Any) -> bool:

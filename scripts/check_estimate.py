@@ -1,4 +1,4 @@
-"""Compare the estimate with real steps on this machine's CPU: `python scripts/check_estimate.py [NAME …] [--json FILE]`.
+"""Compare the estimate with real steps on a CPU: `python scripts/check_estimate.py [NAME …] [--json FILE]`.
 
 Peak bytes are counted by PyTorch's allocator while a training step runs on the demo and on the tests' tiny twin, at
 ten settings; operations by the operators that ran.
@@ -124,8 +124,8 @@ def main() -> None:
     for name in args.names or SETTINGS:
         found.append(compare(name))
         print(line(found[-1]), flush=True)
-    if args.json:
-        write_whole(args.json, json.dumps(found, indent=1) + "\n")
+        if args.json:
+            write_whole(args.json, json.dumps(found, indent=1) + "\n")
 
 
 if __name__ == "__main__":

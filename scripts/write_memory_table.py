@@ -28,7 +28,10 @@ GIB = 1 << 30
 OPENSORA = "Open-Sora/configs/opensora-v1-2/vader/vader_train.py"
 # Row → config and flags.
 RUNS: dict[str, tuple[str, ...]] = {
-    **{f"Open-Sora 1.2, {size}, 2 s": (OPENSORA, "--resolution", size) for size in ("240p", "360p", "480p", "720p")},
+    **{
+        f"Open-Sora 1.2, {size}, 2 s": (OPENSORA, "--resolution", size)
+        for size in ("240p", "360p", "480p", "720p")
+    },
     "Wan 2.1 1.3B, 480p, 81 frames": ("configs/wan/t2v_1_3b.py",),
     "Wan 2.2 TI2V-5B, 704p, 121 frames": ("configs/wan/ti2v_5b.py",),
     "Wan 2.1 14B, 480p, 81 frames": ("configs/wan/t2v_14b.py",),
@@ -98,7 +101,9 @@ def write_page() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("names", nargs="*", metavar="RUN", help="rows to renew (default: all; `none` for no row)")
+    parser.add_argument(
+        "names", nargs="*", metavar="RUN", help="rows to renew (default: all; `none` for no row)"
+    )
     names = parser.parse_args().names
     found = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
     for name in [name for name in RUNS if not names or name in names]:

@@ -31,9 +31,7 @@ class Trial:
         return ", ".join(f"{key}={value!r}" for key, value in self.changes.items())
 
 
-def trials(
-    config: Config, first: Trial, processes: int, tell: Callable[[str], None]
-) -> Iterator[Trial]:
+def trials(config: Config, first: Trial, processes: int, tell: Callable[[str], None]) -> Iterator[Trial]:
     """Each setting that saves memory on top of those before; what lowers no peak is left out.
 
     Args:

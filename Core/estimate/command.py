@@ -66,10 +66,14 @@ def table(run: FakeRun, cards: Sequence[Card]) -> str:
     step = [sum(card.seconds(phase.work) for phase in run.step.values()) for card in cards]
     operations = sum(phase.operations for phase in run.step.values())
     peak = max(phase.peak for phase in run.step.values())
-    rows.append(["a training step", f"{peak / GIB:.2f}", f"{operations / 1e12:.2f}", *(f"{s:.2f}" for s in step)])
+    rows.append(
+        ["a training step", f"{peak / GIB:.2f}", f"{operations / 1e12:.2f}", *(f"{s:.2f}" for s in step)]
+    )
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = (
-        "  ".join([row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))])
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
         for row in rows
     )
     return "\n".join(lines)

@@ -139,7 +139,9 @@ def fake_run(
         tell("load")
         backbone.load()
         fakes = {name: part and without_content(mode, part) for name, part in scorers.items()}
-        reward = joined(config.reward.reward_fn, fakes, scorer_dtype(backbone.dtype, config.optimizer.mixed_precision))
+        reward = joined(
+            config.reward.reward_fn, fakes, scorer_dtype(backbone.dtype, config.optimizer.mixed_precision)
+        )
         for part in filter(None, fakes.values()):
             meter.live.add(part)
         adapt_for_training(built, backbone)

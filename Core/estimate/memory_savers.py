@@ -24,7 +24,9 @@ OF_INFERENCE = ("val_batch_size", "dtype")
 def unused_savers(config: Config) -> dict[str, Any]:
     """Those that the configuration has a key for, and could still set."""
     values = config.flat()
-    wanted = MEMORY_SAVERS if config.run.is_vader_training else {key: MEMORY_SAVERS[key] for key in OF_INFERENCE}
+    wanted = (
+        MEMORY_SAVERS if config.run.is_vader_training else {key: MEMORY_SAVERS[key] for key in OF_INFERENCE}
+    )
     # Any one frame costs the same.
     same = {"decode_frame"} if isinstance(values.get("decode_frame"), int) else set()
     if config.models.compile_blocks or config.models.base_quant != "none":

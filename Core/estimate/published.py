@@ -31,9 +31,19 @@ CLIP_H14_TEXT = {
     "class": "CLIPTextConfig",
     **{"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 23, "num_attention_heads": 16},
 }
-WAN_SCHEDULER = {"class": "UniPCMultistepScheduler", "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+WAN_SCHEDULER = {
+    "class": "UniPCMultistepScheduler",
+    "prediction_type": "flow_prediction",
+    "use_flow_sigmas": True,
+}
 WAN_SMALL = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
-WAN_MIDDLE = {"num_attention_heads": 24, "num_layers": 30, "ffn_dim": 14336, "in_channels": 48, "out_channels": 48}
+WAN_MIDDLE = {
+    "num_attention_heads": 24,
+    "num_layers": 30,
+    "ffn_dim": 14336,
+    "in_channels": 48,
+    "out_channels": 48,
+}
 WAN_FINE_VAE = {
     "class": "AutoencoderKLWan",
     **{"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2},

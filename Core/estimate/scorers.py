@@ -4,6 +4,7 @@ that of CLIP.
 Axes: N images, B videos, F frames of each, H rows, W columns.
 """
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ class Real:
     run: Callable[[Any, Tensor], Tensor] = lambda model, x: model(pixel_values=x).last_hidden_state
 
 
+@functools.cache
 def clip_vision(layers: int, width: int, heads: int, patch: int) -> Real:
     from transformers import CLIPVisionConfig, CLIPVisionModel
 
@@ -43,6 +45,7 @@ def clip_vision(layers: int, width: int, heads: int, patch: int) -> Real:
     return Real(lambda: CLIPVisionModel(config), (1, 3, 224, 224))
 
 
+@functools.cache
 def qwen2_vl(width: int, inner: int, layers: int, heads: int, frames: int) -> Real:
     """448×448 pixels a frame: 32×32 patches, of which 4 make a token, for every two frames."""
     from transformers import Qwen2VLConfig
@@ -53,9 +56,7 @@ def qwen2_vl(width: int, inner: int, layers: int, heads: int, frames: int) -> Re
         "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": 152_000,
         "num_attention_heads": heads, "num_key_value_heads": heads // 6 if width == 1536 else 4,
     }  # fmt: skip
-    config = Qwen2VLConfig(
-        text_config=text, vision_config={"hidden_size": width}, attn_implementation="sdpa"
-    )
+    config = Qwen2VLConfig(text_config=text, vision_config={"hidden_size": width}, attn_implementation="sdpa")
     times = math.ceil(frames / 2)
 
     def run(model: Any, patches: Tensor) -> Tensor:
@@ -65,6 +66,7 @@ def qwen2_vl(width: int, inner: int, layers: int, heads: int, frames: int) -> Re
     return Real(lambda: Qwen2VL(config).to_empty(device="cpu"), (1, times, 1024, 1176), frames, run)
 
 
+@functools.cache
 def image_reward() -> Real:
     from transformers import BlipTextConfig, BlipTextModel, BlipVisionConfig, BlipVisionModel
 
@@ -87,6 +89,7 @@ def image_reward() -> Real:
     return Real(Blip, (1, 3, 224, 224))
 
 
+@functools.cache
 def siglip() -> Real:
     from transformers import SiglipVisionConfig, SiglipVisionModel
 
@@ -97,6 +100,7 @@ def siglip() -> Real:
     return Real(lambda: SiglipVisionModel(config), (1, 3, 384, 384))
 
 
+@functools.cache
 def yolos() -> Real:
     from transformers import YolosConfig, YolosModel
 
@@ -107,28 +111,32 @@ def yolos() -> Real:
     return Real(lambda: YolosModel(config), (1, 3, 512, 864))
 
 
+@functools.cache
 def videomae() -> Real:
     from transformers import VideoMAEConfig, VideoMAEModel
 
     return Real(lambda: VideoMAEModel(VideoMAEConfig()), (1, 16, 3, 224, 224), 16)
 
 
+@functools.cache
 def dino() -> Real:
     from transformers import ViTConfig, ViTModel
 
     return Real(lambda: ViTModel(ViTConfig(), add_pooling_layer=False), (1, 3, 224, 224))
 
 
+@functools.cache
 def clip_l14() -> Real:
     return clip_vision(24, 1024, 16, 14)
 
 
+@functools.cache
 def clip_h14() -> Real:
     return clip_vision(32, 1280, 16, 14)
 
 
 # The networks that a frame goes through; text features are computed once per prompt and not counted.
-REAL: dict[str, Callable[[], Real]] = {
+SIZES: dict[str, Callable[[], Real]] = {
     **dict.fromkeys(("aesthetic", "clip_score", "compression", "incompressibility"), clip_l14),
     **dict.fromkeys(("rainy", "snowy", "weather"), clip_l14),
     **dict.fromkeys(("hps", "pick_score"), clip_h14),
@@ -152,7 +160,7 @@ class SizedScorer(ImageReward):
 
     def __init__(self, name: str):
         super().__init__()
-        self.real = REAL[name]()
+        self.real = SIZES[name]()
         self.network = self.real.build()
         self.register_buffer("text", torch.empty(TEXT_PARAMETERS.get(name, 0)))
         *_, height, width = self.real.shape if self.real.shape[1] == 3 else (224, 224)
@@ -185,18 +193,22 @@ def is_small(weight: Weight) -> bool:
     return sum(file.stat().st_size for file in files if file.is_file()) < SMALL
 
 
-def real_scorers(reward_fn: str | Mapping[str, float], args: Mapping[str, Any] | None) -> dict[str, Reward | None]:
+def real_scorers(
+    reward_fn: str | Mapping[str, float], args: Mapping[str, Any] | None
+) -> dict[str, Reward | None]:
     """The parts of a reward by name; None for each whose weights are not here. Builds real networks.
 
     Raises:
         ValueError: the size of one that is not here is not known.
     """
     mixed = isinstance(reward_fn, Mapping)
-    parts = {name: dict((args or {}).get(name) or {}) for name in reward_fn} if mixed else {reward_fn: args or {}}
-    if unknown := [name for name, own in parts.items() if name not in REAL and not here(name, own)]:
+    parts = (
+        {name: dict((args or {}).get(name) or {}) for name in reward_fn} if mixed else {reward_fn: args or {}}
+    )
+    if unknown := [name for name, own in parts.items() if name not in SIZES and not here(name, own)]:
         raise ValueError(
             f"the size of reward {unknown[0]!r} is not known, and its weights are not on this machine; fetch them, or "
-            f"estimate with one of {', '.join(REAL)}"
+            f"estimate with one of {', '.join(SIZES)}"
         )
     return {name: construct(name, own) if here(name, own) else None for name, own in parts.items()}
 

@@ -31,7 +31,9 @@ class StandInTokens:
 
     name_or_path = "stand-in"
 
-    def __call__(self, texts: str | Sequence[str], *, padding: Any = False, max_length: int = 1 << 20, **_: Any):
+    def __call__(
+        self, texts: str | Sequence[str], *, padding: Any = False, max_length: int = 1 << 20, **_: Any
+    ):
         if isinstance(texts, str):
             return TokenBatch(input_ids=[0] * tokens_of(texts))
         lengths = [min(tokens_of(text), max_length) for text in texts]
@@ -109,5 +111,3 @@ class AgreeingProcesses(Distributed):
 
     def close(self) -> None:
         """Nothing is open."""
-
-

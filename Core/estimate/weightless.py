@@ -19,6 +19,7 @@ from Core.backbones import Backbone, Features, TextEncoder
 from Core.backbones.diffusers_base import DiffusersBackbone
 from Core.backbones.opensora import OpenSora
 from Core.config import Config
+from Core.estimate.operations import Work, WorkCounter
 from Core.estimate.published import T5_XXL, write_pipeline
 from Core.estimate.stand_ins import StandInTokens
 from Core.modules.autocast import keep_out_of_autocast
@@ -36,10 +37,10 @@ class Weightless(Backbone):
         work: the counter of what is run, told of each step that is left out.
     """
 
-    work: Any = None
+    work: WorkCounter
 
     def predictor(self, text: Sequence[Features], **settings: Any) -> Predict:
-        return Repeated(super().predictor(text, **settings), self.work) if self.work else super().predictor(text, **settings)  # fmt: skip
+        return Repeated(super().predictor(text, **settings), self.work)  # type: ignore[safe-super]
 
     @contextmanager
     def loading(self, what: str, keys: Any) -> Iterator[None]:
@@ -49,10 +50,10 @@ class Weightless(Backbone):
 class Repeated:
     """A prediction that is the same work at every step without a gradient: from the third on it is counted, not run."""
 
-    def __init__(self, predict: Predict, work: Any):
+    def __init__(self, predict: Predict, work: WorkCounter):
         self.predict, self.work = predict, work
         self.calls = 0
-        self.cost: Counter = Counter()
+        self.cost: Counter[Work] = Counter()
 
     def __call__(self, z: Tensor, t: Tensor, generated: Tensor | None = None) -> Tensor:
         if torch.is_grad_enabled():
@@ -169,7 +170,7 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def weightless_backbone(config: Config, work: Any = None) -> Any:
+def weightless_backbone(config: Config, work: WorkCounter) -> Any:
     """The model family that a configuration names, whose ``load`` reads no weights."""
     family = config.backbone
     mixin = WeightlessOpenSora if issubclass(family, OpenSora) else WeightlessDiffusers

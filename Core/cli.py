@@ -131,6 +131,10 @@ def check(config: Config, distributed: "Distributed", folder: Path) -> None:
         errors += error.errors
     if errors:
         raise ConfigError(errors)
+    if distributed.device.type == "cuda" and distributed.is_main and config.run.is_vader_training:
+        from Core.estimate.command import fits_sentence
+
+        print(fits_sentence(config, torch.cuda.get_device_properties(distributed.device).total_memory))
 
 
 def batch_errors(config: Config) -> list[str]:

@@ -45,8 +45,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
 def config_of(name: str, folder: Path) -> Config:
     changes = {**SETTINGS[name], "project_dir": str(folder / "run"), "verbose": 0}
     if name.startswith("demo"):
-        flags = [f"--cfg-options={key}={value}" for key, value in changes.items()]
-        return load_config([str(DEMO), *(part for flag in flags for part in flag.split("=", 1))])
+        return load_config(
+            [str(DEMO), "--cfg-options", *(f"{key}={value}" for key, value in changes.items())]
+        )
     import twins
 
     return build_config(twins.settings(twins.save_twin(folder / "twin"), folder / "run", **changes))

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from Core.backbones import EncodedPrompt, Prompt
+from Core.backbones import EncodedPrompt, Features, Prompt
 from Core.config import Config
 from Core.estimate.card_kernels import CudaArithmetic, attention_workspace
 from Core.estimate.live_bytes import LiveBytes
@@ -200,7 +200,7 @@ def encode_used(
     captions = list(dict.fromkeys(backbone.caption(text) for prompt in wanted for text in prompt.texts))
     negative = backbone.negative_caption
     captions += [] if negative is None else [negative]
-    encoder, features = backbone.text_encoder(), {}
+    encoder, features = backbone.text_encoder(), dict[str, Features]()
     for start in range(0, len(captions), ENCODE_BATCH):
         batch = captions[start : start + ENCODE_BATCH]
         features |= dict(zip(batch, encoder.encode(batch), strict=True))

@@ -201,9 +201,11 @@ def real_scorers(
     Raises:
         ValueError: the size of one that is not here is not known.
     """
-    mixed = isinstance(reward_fn, Mapping)
-    parts = (
-        {name: dict((args or {}).get(name) or {}) for name in reward_fn} if mixed else {reward_fn: args or {}}
+    given = args or {}
+    parts: dict[str, Mapping[str, Any]] = (
+        {name: given.get(name) or {} for name in reward_fn}
+        if isinstance(reward_fn, Mapping)
+        else {reward_fn: given}
     )
     if unknown := [name for name, own in parts.items() if name not in SIZES and not here(name, own)]:
         raise ValueError(

@@ -132,9 +132,17 @@ def check(config: Config, distributed: "Distributed", folder: Path) -> None:
     if errors:
         raise ConfigError(errors)
     if distributed.device.type == "cuda" and distributed.is_main and config.run.is_vader_training:
-        from Core.estimate.command import fits_sentence
+        say_whether_it_fits(config, torch.cuda.get_device_properties(distributed.device).total_memory)
 
-        print(fits_sentence(config, torch.cuda.get_device_properties(distributed.device).total_memory))
+
+def say_whether_it_fits(config: Config, memory: int) -> None:
+    """Print the estimate for a card with so many bytes; what cannot be estimated is no reason not to run."""
+    from Core.estimate.command import fits_sentence
+
+    try:
+        print(fits_sentence(config, memory))
+    except ValueError as error:
+        print(f"no estimate of the memory: {error}")
 
 
 def batch_errors(config: Config) -> list[str]:

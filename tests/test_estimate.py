@@ -202,3 +202,20 @@ def test_every_config_has_a_row_in_the_table():
         for path in write_memory_table.ROOT.glob("configs/*/*.py")
     }
     assert configs <= found
+
+
+def test_a_card_that_is_there_is_compared_with_the_need(twin_config, monkeypatch, capsys):
+    from Core import cli
+
+    monkeypatch.setattr(command, "fake_run", lambda config: a_run(50))
+    cli.say_whether_it_fits(twin_config, 80 * GIB)
+    cli.say_whether_it_fits(twin_config, 50 * GIB)
+
+    def refuse(config):
+        raise ValueError("sizes are not known")
+
+    monkeypatch.setattr(command, "fake_run", refuse)
+    cli.say_whether_it_fits(twin_config, 50 * GIB)
+    fits, not_fits, unknown = capsys.readouterr().out.splitlines()
+    assert fits == "predicted need 53.0 GiB: fits the card's 80.0 GiB"
+    assert "does not fit" in not_fits and unknown == "no estimate of the memory: sizes are not known"

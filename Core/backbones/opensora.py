@@ -10,7 +10,6 @@ import inspect
 import json
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal
 
@@ -377,13 +376,6 @@ class OpenSora(Backbone):
             weight = self.weights_of(self.settings)["model.from_pretrained"]
             return upstream.load_denoiser(entry, weight, **sizes)
         return build_module(self._pinned("model"), MODELS, **sizes)
-
-    @staticmethod
-    def sizes_only() -> AbstractContextManager:
-        """Context in which the denoiser and the VAE are made without reading their weights."""
-        from opensora.utils.ckpt_utils import sizes_only
-
-        return sizes_only()
 
     def _pinned(self, name: str) -> dict[str, Any]:
         """An entry whose hub id names a revision, which the networks do not know, with the folder in its place."""

@@ -70,13 +70,8 @@ class Repeated:
 class WeightlessOpenSora(Weightless, OpenSora):
     """Open-Sora 1.2."""
 
-    def load_vae(self) -> nn.Module:
-        with self.sizes_only():
-            return super().load_vae()
-
     def load_denoiser(self) -> nn.Module:
-        with self.sizes_only():
-            return super().load_denoiser().to(self.dtype)
+        return super().load_denoiser().to(self.dtype)
 
     def _pinned(self, name: str) -> dict[str, Any]:
         entry = getattr(self.settings, name)

@@ -2,9 +2,6 @@
 
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from pathlib import Path
 from pickle import UnpicklingError
 
@@ -14,22 +11,12 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 WEIGHT_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
 CONFIG_NAME = "config.json"
 LISTED_KEYS = 5
-_sizes_only = ContextVar("sizes_only", default=False)
-
-
-@contextmanager
-def sizes_only() -> Iterator[None]:
-    """Within this context ``load_pretrained`` reads no weights: their values are whatever was in memory."""
-    token = _sizes_only.set(True)
-    try:
-        yield
-    finally:
-        _sizes_only.reset(token)
 
 
 def is_hub_id(source: str) -> bool:
@@ -142,9 +129,9 @@ def load_pretrained(model: nn.Module, source: str | Path) -> nn.Module:
         FileNotFoundError: there are no weights.
         ValueError: a file is damaged, or a key is missing, unexpected or of another shape; the message lists them.
     """
-    if _sizes_only.get():
-        return model.to_empty(device="cpu").eval()
     own, state = model.state_dict(), {}
+    if any(isinstance(tensor, FakeTensor) for tensor in own.values()):
+        return model.to_empty(device="cpu").eval()  # under FakeTensorMode there are sizes and no values
     for file in weight_files(find_checkpoint(source)):
         state.update(read_file(file))
     faults = {

@@ -399,7 +399,7 @@ class Wan(CausalDecode):
 def _recomputed_block(
     forward: Callable[..., Tensor], x: Tensor, feat_cache: list[Any], feat_idx: list[int]
 ) -> Tensor:
-    """A residual block of the decoder, recomputed by itself: the graph of a whole latent frame is larger than the denoiser.
+    """A residual block of the decoder, recomputed by itself: a whole latent frame's graph is larger than the denoiser.
 
     The block writes into the list that it is given, which must be the same when it runs again.
     """

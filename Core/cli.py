@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from Core.config import Config, ConfigError, load_config
-from Core.config.checks import OPTIONAL_KEYS, machine_errors
+from Core.config.checks import machine_errors
+from Core.estimate.memory_savers import unused_savers
 from Core.utils.errors import IncompleteError
 from Core.utils.folder_lock import folder_lock
 from Core.utils.process import INTERRUPTED
@@ -25,23 +26,6 @@ if TYPE_CHECKING:
     from Core.utils.distributed import Distributed
 
 logger = logging.getLogger("vader")
-# Settings of training that need less memory, those first that cost the least quality.
-MEMORY_SAVERS = {
-    "grad_checkpoint": True,
-    "train_batch_size": 1,
-    "val_batch_size": 1,
-    "backprop_mode": "last",
-    "backprop_steps": 1,
-    "levels_per_video": 1,
-    "trajectory_device": "cpu",
-    "decode_frame": -1,
-    "stream_blocks": True,
-    "dtype": "fp8",
-    "use_AdamW8bit": True,
-    "guidance_grad": "cond",
-}
-
-SAVERS_WITHOUT_TRAINING = {"val_batch_size": 1, "stream_blocks": True, "dtype": "fp8"}
 LOST_PROCESS = (
     "another process of the run is gone, and this one cannot go on alone; what that process or its node wrote last "
     "says why, and the same command continues from what is saved"
@@ -164,6 +148,18 @@ def check(config: Config, distributed: "Distributed", folder: Path) -> None:
         errors += error.errors
     if errors:
         raise ConfigError(errors)
+    if distributed.device.type == "cuda" and distributed.is_main and config.run.is_vader_training:
+        say_whether_it_fits(config, torch.cuda.get_device_properties(distributed.device).total_memory)
+
+
+def say_whether_it_fits(config: Config, memory: int) -> None:
+    """Print the estimate for a card with so many bytes; what cannot be estimated is no reason not to run."""
+    from Core.estimate.command import fits_sentence
+
+    try:
+        print(fits_sentence(config, memory))
+    except ValueError as error:
+        print(f"no estimate of the memory: {error}")
 
 
 def process_errors(config: Config) -> list[str]:
@@ -195,19 +191,7 @@ def resume_errors(config: Config, folder: Path) -> list[str]:
 
 def memory_advice(config: Config, error: str) -> str:
     """One sentence: what did not fit, and the settings that would still save memory."""
-    values = config.flat()
-    savers = MEMORY_SAVERS if config.run.is_vader_training else SAVERS_WITHOUT_TRAINING
-    same = (
-        {"decode_frame"} if isinstance(values.get("decode_frame"), int) else set()
-    )  # any one frame costs the same
-    models = config.models
-    if models.compile_blocks or models.shard_frozen or models.base_quant != "none":
-        same.add("dtype")  # would be refused beside them, and so would streaming
-    if models.compile_blocks or models.shard_frozen:
-        same.add("stream_blocks")
-    same |= set(OPTIONAL_KEYS) - config.backbone.obeys
-    known = {key: value for key, value in savers.items() if key in values and key not in same}
-    unused = [f"{key}={value!r}" for key, value in known.items() if values[key] != value]
+    unused = [f"{key}={value!r}" for key, value in unused_savers(config).items()]
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
     failed = f", which tried to allocate {asked[1]} more" if asked else ""
     return (

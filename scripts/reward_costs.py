@@ -7,34 +7,29 @@ shapes; operations and bytes follow from these.
 
 import argparse
 import functools
-import gc
 import math
 import re
 import sys
 import tempfile
 import time
-import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora"), str(ROOT / "tests")]
 
 import torch  # noqa: E402
-import transformers as tf  # noqa: E402
 from reward_twins import twin_arguments  # noqa: E402
-from torch import Tensor, nn  # noqa: E402
+from torch import Tensor  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
-from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
-from torch.utils._pytree import tree_leaves  # noqa: E402
 from torch.utils.flop_counter import FlopCounterMode  # noqa: E402
 from transformers.initialization import no_init_weights  # noqa: E402
 
+from Core.estimate.live_bytes import LiveBytes  # noqa: E402
+from Core.estimate.scorers import SIZES, Real  # noqa: E402
 from Core.rewards import REGISTRY, Reward, build_reward  # noqa: E402
 from Core.rewards.base import freeze  # noqa: E402
-from Core.rewards.qwen2_vl import Qwen2VL  # noqa: E402
 
 PAGE = ROOT / "docs" / "rewards.md"
 TABLE = re.compile(r"(<!-- costs: [^\n]*-->\n)(.*?)(<!-- end -->)", re.DOTALL)
@@ -43,41 +38,6 @@ REPEATS = 3
 PROMPT = "a man riding a bike"  # the twins' action classifier knows it
 # They cost what the reward inside, or the program, costs.
 WRAPPERS = ("relative", "hinge", "command")
-COLLECT_EVERY = 20  # new tensors
-QWEN_PROMPT = 800  # tokens of the longer of the two authors' texts with a caption, rounded up
-
-
-class LiveBytes(TorchDispatchMode):
-    """Peak bytes of the tensors that operators made since it was entered, while they lived."""
-
-    def __init__(self):
-        super().__init__()
-        self.now = self.peak = 0
-        self.known: set[int] = set()
-        self.made = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor) and id(tensor.untyped_storage()) not in given | self.known:
-                self._add(tensor.untyped_storage())
-        return out
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        self.known.add(key)
-        self.now += size
-        self.made += 1
-        if self.now > self.peak and self.made >= COLLECT_EVERY:
-            gc.collect()  # under a dispatch mode, what checkpointing recomputed hangs in cycles
-            self.made = 0
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._drop, key, size)
-
-    def _drop(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
 
 
 @dataclass(frozen=True)
@@ -106,90 +66,7 @@ def measure(reward: Reward) -> Measured:
     return Measured(seconds / FRAMES, live.peak / FRAMES)
 
 
-@dataclass(frozen=True)
-class Real:
-    """A network of published size. shape: of an input. frames: in it. run: input → output."""
-
-    build: Callable[[], nn.Module]
-    shape: tuple[int, ...]
-    frames: int = 1
-    run: Callable[[Any, Tensor], Tensor] = lambda model, x: model(pixel_values=x).last_hidden_state
-
-
-def clip_vision(layers: int, width: int, heads: int, patch: int) -> Real:
-    config = tf.CLIPVisionConfig(
-        hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers, num_attention_heads=heads,
-        patch_size=patch,
-    )  # fmt: skip
-    return Real(lambda: tf.CLIPVisionModel(config), (1, 3, 224, 224))
-
-
-def qwen2_vl(width: int, inner: int, layers: int, heads: int, frames: int) -> Real:
-    """448×448 pixels a frame: 32×32 patches, of which 4 make a token, for every two frames."""
-    text = {
-        "hidden_size": width, "intermediate_size": inner, "num_hidden_layers": layers, "vocab_size": 152_000,
-        "num_attention_heads": heads, "num_key_value_heads": heads // 6 if width == 1536 else 4,
-    }  # fmt: skip
-    config = tf.Qwen2VLConfig(
-        text_config=text, vision_config={"hidden_size": width}, attn_implementation="sdpa"
-    )
-    times = math.ceil(frames / 2)
-
-    def run(model: Qwen2VL, patches: Tensor) -> Tensor:
-        seen = model.see(patches, (times, 32, 32))
-        return model.read(torch.cat([seen, seen.new_zeros(1, QWEN_PROMPT, width)], dim=1))
-
-    def build() -> nn.Module:
-        return freeze(Qwen2VL(config)).to_empty(device="cpu")
-
-    return Real(build, (1, times, 1024, 1176), frames, run)
-
-
-def image_reward() -> Real:
-    vision = tf.BlipVisionConfig(
-        hidden_size=1024, intermediate_size=4096, num_hidden_layers=24, num_attention_heads=16, image_size=224
-    )
-    text = tf.BlipTextConfig(encoder_hidden_size=1024, num_attention_heads=12)
-
-    class Blip(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.vision = tf.BlipVisionModel(vision)
-            self.text = tf.BlipTextModel(text, add_pooling_layer=False)
-
-        def forward(self, pixel_values: Tensor) -> Any:
-            seen = self.vision(pixel_values=pixel_values).last_hidden_state
-            ids = torch.zeros(1, 35, dtype=torch.long)
-            return self.text(input_ids=ids, encoder_hidden_states=seen)
-
-    return Real(Blip, (1, 3, 224, 224))
-
-
-CLIP_L14, CLIP_H14 = clip_vision(24, 1024, 16, 14), clip_vision(32, 1280, 16, 14)
-SIGLIP = tf.SiglipVisionConfig(
-    hidden_size=1152, intermediate_size=4304, num_hidden_layers=27, num_attention_heads=16, patch_size=14,
-    image_size=384,
-)  # fmt: skip
-YOLOS = tf.YolosConfig(
-    hidden_size=384, intermediate_size=1536, num_attention_heads=6, image_size=[512, 864],
-    use_mid_position_embeddings=False,
-)  # fmt: skip
-# The networks that a frame goes through; text features are computed once per prompt and not counted.
-REAL = {
-    **dict.fromkeys(("aesthetic", "clip_score", "compression", "incompressibility"), CLIP_L14),
-    **dict.fromkeys(("rainy", "snowy", "weather"), CLIP_L14),
-    **dict.fromkeys(("hps", "pick_score"), CLIP_H14),
-    "aesthetic_v2_5": Real(lambda: tf.SiglipVisionModel(SIGLIP), (1, 3, 384, 384)),
-    "image_reward": image_reward(),
-    "hpsv3": qwen2_vl(3584, 18944, 28, 28, frames=1),
-    "videoalign": qwen2_vl(1536, 8960, 28, 12, frames=8),
-    "actpred": Real(lambda: tf.VideoMAEModel(tf.VideoMAEConfig()), (1, 16, 3, 224, 224), 16),
-    "object_detection": Real(lambda: tf.YolosModel(YOLOS), (1, 3, 512, 864)),
-    "subject_consistency": Real(
-        lambda: tf.ViTModel(tf.ViTConfig(), add_pooling_layer=False), (1, 3, 224, 224)
-    ),
-    "background_consistency": clip_vision(12, 768, 12, 32),
-}
+REAL = {name: size() for name, size in SIZES.items()}
 
 
 @dataclass(frozen=True)

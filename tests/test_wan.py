@@ -27,6 +27,7 @@ from Core.backbones import ModelSettings, VideoSpec
 from Core.backbones.wan import Wan, WanSettings
 from Core.build import new_backbone
 from Core.config import ConfigError
+from Core.estimate.live_bytes import LiveBytes
 from Core.generation.export import export
 from Core.modules import lora
 
@@ -254,6 +255,23 @@ def test_what_a_whole_clip_keeps_of_a_latent_frame(kind, parameters, size, cache
             _, kept = backbone._decode_step(z, kept)
             held.append(sum(t.nbytes for t in kept if isinstance(t, torch.Tensor)))
     assert held[1] == held[2] == cache
+
+
+def test_a_latent_frame_is_recomputed_block_by_block():
+    """With the same gradient, and the graph of one residual block alive at a time."""
+    peaks, gradients = {}, {}
+    for by_block in (False, True):
+        torch.manual_seed(0)
+        backbone = channel_twin(5)
+        backbone.denoiser, backbone.checkpointing = torch.nn.Identity(), True
+        if by_block:
+            backbone.enable_checkpointing()
+        z = torch.randn(1, 16, 5, 4, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
+        with LiveBytes() as live:
+            backbone.decode_frames(z, torch.tensor([[4]]), "causal").square().sum().backward()
+        peaks[by_block], gradients[by_block] = live.peak, z.grad
+    torch.testing.assert_close(gradients[True], gradients[False], rtol=0, atol=0)
+    assert peaks[True] < 0.6 * peaks[False]
 
 
 SIZES = {

@@ -8,7 +8,7 @@ L text tokens, D text width, S tokens of the denoiser.
 """
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from Core.modules import lora, lora_names
 from Core.modules.sharding import raised_anywhere
+from Core.modules.video_decode import recomputed
 from Core.sampling import guidance
 from Core.sampling.euler import Predict
 from Core.sampling.guidance import Combine
@@ -34,6 +35,7 @@ from .image_prompts import ImagePrompt, first_frame, parse_image_prompts, pictur
 
 TEXT_SIZE = 22_700_000_000  # UMT5-XXL in float32
 KEPT_PICTURES = 256  # whose latents wait on the CPU
+BLOCK_CACHES = 2  # of a residual block of the VAE, one for each convolution
 EXPERTS = {"high_noise": "transformer", "low_noise": "transformer_2"}
 WIDE, TALL = "9:16", "16:9"  # height:width
 
@@ -252,6 +254,14 @@ class Wan(CausalDecode):
             raise ValueError(f"{errors[0]}, in the expert that train_experts={expert!r} names")
         return [name for name in own if any(name == s or name.endswith(f".{s}") for s in suffixes)]
 
+    def enable_checkpointing(self, keep_attention: bool = False) -> None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanResidualBlock
+
+        super().enable_checkpointing(keep_attention)
+        for block in self.vae.decoder.modules():
+            if isinstance(block, WanResidualBlock):
+                block.forward = functools.partial(_recomputed_block, block.forward)
+
     # Sampling
 
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -396,3 +406,22 @@ class Wan(CausalDecode):
             self.vae.post_quant_conv(z), feat_cache=kept, feat_idx=[0], first_chunk=cache is None
         )
         return pixels, tuple(kept)
+
+
+def _recomputed_block(
+    forward: Callable[..., Tensor], x: Tensor, feat_cache: list[Any], feat_idx: list[int]
+) -> Tensor:
+    """A residual block of the decoder, recomputed by itself: a whole latent frame's graph is larger than the denoiser.
+
+    The block writes into the list that it is given, which must be the same when it runs again.
+    """
+    start = feat_idx[0]
+    own = slice(start, start + BLOCK_CACHES)
+
+    def run(x: Tensor, *kept: Any) -> tuple[Any, ...]:
+        caches = list(kept)
+        return forward(x, feat_cache=caches, feat_idx=[0]), *caches
+
+    out, *feat_cache[own] = recomputed(run)(x, *feat_cache[own])
+    feat_idx[0] = start + BLOCK_CACHES
+    return out

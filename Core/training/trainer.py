@@ -7,7 +7,7 @@ Axes: B batch.
 
 import logging
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -82,6 +82,7 @@ class Trainer:
         self.still_steps = 0  # steps in a row whose gradient was exactly zero
         self.recent_rewards: list[float] = []
         self.save_fault = ""  # why the last save failed
+        self.stopwatch: Callable[[torch.device], Stopwatch] = Stopwatch
 
     @property
     def total_steps(self) -> int:
@@ -90,7 +91,7 @@ class Trainer:
         return total_steps(self.config, len(self.prompts), batch)
 
     def train_step(self) -> StepMetrics:
-        timer = Stopwatch(self.distributed.device)
+        timer = self.stopwatch(self.distributed.device)
         lora.set_dropout(self.backbone.denoiser, True, self.seed, self.step)
         self.objective.begin_step(self.step)
         batches = [(self.prompts_of(samples), samples) for samples in self.micro_batches()]

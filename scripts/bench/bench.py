@@ -9,14 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 
 from Core.backbones import EncodedPrompt
 from Core.build import new_backbone
 from Core.config import Config, build_config
-from Core.training import trainer as trainer_module
 from Core.training.metric_logging import Trackers
 from Core.training.setup import adapt_for_training
 from Core.training.trainer import Trainer
@@ -85,8 +83,8 @@ class Bench:
             self.timer = MeteredStopwatch(device, list(listeners))
             return self.timer
 
-        with mock.patch.object(trainer_module, "Stopwatch", start):
-            metrics = self.trainer.train_step()
+        self.trainer.stopwatch = start
+        metrics = self.trainer.train_step()
         self.trainer.step += 1
         return metrics.timings
 

@@ -9,18 +9,14 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
+from Core.estimate.operations import work_of
 from Core.utils.timing import Stopwatch
 
 CEILING_SIZE = {"cpu": 1024, "cuda": 8192}
 BANDWIDTH_BYTES = {"cpu": 2**28, "cuda": 2**31}
 REPEATS = 5
-FUSED_ATTENTION = re.compile(r"_scaled_dot_product_\w*attention\w*")
-UNMOVED = {"_unsafe_view", "empty", "empty_like", "empty_strided", "new_empty"}
-BACKWARD_ATTENTION = 2.5  # five matrix products, against two in the forward pass
 STATUS, CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
 
 
@@ -53,8 +49,7 @@ class PeakMemory:
 class OperationCounter(TorchDispatchMode):
     """Count operations and bytes of everything PyTorch runs, split into phases by ``lap``.
 
-    Operations are counted for matrix products and convolutions. Bytes are the inputs and outputs of every operator, as
-    if nothing were cached in between; views and bare allocations move none. ``roofline_seconds`` sums, over operators,
+    ``Core.estimate.operations`` says what counts. ``roofline_seconds`` sums, over operators,
     the larger of operations / ``ceiling`` and bytes / ``bandwidth``; with caching, a step may take less.
     """
 
@@ -76,41 +71,11 @@ class OperationCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        name = func._overloadpacket.__name__
-        if not (func.is_view or name in UNMOVED):
-            operations = count_operations(func, args, kwargs or {}, out)
-            # The target of a copy is among its arguments but is not read.
-            read = args[1:] if name == "copy_" else (*args, *(kwargs or {}).values())
-            moved = _bytes(read) + _bytes(out)
-            self.now["operations"] += operations
-            self.now["bytes"] += moved
-            self.now["roofline_seconds"] += max(operations / self.ceiling, moved / self.bandwidth)
+        if work := work_of(func, args, kwargs or {}, out):
+            self.now["operations"] += work.operations
+            self.now["bytes"] += work.bytes
+            self.now["roofline_seconds"] += max(work.operations / self.ceiling, work.bytes / self.bandwidth)
         return out
-
-
-def count_operations(func, args: tuple, kwargs: dict, out) -> float:
-    """Multiplications and additions in one operator call."""
-    packet = func._overloadpacket
-    name = packet.__name__
-    if FUSED_ATTENTION.fullmatch(name):
-        # (q, k, v, …); in the backward pass (gradient, q, k, v, …)
-        backward = name.endswith("backward")
-        q, k = args[1:3] if backward else args[:2]
-        return (BACKWARD_ATTENTION if backward else 1) * 4 * q.numel() * k.shape[-2]
-    if name == "addmm_":
-        _, left, right = args[:3]
-        return 2.0 * left.shape[0] * left.shape[1] * right.shape[1]
-    if name == "_linear_pointwise":
-        x, weight = args[:2]
-        return 2.0 * x.numel() * weight.shape[0]
-    formula = flop_registry.get(packet)
-    return float(formula(*args, **kwargs, out_val=out)) if formula else 0.0
-
-
-def _bytes(values) -> int:
-    if isinstance(values, Tensor):
-        return values.numel() * values.element_size()
-    return sum(map(_bytes, values)) if isinstance(values, (tuple, list)) else 0
 
 
 class MeteredStopwatch(Stopwatch):

@@ -11,6 +11,7 @@ from huggingface_hub import snapshot_download
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_model
 from torch import Tensor, nn
+from torch._subclasses import FakeTensor
 
 WEIGHT_NAMES = ("model.safetensors", "diffusion_pytorch_model.safetensors")
 TORCH_SUFFIXES = (".pt", ".pth", ".bin")
@@ -129,6 +130,8 @@ def load_pretrained(model: nn.Module, source: str | Path) -> nn.Module:
         ValueError: a file is damaged, or a key is missing, unexpected or of another shape; the message lists them.
     """
     own, state = model.state_dict(), {}
+    if any(isinstance(tensor, FakeTensor) for tensor in own.values()):
+        return model.to_empty(device="cpu").eval()  # under FakeTensorMode there are sizes and no values
     for file in weight_files(find_checkpoint(source)):
         state.update(read_file(file))
     faults = {

@@ -1,0 +1,57 @@
+"""The cheapest settings with which a run fits a card, predicted one after the other."""
+
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from Core.config import Config
+from Core.config.load import build_config
+from Core.estimate.cards import Card, device_bytes
+from Core.estimate.fake_run import UNMODELLED, FakeRun, fake_run
+from Core.estimate.memory_savers import unused_savers
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Settings on top of the configuration's, and the run that they make."""
+
+    changes: dict[str, Any]
+    run: FakeRun
+
+    @property
+    def needed(self) -> int:
+        """Bytes of a card."""
+        return device_bytes(self.run.peak)
+
+    def step_seconds(self, card: Card) -> float:
+        return sum(card.seconds(phase.work) for phase in self.run.step.values())
+
+    def __str__(self) -> str:
+        return ", ".join(f"{key}={value!r}" for key, value in self.changes.items())
+
+
+def trials(config: Config, first: Trial, processes: int, tell: Callable[[str], None]) -> Iterator[Trial]:
+    """Each setting that saves memory on top of those before; what lowers no peak is left out.
+
+    Args:
+        first: the configuration as it is.
+    """
+    best = first
+    savers = {key: value for key, value in unused_savers(config).items() if key not in UNMODELLED}
+    for key, value in savers.items():
+        changes = {**best.changes, key: value}
+        tell(f"{key}={value!r}")
+        # A batch that is cut is made up for by more backward passes: the step stays the same.
+        values = config.flat() | changes
+        if key == "train_batch_size":
+            samples = config.optimizer.train_batch_size * config.optimizer.gradient_accumulation_steps
+            values["gradient_accumulation_steps"] = changes["gradient_accumulation_steps"] = samples
+        run = fake_run(build_config(values), processes)
+        if run.peak < best.run.peak:
+            best = dataclasses.replace(best, changes=changes, run=run)
+            yield best
+
+
+def first_fitting(found: Sequence[Trial], card: Card) -> Trial | None:
+    return next((trial for trial in found if trial.needed <= card.memory), None)

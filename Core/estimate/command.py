@@ -1,0 +1,136 @@
+"""`CONFIG [--gpu NAME …] [--processes N] [--json FILE] [flags]`: what a run will need, printed as a table."""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from Core.config import Config, ConfigError, load_config
+from Core.estimate.advice import Trial, first_fitting, trials
+from Core.estimate.cards import CARDS, Card, device_bytes
+from Core.estimate.fake_run import FakeRun, fake_run
+from Core.utils.files import write_whole
+
+GIB = 1 << 30
+
+
+def estimate(argv: Sequence[str]) -> None:
+    """Estimate a run and print it.
+
+    Raises:
+        ConfigError, ValueError: what is wrong with the flags, the configuration, or sizes that are not known.
+    """
+    own, rest = parser().parse_known_args(argv)
+    if unknown := sorted(set(own.gpu) - set(CARDS)):
+        raise ConfigError([f"--gpu must be one of {', '.join(CARDS)}, got {unknown[0]!r}"])
+    if own.processes < 1:
+        raise ConfigError([f"--processes must be at least 1, got {own.processes}"])
+    config = load_config(rest)
+    run = fake_run(config, own.processes, tell=progress())
+    print(table(run, [CARDS[name] for name in own.gpu]))
+    report: dict[str, Any] = {"phases": figures(run), "networks": run.networks, "cards": {}}
+    for line in verdicts(config, run, own.gpu, own.processes, report):
+        print(line)
+    if own.json:
+        write_whole(own.json, json.dumps(report, indent=1) + "\n")
+
+
+def parser() -> argparse.ArgumentParser:
+    own = argparse.ArgumentParser(
+        prog="estimate.py",
+        usage="%(prog)s CONFIG [--gpu NAME …] [--processes N] [--json FILE] [flags of CONFIG]",
+        description="Peak memory, operations and seconds of a run, without its weights and without a GPU.",
+        allow_abbrev=False,
+    )
+    own.add_argument("--gpu", nargs="+", default=[], metavar="NAME", help=f"any of {', '.join(CARDS)}")
+    own.add_argument("--processes", type=int, default=1, metavar="N", help="of the run, one per card")
+    own.add_argument("--json", type=Path, metavar="FILE", help="also write the figures")
+    return own
+
+
+def progress() -> Callable[[str], None]:
+    """Says on the standard error stream what is being estimated, and since when."""
+    started = time.monotonic()
+    return lambda what: print(f"{time.monotonic() - started:5.0f} s  estimating: {what}", file=sys.stderr)
+
+
+def table(run: FakeRun, cards: Sequence[Card]) -> str:
+    """Phase, peak bytes, operations, and seconds on each card."""
+    rows = [["phase", "peak GiB", "TFLOP", *(f"seconds, {card.name}" for card in cards)]]
+    for name, phase in run.phases.items():
+        seconds = (f"{card.seconds(phase.work):.2f}" for card in cards)
+        rows.append([name, f"{phase.peak / GIB:.2f}", f"{phase.operations / 1e12:.2f}", *seconds])
+    step = [sum(card.seconds(phase.work) for phase in run.step.values()) for card in cards]
+    operations = sum(phase.operations for phase in run.step.values())
+    peak = max(phase.peak for phase in run.step.values())
+    rows.append(
+        ["a training step", f"{peak / GIB:.2f}", f"{operations / 1e12:.2f}", *(f"{s:.2f}" for s in step)]
+    )
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    lines = (
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(w) for cell, w in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+def figures(run: FakeRun) -> dict[str, Any]:
+    return {
+        name: {"peak_bytes": phase.peak, "operations": phase.operations} for name, phase in run.phases.items()
+    }
+
+
+def verdicts(
+    config: Config, run: FakeRun, names: Sequence[str], processes: int, report: dict[str, Any]
+) -> list[str]:
+    """A line on each card; on all of them, without advice, where none is named."""
+    first = Trial({}, run)
+    needed = first.needed
+    lines = [f"a card needs {needed / GIB:.1f} GiB; the most is in {fullest(run)}"]
+    if not names:
+        fits = [card.name for card in CARDS.values() if needed <= card.memory]
+        return [*lines, f"fits: {', '.join(fits) or 'no card listed'}"]
+    cards = sorted((CARDS[name] for name in names), key=lambda card: -card.memory)
+    found = [first]
+    tried = trials(config, first, processes, progress())
+    for card in cards:
+        while first_fitting(found, card) is None and (trial := next(tried, None)) is not None:
+            found.append(trial)
+        lines.append(verdict(card, first, found))
+        fitting = first_fitting(found, card)
+        report["cards"][card.name] = {
+            "fits": needed <= card.memory,
+            "step_seconds": first.step_seconds(card),
+            "with": fitting and fitting.changes,
+        }
+    return lines
+
+
+def fullest(run: FakeRun) -> str:
+    return max(run.phases, key=lambda name: run.phases[name].peak)
+
+
+def verdict(card: Card, first: Trial, found: Sequence[Trial]) -> str:
+    has, fitting = f"{card.name} ({card.memory / GIB:.0f} GiB)", first_fitting(found, card)
+    if fitting is first:
+        return f"{has}: fits, a step in {first.step_seconds(card):.1f} s"
+    if fitting is None:
+        least = min(found, key=lambda trial: trial.needed)
+        best = f"; {least} needs {least.needed / GIB:.1f} GiB, most of it in {fullest(least.run)}"
+        return f"{has}: does not fit{best if least.changes else ''}; use a smaller resolution or fewer num_frames"
+    return (
+        f"{has}: does not fit; {fitting} does, with {fitting.needed / GIB:.1f} GiB and a step in "
+        f"{fitting.step_seconds(card):.1f} s in place of {first.step_seconds(card):.1f} s"
+    )
+
+
+def fits_sentence(config: Config, memory: int) -> str:
+    """What the estimate says of a card with so many bytes."""
+    needed = device_bytes(fake_run(config).peak)
+    does = "fits" if needed <= memory else "does not fit"
+    return f"predicted need {needed / GIB:.1f} GiB: {does} the card's {memory / GIB:.1f} GiB"

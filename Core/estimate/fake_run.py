@@ -1,0 +1,250 @@
+"""A training step of a configuration on tensors without content: peak bytes and work of each phase.
+
+The step is the trainer's own, on networks of full size; nothing is read, and no memory is taken.
+"""
+
+import dataclasses
+import gc
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from Core.backbones import EncodedPrompt, Features, Prompt
+from Core.config import Config
+from Core.estimate.card_kernels import CudaArithmetic, attention_workspace
+from Core.estimate.live_bytes import LiveBytes
+from Core.estimate.operations import Work, WorkCounter, operations_in
+from Core.estimate.scorers import joined, real_scorers
+from Core.estimate.stand_ins import AgreeingProcesses
+from Core.estimate.values import tensors_without_content, without_content
+from Core.estimate.weightless import weightless_backbone
+from Core.evaluation.metrics import score_videos
+from Core.generation.generate import generate
+from Core.generation.manifest import plan_samples
+from Core.modules import lora
+from Core.rewards import Reward
+from Core.training.metric_logging import Trackers
+from Core.training.setup import adapt_for_training, scorer_dtype
+from Core.training.trainer import Trainer
+from Core.training.validation import Validation
+from Core.utils import rng
+from Core.utils.timing import Stopwatch
+
+# Phases of the backward passes of a step, which all do the same.
+OF_MICRO_STEPS = ("prefix", "gradient_steps", "decode", "reward", "backward")
+OUTSIDE_STEPS = ("text", "load", "validation")
+ENCODE_BATCH = 8
+UNMODELLED = ("shard_frozen", "stream_blocks")
+NO_FOLDER = Path("/nonexistent")
+
+
+@dataclass
+class Phase:
+    """Peak bytes of everything alive, and the work that was done."""
+
+    peak: int = 0
+    work: Counter[Work] = field(default_factory=Counter)
+
+    @property
+    def operations(self) -> float:
+        return operations_in(self.work)
+
+
+@dataclass(frozen=True)
+class FakeRun:
+    """What a run does, phase by phase.
+
+    phases: ``text``, ``load``, those of a training step by their names in ``metrics.csv``, and ``validation``, which is
+    one batch of videos with their scores. networks: bytes that lie on the device throughout training.
+    """
+
+    phases: dict[str, Phase]
+    networks: int
+
+    @property
+    def step(self) -> dict[str, Phase]:
+        """The phases of a training step."""
+        return {name: phase for name, phase in self.phases.items() if name not in OUTSIDE_STEPS}
+
+    @property
+    def peak(self) -> int:
+        return max(phase.peak for phase in self.phases.values())
+
+
+class Meter:
+    """Live bytes and work, whose laps end together."""
+
+    def __init__(self, live: LiveBytes, work: WorkCounter):
+        self.live, self.work = live, work
+
+    def lap(self, name: str) -> None:
+        gc.collect()
+        self.live.lap(name)
+        self.work.lap(name)
+
+    def stopwatch(self, device: torch.device) -> Stopwatch:
+        meter = self
+
+        class Metered(Stopwatch):
+            def lap(self, name: str) -> None:
+                super().lap(name)
+                meter.lap(name)
+
+        return Metered(device)
+
+    def phases(self) -> dict[str, Phase]:
+        return {name: Phase(peak, self.work.phases[name]) for name, peak in self.live.phases.items()}
+
+
+def fake_run(
+    config: Config,
+    processes: int = 1,
+    on_card: bool = True,
+    whole: bool = False,
+    validate: bool = True,
+    tell: Callable[[str], None] = lambda phase: None,
+) -> FakeRun:
+    """Build a run and take a training step and one batch of a validation.
+
+    Args:
+        processes: of the run; each holds and does the same.
+        on_card: what a CUDA card takes; else this machine's CPU.
+        whole: run every backward pass of the step; else one, whose work is counted for all.
+        validate: also make and score one batch of validation videos.
+        tell: called with what begins.
+
+    Raises:
+        ValueError: sizes that are not known, or code that reads what tensors without content do not have.
+    """
+    refuse_unmodelled(config)
+    scorers = real_scorers(config.reward.reward_fn, config.reward.arguments)
+    with ExitStack() as stack:
+        mode = stack.enter_context(tensors_without_content())
+        live = LiveBytes(attention_workspace if on_card else None)
+        meter = Meter(stack.enter_context(live), stack.enter_context(WorkCounter()))
+        if on_card:
+            stack.enter_context(CudaArithmetic())
+        distributed = AgreeingProcesses(config.optimizer.mixed_precision, processes)
+        built = config if whole else shortened(config)
+        repeats = config.optimizer.gradient_accumulation_steps // built.optimizer.gradient_accumulation_steps
+        backbone = weightless_backbone(built, meter.work)
+        gc.freeze()
+        tell("text")
+        prompts, validation_prompts = encode_used(built, backbone, processes)
+        gc.collect()
+        meter.lap("text")
+        tell("load")
+        backbone.load()
+        fakes = {name: part and without_content(mode, part) for name, part in scorers.items()}
+        reward = joined(
+            config.reward.reward_fn, fakes, scorer_dtype(backbone.dtype, config.optimizer.mixed_precision)
+        )
+        for part in filter(None, fakes.values()):
+            meter.live.add(part)
+        adapt_for_training(built, backbone)
+        validation = Validation(built, distributed, backbone, reward, {}, validation_prompts)
+        trainer = Trainer(
+            built, {}, distributed, backbone, reward, prompts, validation, NO_FOLDER, Trackers({})
+        )
+        fill_text_caches(trainer, reward)
+        begin_optimizer(trainer)
+        if repeats == 1:
+            trainer.optimizer.zero_grad()  # else those of the backward passes before are there
+        gc.collect()
+        networks = meter.live.now
+        meter.lap("load")
+        tell("step")
+        gc.freeze()  # what stands is not looked through again at every collection
+        trainer.stopwatch = meter.stopwatch
+        trainer.train_step()
+        if validate:
+            tell("validation")
+            make_videos(built, backbone, reward, validation_prompts)
+            meter.lap("validation")
+        gc.unfreeze()
+    return FakeRun(repeated(meter.phases(), repeats), networks)
+
+
+def refuse_unmodelled(config: Config) -> None:
+    """Raise ValueError where the frozen weights lie elsewhere than on one card."""
+    if keys := [key for key in UNMODELLED if config.flat()[key]]:
+        raise ValueError(
+            f"{keys[0]}=True is not estimated, which counts frozen weights on one card; estimate without it"
+        )
+
+
+def repeated(phases: dict[str, Phase], times: int) -> dict[str, Phase]:
+    """Phases of a step with so many backward passes, from those of one."""
+    for name in set(OF_MICRO_STEPS) & set(phases):
+        work = phases[name].work
+        phases[name].work = Counter({one: times * count for one, count in work.items()})
+    return phases
+
+
+def shortened(config: Config) -> Config:
+    """The same run with one backward pass a step, where its objective needs no group of videos."""
+    grouped = config.objective.videos_per_prompt > 1
+    count = config.optimizer.gradient_accumulation_steps if grouped else 1
+    return dataclasses.replace(
+        config,
+        models=dataclasses.replace(config.models, compile_blocks=False),
+        optimizer=dataclasses.replace(config.optimizer, gradient_accumulation_steps=count),
+    )
+
+
+def encode_used(
+    config: Config, backbone: Any, processes: int
+) -> tuple[Sequence[EncodedPrompt], list[EncodedPrompt]]:
+    """The training prompts, of which those of the first step have features, and those of a batch of the validation."""
+    prompts = config.prompt_list
+    samples = range(config.optimizer.global_batch(processes))
+    groups = [sample // config.objective.videos_per_prompt for sample in samples]
+    chosen = set(rng.training_indices(config.run.seed, groups, len(prompts)))
+    validated = config.validation_prompt_list[: config.validation.val_batch_size]
+    wanted = [*(prompts[i] for i in sorted(chosen)), *validated]
+    captions = list(dict.fromkeys(backbone.caption(text) for prompt in wanted for text in prompt.texts))
+    negative = backbone.negative_caption
+    captions += [] if negative is None else [negative]
+    encoder, features = backbone.text_encoder(), dict[str, Features]()
+    for start in range(0, len(captions), ENCODE_BATCH):
+        batch = captions[start : start + ENCODE_BATCH]
+        features |= dict(zip(batch, encoder.encode(batch), strict=True))
+    if negative is not None:
+        backbone.negative = features[negative]
+
+    def encoded(prompt: Prompt) -> EncodedPrompt:
+        return EncodedPrompt(prompt, tuple(features[backbone.caption(text)] for text in prompt.texts))
+
+    first = encoded(wanted[0])
+    every = [encoded(prompt) if i in chosen else first for i, prompt in enumerate(prompts)]
+    return every, [encoded(prompt) for prompt in validated]
+
+
+def begin_optimizer(trainer: Trainer) -> None:
+    """Make the optimiser's state, which is there from the second step on."""
+    for parameter in trainer.parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    trainer.optimizer.step()
+
+
+def fill_text_caches(trainer: Trainer, reward: Reward) -> None:
+    """Let scorers see the step's prompts, as they keep what they made of a text before."""
+    video, objective = trainer.backbone.video, trainer.objective
+    count = objective.count_scored_frames(objective.settings, trainer.backbone.latent_shape()[1], video)
+    for samples in trainer.micro_batches():
+        texts = [encoded.prompt.reward_text for encoded in trainer.prompts_of(samples)]
+        with torch.no_grad():
+            reward(torch.zeros(len(texts), count, 3, video.height, video.width), texts)
+
+
+def make_videos(config: Config, backbone: Any, reward: Any, prompts: Sequence[EncodedPrompt]) -> None:
+    """One batch of videos, and the score of the first."""
+    lora.set_dropout(backbone.denoiser, False)
+    samples = plan_samples([encoded.prompt for encoded in prompts], 1, config.run.seed)
+    videos = generate(backbone, samples, prompts)
+    score_videos(reward, videos[:1], [prompts[0].prompt], config.video.file_fps)

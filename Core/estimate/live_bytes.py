@@ -1,0 +1,92 @@
+"""Bytes of the tensors that are alive, followed storage by storage: on real tensors, or on those without content."""
+
+import gc
+import weakref
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+COLLECT_EVERY = 20  # new storages, at least
+COLLECT_LATEST = 640
+# (operator, its arguments) → bytes that its kernel allocates and frees again, which no tensor shows
+Workspace = Callable[[Any, tuple], int]
+
+
+class LiveBytes(TorchDispatchMode):
+    """Peak bytes of the tensors that operators made since it was entered, while they lived.
+
+    Every operator is seen, whatever the device; tensors on the meta device count as nothing.
+
+    Args:
+        workspace: of kernels that need more than their outputs.
+
+    Attributes:
+        now, peak: bytes, the latter since it was entered or since the last ``lap``.
+        phases: peak bytes by the name given to ``lap``.
+    """
+
+    def __init__(self, workspace: Workspace | None = None):
+        super().__init__()
+        self.now = self.peak = 0
+        self.phases: dict[str, int] = {}
+        self.known: set[int] = set()
+        self.made, self.patience = 0, COLLECT_EVERY
+        self.workspace = workspace
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = {id(t.untyped_storage()) for t in tensors_in((args, kwargs or {}))}
+        out = func(*args, **(kwargs or {}))
+        for tensor in tensors_in(out):
+            if tensor.device.type != "meta" and id(tensor.untyped_storage()) not in given:
+                self._add(tensor.untyped_storage())
+        if self.workspace and (extra := self.workspace(func, args)):
+            self._raise_peak(self.now + extra)
+        return out
+
+    def add(self, module: nn.Module) -> None:
+        """Count parameters and buffers that were made elsewhere."""
+        for tensor in (*module.parameters(), *module.buffers()):
+            self._add(tensor.untyped_storage())
+
+    def lap(self, name: str) -> None:
+        """The peak since the last lap is that of phase ``name``, or of an earlier one of that name if larger."""
+        self.phases[name] = max(self.phases.get(name, 0), self.peak)
+        self.peak = self.now
+
+    def _add(self, storage: torch.UntypedStorage) -> None:
+        key, size = id(storage), storage.nbytes()
+        if key in self.known:
+            return
+        self.known.add(key)
+        self.now += size
+        self.made += 1
+        weakref.finalize(storage, self._drop, key, size)
+        self._raise_peak(self.now)
+
+    def _raise_peak(self, wanted: int) -> None:
+        if wanted > self.peak and self.made >= self.patience:
+            before = self.now
+            gc.collect()  # under a dispatch mode, what checkpointing recomputed hangs in cycles
+            freed = before - self.now
+            # A forward pass grows without any cycle: there to look often costs time for nothing.
+            self.patience = COLLECT_EVERY if freed else min(2 * self.patience, COLLECT_LATEST)
+            self.made, wanted = 0, wanted - freed
+        self.peak = max(self.peak, wanted)
+
+    def _drop(self, key: int, size: int) -> None:
+        self.known.discard(key)
+        self.now -= size
+
+
+def tensors_in(values: Any) -> Iterator[Tensor]:
+    """Tensors among an operator's arguments or results, in lists and dicts too."""
+    if isinstance(values, Tensor):
+        yield values
+    elif isinstance(values, (tuple, list)):
+        for value in values:
+            yield from tensors_in(value)
+    elif isinstance(values, dict):
+        yield from tensors_in(list(values.values()))

@@ -1,0 +1,118 @@
+"""Estimate every family at its sizes and write the tables of docs/memory.md: `python scripts/write_memory_table.py`.
+
+Nothing is measured on a card: the figures are those of scripts/estimate.py. `docs/benchmarks/memory.json` keeps them,
+and `docs/benchmarks/estimate-check.json` the comparison with real steps (scripts/check_estimate.py --json).
+"""
+
+import argparse
+import json
+import re
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
+
+from Core.config import load_config  # noqa: E402
+from Core.estimate.cards import CARDS, device_bytes  # noqa: E402
+from Core.estimate.fake_run import FakeRun, fake_run  # noqa: E402
+from Core.utils.files import write_whole  # noqa: E402
+
+PAGE = ROOT / "docs" / "memory.md"
+FIGURES = ROOT / "docs" / "benchmarks" / "memory.json"
+CHECK = ROOT / "docs" / "benchmarks" / "estimate-check.json"
+TABLE = "(<!-- {}: [^\n]*-->\n)(.*?)(<!-- end -->)"
+GIB = 1 << 30
+OPENSORA = "Open-Sora/configs/opensora-v1-2/vader/vader_train.py"
+# Row → config and flags.
+RUNS: dict[str, tuple[str, ...]] = {
+    **{
+        f"Open-Sora 1.2, {size}, 2 s": (OPENSORA, "--resolution", size)
+        for size in ("240p", "360p", "480p", "720p")
+    },
+    "Wan 2.1 1.3B, 480p, 81 frames": ("configs/wan/t2v_1_3b.py",),
+    "Wan 2.2 TI2V-5B, 704p, 121 frames": ("configs/wan/ti2v_5b.py",),
+    "Wan 2.1 14B, 480p, 81 frames": ("configs/wan/t2v_14b.py",),
+    "Wan 2.1 14B, 720p, 81 frames": ("configs/wan/t2v_14b_720p.py",),
+    "Wan 2.2 A14B, 480p, 81 frames": ("configs/wan/t2v_a14b.py",),
+    "HunyuanVideo 1.5, 480p, 121 frames": ("configs/hunyuan_video15/t2v_480p.py",),
+    "HunyuanVideo 1.5, 720p, 121 frames": ("configs/hunyuan_video15/t2v_720p.py",),
+    "LTX-Video 2B, 512p, 4 s": ("configs/ltx/ltx_video.py",),
+    "CogVideoX 2B, 480p, 6 s": ("configs/cogvideox/2b.py",),
+    "CogVideoX 5B, 480p, 6 s": ("configs/cogvideox/5b.py",),
+    "ModelScope 1.7B, 256p, 16 frames": ("configs/modelscope/t2v_256p.py",),
+}
+
+
+def figures(run: FakeRun) -> dict[str, Any]:
+    return {
+        "networks": run.networks,
+        "peaks": {name: phase.peak for name, phase in run.phases.items()},
+        "operations": sum(phase.operations for phase in run.step.values()),
+        "seconds": {
+            name: sum(card.seconds(phase.work) for phase in run.step.values()) for name, card in CARDS.items()
+        },
+    }
+
+
+def row(name: str, found: Mapping[str, Any]) -> str:
+    """Text, networks and fullest phase of training in GiB, then seconds on each card that can hold it."""
+    peaks = dict(found["peaks"])
+    text = peaks.pop("text")
+    fullest = max(peaks, key=lambda phase: peaks[phase])
+    needed = device_bytes(max(text, peaks[fullest]))
+    cells = [name, f"{text / GIB:.1f}", f"{found['networks'] / GIB:.1f}", f"{peaks[fullest] / GIB:.1f}"]
+    cells += [f"`{fullest}`", f"{needed / GIB:.1f}"]
+    for card in CARDS.values():
+        cells.append(f"{found['seconds'][card.name]:.0f}" if needed <= card.memory else "–")
+    return f"| {' | '.join(cells)} |"
+
+
+def memory_table(found: Mapping[str, Mapping[str, Any]]) -> str:
+    heads = ["run", "text", "networks", "peak", "in", "card needs", *CARDS]
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
+    return "\n".join([*lines, *(row(name, found[name]) for name in RUNS if name in found)])
+
+
+def check_table(found: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| run | peak, estimated | measured | | operations |", "| --- | --- | --- | --- | --- |"]
+    for one in found:
+        ratio = one["estimated_peak"] / one["measured_peak"] - 1
+        same = one["estimated_operations"] == one["counted_operations"]
+        lines.append(
+            f"| {one['name']} | {one['estimated_peak'] / 1e6:.1f} MB | {one['measured_peak'] / 1e6:.1f} MB | "
+            f"{ratio:+.1%} | {'equal' if same else 'differ'} |"
+        )
+    return "\n".join(lines)
+
+
+def write_page() -> None:
+    page = PAGE.read_text(encoding="utf-8")
+    tables = {"memory": memory_table(json.loads(FIGURES.read_text(encoding="utf-8")))}
+    if CHECK.exists():
+        tables["check"] = check_table(json.loads(CHECK.read_text(encoding="utf-8")))
+    for name, table in tables.items():
+        pattern = re.compile(TABLE.format(name), re.DOTALL)
+        page = pattern.sub(lambda m, table=table: f"{m[1]}\n{table}\n\n{m[3]}", page)  # type: ignore[misc]
+    write_whole(PAGE, page)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
+    parser.add_argument(
+        "names", nargs="*", metavar="RUN", help="rows to renew (default: all; `none` for no row)"
+    )
+    names = parser.parse_args().names
+    found = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+    for name in [name for name in RUNS if not names or name in names]:
+        config, *flags = RUNS[name]
+        found[name] = figures(fake_run(load_config([str(ROOT / config), *flags])))
+        print(row(name, found[name]), flush=True)
+        write_whole(FIGURES, json.dumps(found, indent=1) + "\n")
+    write_page()
+
+
+if __name__ == "__main__":
+    main()

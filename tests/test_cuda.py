@@ -1,0 +1,211 @@
+"""What a GPU alone shows: kernels, waiting, dtypes, memory that runs out, kills, two processes on one card.
+
+Elsewhere they are skipped. VADER_CUDA_TESTS_ON_CPU=1 runs on a CPU those that can run there, to try them out.
+"""
+
+import csv
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+import twin_runs
+from same_run import adapter, checkpoint_state, largest_difference
+from torch import nn
+from twins import config_file, settings
+
+from scripts.bench.bench import Bench
+from scripts.bench.presets import Setting
+from scripts.gpu.checks import ON_CPU
+
+ON_GPU = torch.cuda.is_available()
+pytestmark = pytest.mark.skipif(not (ON_GPU or os.environ.get(ON_CPU)), reason="there is no GPU")
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="a CPU has nothing of the kind")
+ENTRY = Path(__file__).parents[1] / "Open-Sora" / "scripts" / "train_t2v_lora.py"
+SHORT = dict(decode_frame=0, val_batch_size=1)
+KILLED_AFTER = 2  # steps
+
+
+def metrics(run: Path) -> list[dict[str, float]]:
+    with (run / "metrics.csv").open(newline="") as file:
+        return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
+
+
+def small_bench(folder: Path, steps: int = 4) -> Bench:
+    sizes = f"image_size=(32,32);num_frames=17;scheduler.num_sampling_steps={steps}"
+    bench = Bench("cpu-twin", Setting.parse(f"default;{sizes}"), folder / "run")
+    bench.step()
+    return bench
+
+
+@needs_gpu
+def test_attention_takes_a_fused_kernel():
+    """With the math kernel forbidden there is nothing to fall back to."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    q, k = (torch.randn(2, 16, n, 72, device="cuda", dtype=torch.bfloat16) for n in (391, 300))
+    mask = torch.ones(2, 1, 1, 300, dtype=torch.bool, device="cuda")
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    with sdpa_kernel(fused):
+        nn.functional.scaled_dot_product_attention(q, q, q)
+        nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+
+
+@needs_gpu
+def test_a_whole_step_takes_fused_kernels(tmp_path):
+    """Forward and backward, in every network, under the same ban."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    bench = small_bench(tmp_path)
+    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
+    with sdpa_kernel(fused):
+        bench.step()
+
+
+@needs_gpu
+def test_the_sampling_loop_waits_for_no_gpu(tmp_path):
+    bench = small_bench(tmp_path)
+    trainer, backbone = bench.trainer, bench.trainer.backbone
+    rollout = trainer.objective.rollout
+    predict = backbone.predictor(rollout.features(trainer.prompts_of([0])))
+    z, timesteps = rollout.noise([0]), backbone.timesteps(1)
+    with torch.no_grad(), trainer.distributed.autocast(), backbone.no_grad_steps():
+        predict(z, timesteps[0])  # the captions' keys and values, once for each sample
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for t in timesteps:
+                predict(z, t)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_a_step_waits_as_often_however_many_sampling_steps_it_has(tmp_path, record_property):
+    counts = {steps: waits(small_bench(tmp_path / str(steps), steps)) for steps in (4, 8)}
+    record_property("waits_in_a_step", counts[4])
+    assert counts[4] == counts[8]
+
+
+def waits(bench: Bench) -> int:
+    """How often the host waits for the GPU in an optimiser step."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            bench.trainer.train_step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    return sum("synchroniz" in str(warning.message) for warning in caught)
+
+
+@pytest.fixture(scope="module")
+def exact(twin, tmp_path_factory) -> list[dict[str, float]]:
+    """Metrics of a run in float32."""
+    run = tmp_path_factory.mktemp("exact") / "run"
+    assert twin_runs.start(twin, run, **SHORT) == 0
+    return metrics(run)
+
+
+DTYPES = {
+    "bf16": dict(dtype="bf16", mixed_precision="bf16"),
+    "fp16": dict(dtype="fp16", mixed_precision="fp16"),
+    "fp8": dict(dtype="fp8", mixed_precision="bf16"),
+    "nf4": dict(dtype="bf16", base_quant="nf4", mixed_precision="bf16"),
+}
+
+
+@pytest.mark.parametrize("name", DTYPES)
+def test_a_dtype_trains_near_float32(twin, tmp_path, exact, record_property, name):
+    if name == "nf4":
+        pytest.importorskip("bitsandbytes")
+    run = tmp_path / "run"
+    rows = trained(twin, run, exact, record_property, **DTYPES[name])
+    # fp16's scaler may skip steps until it has found its scale.
+    assert name == "fp16" or not any(row["skipped_steps"] for row in rows)
+    if name == "fp16" and ON_GPU:
+        assert checkpoint_state(run)["scaler"]["scale"] > 0
+
+
+def trained(twin: Path, run: Path, exact: list[dict[str, float]], record_property, **keys) -> list[dict]:
+    """Metrics of a run whose first reward, before any step was taken, is close to float32's."""
+    assert twin_runs.start(twin, run, **SHORT, **keys) == 0
+    rows = metrics(run)
+    error = abs(rows[0]["reward"] - exact[0]["reward"]) / abs(exact[0]["reward"])
+    record_property("reward_error", error)
+    assert len(rows) == len(exact) and error < 0.1
+    return rows
+
+
+@needs_gpu
+def test_advice_is_given_when_memory_runs_out(twin, tmp_path, capsys):
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.empty_cache()
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 256 * 2**20) / total)
+    try:
+        code = twin_runs.start(twin, tmp_path / "run", num_frames=51, image_size=(512, 512))
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert code == 3
+    said = capsys.readouterr().err
+    assert "the device's memory is too small for this run, which tried to allocate" in said
+    assert "train_batch_size=1" in said
+
+
+def run_config(twin: Path, tmp_path: Path, name: str, **overrides) -> tuple[Path, Path]:
+    """Config and folder of a run, with a reward whose gradients are far above Adam's epsilon."""
+    loud = dict(reward_fn={"pick_score": 1000.0}, reward_args={"pick_score": {"model": str(twin / "clip")}})
+    values = settings(twin, tmp_path / name) | SHORT | loud | overrides
+    return config_file(tmp_path / f"{name}.py", values), tmp_path / name
+
+
+def relative_difference(a: Path, b: Path) -> float:
+    return largest_difference(a, b) / max(float(v.abs().max()) for v in adapter(b).values())
+
+
+def test_a_killed_run_ends_as_an_undisturbed_one(twin, tmp_path, record_property):
+    """A GPU adds up in no fixed order, so that two runs need not agree to the last bit."""
+    keys = dict(max_train_steps=5, checkpointing_steps=1)
+    config, whole = run_config(twin, tmp_path, "whole", **keys)
+    subprocess.run([sys.executable, str(ENTRY), str(config)], check=True)
+    config, killed = run_config(twin, tmp_path, "killed", **keys)
+    kill_after_steps(subprocess.Popen([sys.executable, str(ENTRY), str(config)]), killed, KILLED_AFTER)
+    subprocess.run([sys.executable, str(ENTRY), str(config)], check=True)
+    assert len(metrics(killed)) == 5
+    difference = relative_difference(killed, whole)
+    record_property("relative_difference", difference)
+    assert difference < 0.02
+
+
+def kill_after_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
+    while process.poll() is None and not (run / "checkpoints" / f"step_{steps:06d}").exists():
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
+
+
+def test_two_processes_on_one_card_give_the_adapter_of_one(twin, tmp_path, record_property):
+    """Through gloo, since NCCL refuses a card that another process of the group has."""
+    keys = dict(max_train_steps=2)
+    config, one = run_config(twin, tmp_path, "one", train_batch_size=1, gradient_accumulation_steps=2, **keys)
+    subprocess.run([sys.executable, str(ENTRY), str(config)], check=True)
+    config, two = run_config(twin, tmp_path, "two", train_batch_size=1, **keys)
+    worker = [sys.executable, str(Path(__file__).with_name("gloo_worker.py")), str(config)]
+    with socket.create_server(("127.0.0.1", 0)) as found:
+        port = str(found.getsockname()[1])
+    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    ranks = [shared | {"RANK": str(n), "LOCAL_RANK": str(n), "LOCAL_WORLD_SIZE": "2"} for n in (0, 1)]
+    processes = [subprocess.Popen(worker, env=environment) for environment in ranks]
+    assert [process.wait() for process in processes] == [0, 0]
+    difference = relative_difference(two, one)
+    record_property("relative_difference", difference)
+    assert difference < 0.02
+
+
+def test_compiled_blocks_train_near_float32(twin, tmp_path, exact, record_property):
+    trained(twin, tmp_path / "run", exact, record_property, compile_blocks=True)

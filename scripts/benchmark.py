@@ -136,12 +136,20 @@ def origin(argv: list[str], script: str = "scripts/benchmark.py") -> dict[str, A
     }
 
 
+def write_docs() -> int:
+    try:
+        page.write()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.write_docs:
-        page.write()
-        return 0
+        return write_docs()
     import torch
 
     from scripts.bench.bench import config_of

@@ -37,9 +37,14 @@ def metrics(run: Path) -> list[dict[str, float]]:
         return [{k: float(v) for k, v in row.items() if v} for row in csv.DictReader(file)]
 
 
-def small_bench(folder: Path, steps: int = 4) -> Bench:
-    sizes = f"image_size=(32,32);num_frames=17;scheduler.num_sampling_steps={steps}"
-    bench = Bench("cpu-twin", Setting.parse(f"default;{sizes}"), folder / "run")
+SMALL = {
+    "cpu-twin": "default;image_size=(32,32);num_frames=17;scheduler.num_sampling_steps={}",
+    "wan-twin": "default;num_sampling_steps={}",
+}
+
+
+def small_bench(folder: Path, preset: str = "cpu-twin", steps: int = 4) -> Bench:
+    bench = Bench(preset, Setting.parse(SMALL[preset].format(steps)), folder / "run")
     bench.step()
     return bench
 
@@ -58,19 +63,21 @@ def test_attention_takes_a_fused_kernel():
 
 
 @needs_gpu
-def test_a_whole_step_takes_fused_kernels(tmp_path):
+@pytest.mark.parametrize("preset", SMALL)
+def test_a_whole_step_takes_fused_kernels(tmp_path, preset):
     """Forward and backward, in every network, under the same ban."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
-    bench = small_bench(tmp_path)
+    bench = small_bench(tmp_path, preset)
     fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
     with sdpa_kernel(fused):
         bench.step()
 
 
 @needs_gpu
-def test_the_sampling_loop_waits_for_no_gpu(tmp_path):
-    bench = small_bench(tmp_path)
+@pytest.mark.parametrize("preset", SMALL)
+def test_the_sampling_loop_waits_for_no_gpu(tmp_path, preset):
+    bench = small_bench(tmp_path, preset)
     trainer, backbone = bench.trainer, bench.trainer.backbone
     rollout = trainer.objective.rollout
     predict = backbone.predictor(rollout.features(trainer.prompts_of([0])))
@@ -86,8 +93,9 @@ def test_the_sampling_loop_waits_for_no_gpu(tmp_path):
 
 
 @needs_gpu
-def test_a_step_waits_as_often_however_many_sampling_steps_it_has(tmp_path, record_property):
-    counts = {steps: waits(small_bench(tmp_path / str(steps), steps)) for steps in (4, 8)}
+@pytest.mark.parametrize("preset", SMALL)
+def test_a_step_waits_as_often_however_many_sampling_steps_it_has(tmp_path, record_property, preset):
+    counts = {steps: waits(small_bench(tmp_path / str(steps), preset, steps)) for steps in (4, 8)}
     record_property("waits_in_a_step", counts[4])
     assert counts[4] == counts[8]
 
@@ -190,7 +198,10 @@ def kill_after_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
 
 
 def test_two_processes_on_one_card_give_the_adapter_of_one(twin, tmp_path, record_property):
-    """Through gloo, since NCCL refuses a card that another process of the group has."""
+    """Through gloo, since NCCL refuses a card that another process of the group has.
+
+    Each is told to be the first process of a machine: accelerate counts cards by processes of a machine.
+    """
     keys = dict(max_train_steps=2)
     config, one = run_config(twin, tmp_path, "one", train_batch_size=1, gradient_accumulation_steps=2, **keys)
     subprocess.run([sys.executable, str(ENTRY), str(config)], check=True)
@@ -199,7 +210,7 @@ def test_two_processes_on_one_card_give_the_adapter_of_one(twin, tmp_path, recor
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = str(found.getsockname()[1])
     shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [shared | {"RANK": str(n), "LOCAL_RANK": str(n), "LOCAL_WORLD_SIZE": "2"} for n in (0, 1)]
+    ranks = [shared | {"RANK": str(n), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} for n in (0, 1)]
     processes = [subprocess.Popen(worker, env=environment) for environment in ranks]
     assert [process.wait() for process in processes] == [0, 0]
     difference = relative_difference(two, one)

@@ -15,6 +15,7 @@ PAGE = ROOT / "docs" / "performance.md"
 GIB = 2**30
 
 BEGIN = "<!-- measured: written by scripts/benchmark.py --write-docs -->"
+NO_GPU = "No figure on this page is from a GPU; [Prove it on your GPU](gpu.md) says how to measure yours."
 
 
 def fit_line(points: Sequence[dict[str, float]], key: str) -> dict[str, float]:
@@ -177,6 +178,18 @@ def _paths_table(result: dict[str, Any]) -> str:
     )
 
 
+def _proof_table(result: dict[str, Any]) -> str:
+    from scripts.gpu import tables
+
+    return tables.text(result)
+
+
+def _proof_bars(result: dict[str, Any]) -> dict[str, float]:
+    from scripts.gpu import tables
+
+    return tables.bars(result)
+
+
 def _path_bars(result: dict[str, Any]) -> dict[str, float]:
     return {row["path"]: row["seconds"] for row in result["rows"]}
 
@@ -208,6 +221,7 @@ class Kind:
 
 # In page order.
 KINDS = {
+    "proof": Kind(_proof_table, _proof_bars),
     "compare": Kind(_compare_table, _side_bars),
     "run": Kind(_run_table, _phase_bars),
     "paths": Kind(_paths_table, _path_bars),
@@ -260,7 +274,7 @@ def section(path: Path, result: dict[str, Any]) -> str:
     used = (
         "one core per process"
         if result["kind"] == "scaling"
-        else f"{result['threads']} of {cpu['cores']} cores"
+        else f"{result.get('threads', cpu['cores'])} of {cpu['cores']} cores"
     )
     where = ", ".join(cpu["gpus"]) or f"{cpu['cpu']}, {used}"
     parts = [
@@ -274,12 +288,23 @@ def section(path: Path, result: dict[str, Any]) -> str:
 
 
 def text() -> str:
-    """The whole page: its own prose, and behind the marker all that was measured."""
+    """The whole page: its own prose, and behind the marker all that was measured.
+
+    Raises:
+        ValueError: a proof that ran without a GPU, or at small sizes.
+    """
     results = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
+    for path, result in results.items():
+        if result["kind"] == "proof" and (result["small"] or not result.get("hardware", {}).get("gpus")):
+            raise ValueError(f"{path} is no proof on a GPU at full size; delete it, or run prove.sh on one")
     order = list(KINDS)
     ordered = sorted(results, key=lambda path: (order.index(results[path]["kind"]), path.name))
     prose = PAGE.read_text(encoding="utf-8").partition(BEGIN)[0]
-    return "\n\n".join([f"{prose}{BEGIN}", *(section(path, results[path]) for path in ordered)]) + "\n"
+    on_gpu = any(result["hardware"]["gpus"] for result in results.values())
+    notes = [] if on_gpu else [NO_GPU]
+    return (
+        "\n\n".join([f"{prose}{BEGIN}", *notes, *(section(path, results[path]) for path in ordered)]) + "\n"
+    )
 
 
 def write() -> None:

@@ -70,7 +70,7 @@ WAN_5B_VAE = dict(
     latents_mean=[0.0] * 48,
     latents_std=[1.0] * 48,
 )
-WAN_TWIN = dict(num_attention_heads=2, attention_head_dim=12, ffn_dim=32, num_layers=2, text_dim=16)
+WAN_TWIN = dict(num_attention_heads=2, attention_head_dim=16, ffn_dim=32, num_layers=2, text_dim=16)
 WAN_TWIN_VAE = dict(base_dim=4, z_dim=16, num_res_blocks=1)
 
 TEXT_LENGTH = dict(model_max_length=300)

@@ -77,12 +77,10 @@ class Proof:
     def run(self, parts: Sequence[Part]) -> dict[str, Any]:
         """Run ``parts`` in order; returns what the file holds."""
         for part in parts:
-            limit = min(part.limit, self.left)
-            outcome = (
-                {"status": "no time left"}
-                if limit < LEAST_SECONDS < part.limit
-                else self.run_part(part, limit)
-            )
+            if self.left < min(LEAST_SECONDS, part.limit):
+                outcome: dict[str, Any] = {"status": "no time left"}
+            else:
+                outcome = self.run_part(part, min(part.limit, self.left))
             self.keep(part, outcome)
         return self.result
 
@@ -162,6 +160,11 @@ def has_gpu() -> bool:
     return subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+def end_on_sigterm() -> None:
+    """Have SIGTERM, as at a queue's time limit, unwind this process, so that no part stays behind on the card."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+
+
 def recorded(argv: Sequence[str]) -> list[str]:
     """The arguments without the name of the file, which is of no interest to others."""
     if "--json" not in argv:
@@ -176,8 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.list:
         print("\n".join(f"{part.name:12} {part.limit:4.0f} s  {part.shows}" for part in PARTS))
         return 0
-    # Ended from outside, as at a time limit, it must not leave a part behind on the card.
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    end_on_sigterm()
     small = args.small or not has_gpu()
     if small:
         print("small sizes: the figures say nothing of a GPU" + ("" if args.small else ", and there is none"))

@@ -27,9 +27,8 @@ from scripts.gpu.checks import ON_CPU
 ON_GPU = torch.cuda.is_available()
 pytestmark = pytest.mark.skipif(not (ON_GPU or os.environ.get(ON_CPU)), reason="there is no GPU")
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="a CPU has nothing of the kind")
-ENTRY = Path(__file__).parents[1] / "Open-Sora" / "scripts" / "train_t2v_lora.py"
+WORKER = Path(__file__).with_name("cuda_worker.py")
 SHORT = dict(decode_frame=0, val_batch_size=1)
-KILLED_AFTER = 2  # steps
 
 
 def metrics(run: Path) -> list[dict[str, float]]:
@@ -120,11 +119,12 @@ def exact(twin, tmp_path_factory) -> list[dict[str, float]]:
     return metrics(run)
 
 
+# Keys, and the largest relative error of the reward.
 DTYPES = {
-    "bf16": dict(dtype="bf16", mixed_precision="bf16"),
-    "fp16": dict(dtype="fp16", mixed_precision="fp16"),
-    "fp8": dict(dtype="fp8", mixed_precision="bf16"),
-    "nf4": dict(dtype="bf16", base_quant="nf4", mixed_precision="bf16"),
+    "bf16": (dict(dtype="bf16", mixed_precision="bf16"), 0.05),
+    "fp16": (dict(dtype="fp16", mixed_precision="fp16"), 0.05),
+    "fp8": (dict(dtype="fp8", mixed_precision="bf16"), 0.2),
+    "nf4": (dict(dtype="bf16", base_quant="nf4", mixed_precision="bf16"), 0.2),
 }
 
 
@@ -133,20 +133,23 @@ def test_a_dtype_trains_near_float32(twin, tmp_path, exact, record_property, nam
     if name == "nf4":
         pytest.importorskip("bitsandbytes")
     run = tmp_path / "run"
-    rows = trained(twin, run, exact, record_property, **DTYPES[name])
+    keys, bound = DTYPES[name]
+    rows = trained(twin, run, exact, record_property, bound, **keys)
     # fp16's scaler may skip steps until it has found its scale.
     assert name == "fp16" or not any(row["skipped_steps"] for row in rows)
     if name == "fp16" and ON_GPU:
         assert checkpoint_state(run)["scaler"]["scale"] > 0
 
 
-def trained(twin: Path, run: Path, exact: list[dict[str, float]], record_property, **keys) -> list[dict]:
+def trained(
+    twin: Path, run: Path, exact: list[dict[str, float]], record_property, bound: float, **keys
+) -> list[dict[str, float]]:
     """Metrics of a run whose first reward, before any step was taken, is close to float32's."""
     assert twin_runs.start(twin, run, **SHORT, **keys) == 0
     rows = metrics(run)
     error = abs(rows[0]["reward"] - exact[0]["reward"]) / abs(exact[0]["reward"])
     record_property("reward_error", error)
-    assert len(rows) == len(exact) and error < 0.1
+    assert len(rows) == len(exact) and error < bound
     return rows
 
 
@@ -165,58 +168,60 @@ def test_advice_is_given_when_memory_runs_out(twin, tmp_path, capsys):
     assert "train_batch_size=1" in said
 
 
-def run_config(twin: Path, tmp_path: Path, name: str, **overrides) -> tuple[Path, Path]:
+def run_config(twin: Path, folder: Path, name: str, **overrides) -> tuple[Path, Path]:
     """Config and folder of a run, with a reward whose gradients are far above Adam's epsilon."""
     loud = dict(reward_fn={"pick_score": 1000.0}, reward_args={"pick_score": {"model": str(twin / "clip")}})
-    values = settings(twin, tmp_path / name) | SHORT | loud | overrides
-    return config_file(tmp_path / f"{name}.py", values), tmp_path / name
+    values = settings(twin, folder / name) | SHORT | loud | {"checkpointing_steps": 1} | overrides
+    return config_file(folder / f"{name}.py", values), folder / name
+
+
+def start(config: Path, **variables: str) -> subprocess.Popen:
+    return subprocess.Popen([sys.executable, str(WORKER), str(config)], env=os.environ | variables)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(twin, tmp_path_factory) -> Path:
+    """Folder of a run of one process."""
+    config, run = run_config(twin, tmp_path_factory.mktemp("undisturbed"), "run")
+    assert start(config).wait() == 0
+    return run
 
 
 def relative_difference(a: Path, b: Path) -> float:
     return largest_difference(a, b) / max(float(v.abs().max()) for v in adapter(b).values())
 
 
-def test_a_killed_run_ends_as_an_undisturbed_one(twin, tmp_path, record_property):
+def test_a_killed_run_ends_as_an_undisturbed_one(twin, tmp_path, undisturbed, record_property):
     """A GPU adds up in no fixed order, so that two runs need not agree to the last bit."""
-    keys = dict(max_train_steps=5, checkpointing_steps=1)
-    config, whole = run_config(twin, tmp_path, "whole", **keys)
-    subprocess.run([sys.executable, str(ENTRY), str(config)], check=True)
-    config, killed = run_config(twin, tmp_path, "killed", **keys)
-    kill_after_steps(subprocess.Popen([sys.executable, str(ENTRY), str(config)]), killed, KILLED_AFTER)
-    subprocess.run([sys.executable, str(ENTRY), str(config)], check=True)
-    assert len(metrics(killed)) == 5
-    difference = relative_difference(killed, whole)
+    config, run = run_config(twin, tmp_path, "killed")
+    kill_after_a_step(start(config), run)
+    assert start(config).wait() == 0
+    assert len(metrics(run)) == len(metrics(undisturbed))
+    difference = relative_difference(run, undisturbed)
     record_property("relative_difference", difference)
     assert difference < 0.02
 
 
-def kill_after_steps(process: subprocess.Popen, run: Path, steps: int) -> None:
-    while process.poll() is None and not (run / "checkpoints" / f"step_{steps:06d}").exists():
+def kill_after_a_step(process: subprocess.Popen, run: Path) -> None:
+    while process.poll() is None and not (run / "checkpoints" / "step_000001").exists():
         time.sleep(0.005)
     process.send_signal(signal.SIGKILL)
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
 
 
-def test_two_processes_on_one_card_give_the_adapter_of_one(twin, tmp_path, record_property):
-    """Through gloo, since NCCL refuses a card that another process of the group has.
-
-    Each is told to be the first process of a machine: accelerate counts cards by processes of a machine.
-    """
-    keys = dict(max_train_steps=2)
-    config, one = run_config(twin, tmp_path, "one", train_batch_size=1, gradient_accumulation_steps=2, **keys)
-    subprocess.run([sys.executable, str(ENTRY), str(config)], check=True)
-    config, two = run_config(twin, tmp_path, "two", train_batch_size=1, **keys)
-    worker = [sys.executable, str(Path(__file__).with_name("gloo_worker.py")), str(config)]
+def test_two_processes_on_one_card_give_the_adapter_of_one(twin, tmp_path, undisturbed, record_property):
+    """Each is told to be the first process of a machine: accelerate gives those of one machine a card each."""
+    config, run = run_config(twin, tmp_path, "two", train_batch_size=1)
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = str(found.getsockname()[1])
-    shared = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    ranks = [shared | {"RANK": str(n), "LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"} for n in (0, 1)]
-    processes = [subprocess.Popen(worker, env=environment) for environment in ranks]
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared |= {"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}
+    processes = [start(config, RANK=rank, **shared) for rank in ("0", "1")]
     assert [process.wait() for process in processes] == [0, 0]
-    difference = relative_difference(two, one)
+    difference = relative_difference(run, undisturbed)
     record_property("relative_difference", difference)
     assert difference < 0.02
 
 
 def test_compiled_blocks_train_near_float32(twin, tmp_path, exact, record_property):
-    trained(twin, tmp_path / "run", exact, record_property, compile_blocks=True)
+    trained(twin, tmp_path / "run", exact, record_property, 0.01, compile_blocks=True)

@@ -6,13 +6,20 @@ set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/../.." && pwd)
 carried=$root/build/carry/packages.tar.xz
+site=$root/build/gpu/site
 python=${PYTHON:-$root/.venv/bin/python}
 command -v "$python" >/dev/null 2>&1 || python=python3
 
+unpack() {
+    rm -rf "$site"
+    mkdir -p "$site"
+    "$python" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' \
+        "$carried" "$site"
+    touch "$site"
+}
+
 if [ -f "$carried" ] && ! "$python" -c 'import av, diffusers, ftfy, mmengine' 2>/dev/null; then
-    site=$(mktemp -d)
-    trap 'rm -rf "$site"' EXIT
-    "$python" -c 'import sys, tarfile; tarfile.open(sys.argv[1]).extractall(sys.argv[2], filter="data")' "$carried" "$site"
+    [ "$site" -nt "$carried" ] || unpack
     export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}"
 fi
-"$python" "$root/scripts/gpu/prove.py" "$@"
+exec "$python" "$root/scripts/gpu/prove.py" "$@"

@@ -20,6 +20,7 @@ from scripts.gpu import carry, predictor, prove, steps, tables
 from scripts.gpu.part import Report
 from scripts.gpu.part import main as run_part
 from scripts.gpu.parts import LEAST_SECONDS, PARTS, TOTAL_SECONDS, Part
+from scripts.gpu.parts import PRESETS as PRESET_OF
 
 ROOT = Path(__file__).parents[1]
 GIB = 2**30
@@ -65,8 +66,8 @@ def test_each_test_of_a_gpu_is_run_by_one_part():
 
 def test_every_size_that_a_part_measures_has_a_preset():
     sized = [p for p in PARTS if p.function in ("steps:phases", "steps:cost")]
-    assert {p.arguments[0] for p in sized} == steps.PRESETS.keys()
-    assert set(steps.PRESETS.values()) <= PRESETS.keys()
+    assert {p.arguments[0] for p in sized} == PRESET_OF.keys()
+    assert set(PRESET_OF.values()) <= PRESETS.keys()
     assert set(tables.SIZED) == {p.name for p in PARTS if p.function.startswith("steps:")} - {"plain"}
     assert set(predictor.COMPARED) == set(tables.SIZED)
 

@@ -5,6 +5,15 @@ from dataclasses import dataclass
 TOTAL_SECONDS = 540  # of all parts together
 LEAST_SECONDS = 15  # with less time left a part is not started: imports alone take about that
 
+# Sizes that parts measure → presets of scripts/bench/presets.py.
+PRESETS = {
+    "240p": "xl2-240p",
+    "360p": "xl2-360p",
+    "720p": "xl2-720p",
+    "wan-1.3b": "wan-1.3b-480p",
+    "wan-ti2v-5b": "wan-ti2v-5b-480p",
+}
+
 
 @dataclass(frozen=True)
 class Part:

@@ -15,14 +15,8 @@ from scripts.bench.meter import PeakMemory
 from scripts.bench.presets import Setting
 from scripts.benchmark import compare
 from scripts.gpu.part import Report
+from scripts.gpu.parts import PRESETS
 
-PRESETS = {
-    "240p": "xl2-240p",
-    "360p": "xl2-360p",
-    "720p": "xl2-720p",
-    "wan-1.3b": "wan-1.3b-480p",
-    "wan-ti2v-5b": "wan-ti2v-5b-480p",
-}
 # A step of under a second on a CPU.
 TINY = (
     ";image_size=(32,32);scheduler.num_sampling_steps=2;model.hidden_size=192;model.num_heads=3"

@@ -4,9 +4,9 @@ import statistics
 from collections.abc import Callable
 from typing import Any
 
-from scripts.bench import page
+from scripts.bench.tables import GIB, compare_table, roofline, rows, run_table
+from scripts.gpu.parts import PRESETS
 from scripts.gpu.predictor import COMPARED
-from scripts.gpu.steps import PRESETS
 
 Result = dict[str, Any]
 SIZED = ("phases", "360p", "720p", "nf4", "fp8", "wan-1.3b", "wan-ti2v-5b")  # parts with the cost of a step
@@ -35,7 +35,7 @@ class Parts:
 
 def memory(name: str) -> Callable[[Parts], float]:
     """GiB that PyTorch holds of the card, where it says so; else the peak."""
-    return lambda parts: (parts[name]["reserved_bytes"] or parts[name]["peak_bytes"]) / page.GIB
+    return lambda parts: (parts[name]["reserved_bytes"] or parts[name]["peak_bytes"]) / GIB
 
 
 def times_plain(parts: Parts) -> float:
@@ -69,7 +69,7 @@ def goals(parts: Parts) -> str:
             continue
         met = value >= goal if more else value <= goal
         lines.append((what, wanted, f"{value:.1f}{unit}", "yes" if met else "no"))
-    return page.rows(("what", "goal", "measured", "met"), lines)
+    return rows(("what", "goal", "measured", "met"), lines)
 
 
 def machine(parts: Parts) -> str:
@@ -77,7 +77,7 @@ def machine(parts: Parts) -> str:
     rates = ", ".join(f"{rate / 1e12:.1f} TFLOP/s in {name}" for name, rate in found["ceilings"].items())
     card = found.get("card")
     where = (
-        f"{card['name']}, {card['memory'] / page.GIB:.0f} GiB, CUDA {card['cuda']}, driver {card['driver']}. "
+        f"{card['name']}, {card['memory'] / GIB:.0f} GiB, CUDA {card['cuda']}, driver {card['driver']}. "
         if card
         else ""
     )
@@ -99,12 +99,12 @@ def costs(parts: Parts) -> str:
                 steps,
                 f"{statistics.median(cost['step_seconds']):.2f}",
                 f"{cost['phase_seconds']['prefix'] / (steps - 1):.3f}",
-                f"{cost['peak_bytes'] / page.GIB:.2f}",
-                f"{cost['reserved_bytes'] / page.GIB:.2f}" if cost["reserved_bytes"] else "",
+                f"{cost['peak_bytes'] / GIB:.2f}",
+                f"{cost['reserved_bytes'] / GIB:.2f}" if cost["reserved_bytes"] else "",
             )
         )
     header = ("step of", "latent", "sampling steps", "seconds", "seconds a step without a gradient")
-    return page.rows((*header, "peak GiB", "reserved GiB"), lines)
+    return rows((*header, "peak GiB", "reserved GiB"), lines)
 
 
 def prefix(parts: Parts) -> str:
@@ -115,7 +115,7 @@ def prefix(parts: Parts) -> str:
             found = parts[name]
             ratio = found["eager_seconds"] / found[key]
             lines.append((name, f"{found['eager_seconds']:.3f}", f"{found[key]:.3f}", f"{ratio:.2f}"))
-    return page.rows(("prefix as", "eager seconds", "seconds", "times as fast"), lines)
+    return rows(("prefix as", "eager seconds", "seconds", "times as fast"), lines)
 
 
 def checks(parts: Parts) -> str:
@@ -124,7 +124,7 @@ def checks(parts: Parts) -> str:
         for test in parts[name].get("tests", []) if parts.has(name) else []:
             recorded = ", ".join(f"{key} {_short(value)}" for key, value in test["recorded"].items())
             lines.append((f"`{test['name']}`", test["outcome"], recorded or test["message"]))
-    return page.rows(("test", "outcome", "recorded"), lines)
+    return rows(("test", "outcome", "recorded"), lines)
 
 
 def _short(value: Any) -> str:
@@ -139,9 +139,9 @@ def predictions(parts: Parts) -> str:
         predicted = found.get(name, {}).get("peak_bytes")
         if predicted is not None and parts.has(name, "peak_bytes"):
             measured = parts[name]["peak_bytes"]
-            sizes = (f"{size / page.GIB:.2f}" for size in (predicted, measured))
+            sizes = (f"{size / GIB:.2f}" for size in (predicted, measured))
             lines.append((name, *sizes, f"{predicted / measured - 1:+.1%}"))
-    return page.rows(("step", "predicted GiB", "measured GiB", "difference"), lines)
+    return rows(("step", "predicted GiB", "measured GiB", "difference"), lines)
 
 
 def course(parts: Parts) -> str:
@@ -150,7 +150,7 @@ def course(parts: Parts) -> str:
         (name, part["status"], f"{part.get('seconds', 0):.0f}", _reason(part))
         for name, part in parts.parts.items()
     ]
-    return page.rows(("part", "status", "seconds", "reason"), lines)
+    return rows(("part", "status", "seconds", "reason"), lines)
 
 
 def _reason(part: Result) -> str:
@@ -164,9 +164,9 @@ def text(proof: Result) -> str:
     parts = Parts(proof)
     blocks = [machine(parts), goals(parts), costs(parts)]
     if parts.has("phases", "phases"):
-        blocks += [page.table({"kind": "run", **parts["phases"]}), page.roofline(parts["phases"])]
+        blocks += [run_table(parts["phases"]), roofline(parts["phases"])]
     if parts.has("plain", "sides"):
-        blocks.append(page.table({"kind": "compare", **parts["plain"]}))
+        blocks.append(compare_table(parts["plain"]))
     blocks += [prefix(parts), checks(parts), predictions(parts), course(parts)]
     return "\n\n".join(block for block in blocks if not _is_empty(block))
 

@@ -1,7 +1,8 @@
 """Benchmark a training step with random weights: benchmark.py PRESET [--setting S] [--json FILE].
 
-PRESET is cpu-twin, or xl2-240p, xl2-360p or xl2-720p on a GPU. A setting is `default` or `plain` (the step without this
-project's savings), followed by `;key=value` for each config key to change: `default;decode_context=causal`.
+PRESET is cpu-twin or wan-twin, or on a GPU xl2-240p, xl2-360p, xl2-720p, wan-1.3b-480p or wan-ti2v-5b-480p. A setting
+is `default` or `plain` (the step without this project's savings), followed by `;key=value` for each config key to
+change: `default;decode_context=causal`.
 
     benchmark.py cpu-twin                                phases of the default step, as a table and as JSON
     benchmark.py cpu-twin --compare default plain        alternate two settings and report the ratio of their times

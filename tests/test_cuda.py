@@ -157,9 +157,9 @@ def trained(
 def test_advice_is_given_when_memory_runs_out(twin, tmp_path, capsys):
     total = torch.cuda.get_device_properties(0).total_memory
     torch.cuda.empty_cache()
-    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 256 * 2**20) / total)
+    torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_allocated() + 96 * 2**20) / total)
     try:
-        code = twin_runs.start(twin, tmp_path / "run", num_frames=51, image_size=(512, 512))
+        code = twin_runs.start(twin, tmp_path / "run", num_frames=51, image_size=(1024, 1024))
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     assert code == 3

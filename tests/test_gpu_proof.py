@@ -163,7 +163,33 @@ def test_the_file_is_not_part_of_the_recorded_command():
     assert prove.recorded(["--small"]) == ["--small"]
 
 
-@pytest.mark.parametrize("argv", [["--only", "nosuch"], ["--total", "0"]])
+def test_a_part_is_added_to_what_the_file_holds(tmp_path, measured, monkeypatch):
+    """Without a GPU, one that needs none."""
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(measured))
+    monkeypatch.setattr(prove, "has_gpu", lambda: False)
+    monkeypatch.setattr(
+        prove.Proof, "run_part", lambda proof, part, limit: {"status": "done", "small": proof.small}
+    )
+    assert prove.main(["--json", str(file), "--add", "--only", "predictor"]) == 0
+    found = json.loads(file.read_text())
+    assert found["parts"]["predictor"]["status"] == "done" and found["parts"]["predictor"]["small"] is False
+    assert found["parts"]["phases"] == measured["parts"]["phases"] and found["command"] == measured["command"]
+
+
+def test_a_part_that_needs_a_gpu_is_not_added_without_one(tmp_path, measured, monkeypatch, capsys):
+    file = tmp_path / "gpu.json"
+    file.write_text(json.dumps(measured))
+    monkeypatch.setattr(prove, "has_gpu", lambda: False)
+    assert prove.main(["--json", str(file), "--add", "--only", "predictor", "720p"]) == 2
+    assert "720p cannot be added without a GPU" in capsys.readouterr().err
+    assert json.loads(file.read_text()) == measured
+    file.write_text("{}")
+    assert prove.main(["--json", str(file), "--add", "--only", "predictor"]) == 2
+    assert "holds no proof to add to" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argv", [["--only", "nosuch"], ["--total", "0"], ["--add", "--json", "nosuch.json"]])
 def test_wrong_calls_are_refused(argv):
     with pytest.raises(SystemExit):
         prove.parse(argv)

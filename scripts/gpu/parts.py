@@ -23,6 +23,7 @@ class Part:
         limit: seconds after which it is stopped; what it has measured until then is kept.
         function: ``module:name`` below ``scripts.gpu``, called with the report, ``small`` and ``arguments``.
         shows: what it shows, for ``--list`` and the page.
+        needs_gpu: whether it may be added without a GPU to a proof that was made on one.
     """
 
     name: str
@@ -30,12 +31,13 @@ class Part:
     function: str
     shows: str
     arguments: tuple[str, ...] = ()
+    needs_gpu: bool = True
 
 
 PARTS = (
     Part("machine", 60, "machine:measure", "card, driver, versions; rates of a matrix product and of a copy"),
     Part("phases", 100, "steps:phases", "Open-Sora XL/2 at 240p, phase by phase", ("240p",)),
-    Part("plain", 120, "steps:against_plain", "the same step without the savings", ("240p",)),
+    Part("plain", 130, "steps:against_plain", "the same step without the savings", ("240p",)),
     Part("360p", 70, "steps:cost", "Open-Sora XL/2 at 360p", ("360p",)),
     Part("720p", 90, "steps:cost", "Open-Sora XL/2 at 720p", ("720p",)),
     Part("nf4", 60, "steps:stored", "the step at 240p with weights in 4 bits", ("base_quant=nf4",)),
@@ -58,6 +60,6 @@ PARTS = (
     ),
     Part("compile", 120, "prefix:compiled", "the same steps with compiled blocks", ("240p",)),
     Part("fp8", 60, "steps:stored", "the step at 240p with weights in 8 bits", ("dtype=fp8",)),
-    Part("predictor", 100, "predictor:compare", "predicted peaks, by scripts/estimate.py"),
+    Part("predictor", 100, "predictor:compare", "predicted peaks, by scripts/estimate.py", needs_gpu=False),
 )
 BY_NAME = {part.name: part for part in PARTS}

@@ -8,6 +8,7 @@ sizes.
     prove.py                                   build/gpu/gpu.json
     prove.py --json docs/benchmarks/gpu.json   for docs/performance.md, written by scripts/benchmark.py --write-docs
     prove.py --only phases plain               these parts alone
+    prove.py --add --only predictor            this part anew, keeping what else the file holds
     prove.py --list                            the parts
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
+from Core.utils.files import read_object, write_whole  # noqa: E402
 from scripts.gpu.parts import BY_NAME, LEAST_SECONDS, PARTS, TOTAL_SECONDS, Part  # noqa: E402
 
 LAST_LINES = 30  # of what a part printed, where it did not end well
@@ -39,12 +41,15 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--json", type=Path, default=ROOT / "build" / "gpu" / "gpu.json", metavar="FILE")
     parser.add_argument("--only", nargs="+", choices=list(BY_NAME), metavar="PART", help="parts to run")
+    parser.add_argument("--add", action="store_true", help="keep the other parts that FILE holds")
     parser.add_argument("--small", action="store_true", help="small sizes; without a GPU always so")
     parser.add_argument(
         "--total", type=float, default=TOTAL_SECONDS, help=f"seconds in all (default {TOTAL_SECONDS})"
     )
     parser.add_argument("--list", action="store_true", help="print the parts and stop")
     args = parser.parse_args(argv)
+    if args.add and not args.json.is_file():
+        parser.error(f"--add keeps what {args.json} holds, and there is no such file; leave --add out")
     if args.total <= 0:
         parser.error(f"--total must be above 0 seconds, got {args.total:g}")
     return args
@@ -70,6 +75,10 @@ class Proof:
             "parts": {},
         }
 
+    def add_to(self, kept: dict[str, Any]) -> None:
+        """Keep what an earlier run measured, its size and its command."""
+        self.result, self.small = kept, kept["small"]
+
     @property
     def left(self) -> float:
         return self.total - (time.monotonic() - self.started)
@@ -90,7 +99,9 @@ class Proof:
             self.result |= {
                 key: outcome["result"][key] for key in OF_MACHINE if key in outcome.get("result", {})
             }
-        self.result["seconds"] = round(self.total - self.left, 1)
+        self.result["seconds"] = round(
+            sum(kept.get("seconds", 0) for kept in self.result["parts"].values()), 1
+        )
         save(self.file, self.result)
         print(f"{part.name:12} {outcome['status']:14} {outcome.get('seconds', 0):6.1f} s", flush=True)
 
@@ -149,9 +160,7 @@ def end_group(process: subprocess.Popen) -> None:
 def save(file: Path, result: dict[str, Any]) -> None:
     """Write the file in one go."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_name(f".{file.name}.partial")
-    partial.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    os.replace(partial, file)
+    write_whole(file, json.dumps(result, indent=1) + "\n")
 
 
 def has_gpu() -> bool:
@@ -180,15 +189,28 @@ def main(argv: list[str] | None = None) -> int:
         print("\n".join(f"{part.name:12} {part.limit:4.0f} s  {part.shows}" for part in PARTS))
         return 0
     end_on_sigterm()
-    small = args.small or not has_gpu()
-    if small:
-        print("small sizes: the figures say nothing of a GPU" + ("" if args.small else ", and there is none"))
-    command = [sys.executable, "-m", "scripts.gpu.part"]
-    proof = Proof(args.json, small, args.total, command, recorded(argv))
+    on_gpu = has_gpu()
     parts = [part for part in PARTS if args.only is None or part.name in args.only]
+    command = [sys.executable, "-m", "scripts.gpu.part"]
+    proof = Proof(args.json, args.small or not on_gpu, args.total, command, recorded(argv))
+    if args.add:
+        try:
+            proof.add_to(read_object(args.json))
+        except (ValueError, KeyError) as error:
+            print(f"error: {args.json} holds no proof to add to: {error}; leave --add out", file=sys.stderr)
+            return 2
+    lacking = [part.name for part in parts if part.needs_gpu and not (on_gpu or proof.small)]
+    if lacking:
+        print(
+            f"error: {', '.join(lacking)} cannot be added without a GPU; choose others by --only",
+            file=sys.stderr,
+        )
+        return 2
+    if proof.small:
+        print("small sizes: the figures say nothing of a GPU")
     result = proof.run(parts)
-    print(f"{args.json} after {result['seconds']:.0f} s")
-    return int(any(part["status"] == "failed" for part in result["parts"].values()))
+    print(f"{args.json}: {result['seconds']:.0f} s in all")
+    return int(any(result["parts"][part.name]["status"] == "failed" for part in parts))
 
 
 if __name__ == "__main__":

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from Core.backbones.wan import Wan
+from Core.rewards.hps import HPS
 from scripts.bench import page
-from scripts.bench.networks import RandomWan
+from scripts.bench.networks import RandomHPS, RandomWan
 from scripts.bench.presets import PRESETS
 from scripts.gpu import carry, predictor, prove, steps, tables
 from scripts.gpu.part import Report
@@ -219,6 +220,15 @@ def test_wan_has_the_size_of_the_published_files(preset, published):
     assert size == pytest.approx(Wan.published[published].size, rel=0.01)
 
 
+def test_the_scorer_of_full_size_has_the_size_of_the_published_file():
+    """In float32, as it is."""
+    preset = PRESETS["xl2-240p"]
+    with torch.device("meta"):
+        scorer = RandomHPS(preset.vit, preset.vit_text)
+    size = sum(4 * tensor.numel() for tensor in (*scorer.parameters(), *scorer.buffers()))
+    assert size == pytest.approx(HPS.info.weights["model"].size, rel=0.01)
+
+
 def test_random_networks_have_the_dtypes_of_loaded_ones(tmp_path):
     folder = pipelines.save_wan(tmp_path / "wan")
     (loaded, _) = pipelines.loaded("wan", folder, dtype="bf16")
@@ -272,7 +282,14 @@ def measured() -> dict:
             ]
         },
         "nf4": {"missing": "bitsandbytes is not installed"},
-        "predictor": {"predictions": {"phases": {"peak_bytes": 12.6 * GIB}}},
+        "predictor": {
+            "predictions": {
+                "phases": {
+                    "phases": {"text": {"peak_bytes": 20 * GIB}, "prefix": {"peak_bytes": 12.6 * GIB}}
+                },
+                "360p": {"error": "x"},
+            }
+        },
     }
     parts = {name: {"status": "done", "seconds": 9.0, "result": result} for name, result in results.items()}
     parts["720p"] = {"status": "failed", "seconds": 3.0, "result": {}, "log": ["a", "error: out | of memory"]}

@@ -68,7 +68,11 @@ class Bench:
             torch.cuda.empty_cache()
         backbone.load()
         with distributed.device:
-            reward = RandomHPS(PRESETS[preset].vit).to(distributed.device).cast(backbone.dtype)
+            reward = (
+                RandomHPS(PRESETS[preset].vit, PRESETS[preset].vit_text)
+                .to(distributed.device)
+                .cast(backbone.dtype)
+            )
         adapt_for_training(config, backbone)
         validation = Validation(config, distributed, backbone, reward, {}, prompts)
         self.trainer = Trainer(

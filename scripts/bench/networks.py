@@ -17,7 +17,14 @@ from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 from Core.backbones import BACKBONES, Features, TextEncoder
 from Core.backbones.diffusers_files import INDEX, MARKERS
@@ -210,12 +217,18 @@ def registered() -> AbstractContextManager:
 
 
 class RandomHPS(ImageReward):
-    """HPS v2's image tower. Text features are random, since the text tower runs once per text and is then cached."""
+    """HPS v2's image tower. Text features are random, since the text tower runs once per text and is then cached.
+
+    Args:
+        sizes: of the image tower.
+        text: sizes of the text tower, which is there for its memory alone; None for none.
+    """
 
     info = RewardInfo(name="benchmark", summary="ViT with random weights", range="-1 to 1")
 
-    def __init__(self, sizes: dict):
+    def __init__(self, sizes: dict, text: dict | None = None):
         super().__init__()
+        self.text = CLIPTextModelWithProjection(CLIPTextConfig(**text)) if text else None
         model = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_act="gelu", **sizes))
         side = sizes["image_size"]
         transform = ImageTransform(height=side, width=side, fit="pad")

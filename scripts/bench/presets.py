@@ -27,6 +27,15 @@ VIT_H = dict(
     patch_size=14,
     projection_dim=1024,
 )
+VIT_H_TEXT = dict(
+    vocab_size=49408,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    projection_dim=1024,
+    hidden_act="gelu",
+)
 VAE = dict(type="benchmark-vae", vae_2d=None, vae_temporal={}, micro_frame_size=17, micro_batch_size=4)
 
 TWIN = dict(XL2, depth=1)
@@ -109,15 +118,16 @@ WAN_COMMON: dict[str, Any] = dict(
 
 @dataclass(frozen=True)
 class Preset:
-    """Config keys, and the sizes of the scorer's ViT."""
+    """Config keys, and the sizes of the scorer's two towers; the twins have none for text."""
 
     values: dict[str, Any]
     vit: dict[str, int] = field(default_factory=VIT_H.copy)
+    vit_text: dict[str, Any] | None = None
 
 
 def _full_size(resolution: str) -> Preset:
     entries = dict(model=XL2, vae=VAE, text_encoder={**T5_XXL, **TEXT_LENGTH})
-    return Preset({**COMMON, **entries, "resolution": resolution})
+    return Preset({**COMMON, **entries, "resolution": resolution}, vit_text=VIT_H_TEXT)
 
 
 def _wan(transformer: dict, vae: dict, index: dict, vit: dict = VIT_H, **changes: Any) -> Preset:
@@ -127,7 +137,8 @@ def _wan(transformer: dict, vae: dict, index: dict, vit: dict = VIT_H, **changes
         "vae": vae,
         "scheduler": {"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0},
     }
-    return Preset({**WAN_COMMON, "components": components, **changes}, vit)
+    text = VIT_H_TEXT if vit is VIT_H else None
+    return Preset({**WAN_COMMON, "components": components, **changes}, vit, text)
 
 
 PRESETS = {

@@ -25,6 +25,17 @@ COMPARED: dict[str, tuple[Path, dict[str, Any]]] = {
 }
 
 
+OUTSIDE_STEPS = ("text", "load", "validation")  # phases that the other parts do not measure
+
+
+def step_peak(estimate: dict[str, Any]) -> int | None:
+    """Peak bytes of a training step; None where the estimate failed."""
+    phases = estimate.get("phases", {})
+    return max(
+        (phase["peak_bytes"] for name, phase in phases.items() if name not in OUTSIDE_STEPS), default=None
+    )
+
+
 def compare(report: Report, small: bool) -> None:
     """What the predictor says of each, in the order of the parts."""
     if not ESTIMATE.exists():

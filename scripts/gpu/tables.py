@@ -6,7 +6,7 @@ from typing import Any
 
 from scripts.bench.tables import GIB, compare_table, roofline, rows, run_table
 from scripts.gpu.parts import PRESETS
-from scripts.gpu.predictor import COMPARED
+from scripts.gpu.predictor import COMPARED, step_peak
 
 Result = dict[str, Any]
 SIZED = ("phases", "360p", "720p", "nf4", "fp8", "wan-1.3b", "wan-ti2v-5b")  # parts with the cost of a step
@@ -136,7 +136,7 @@ def predictions(parts: Parts) -> str:
     found = parts["predictor"].get("predictions", {}) if parts.has("predictor") else {}
     lines = []
     for name in COMPARED:
-        predicted = found.get(name, {}).get("peak_bytes")
+        predicted = step_peak(found.get(name, {}))
         if predicted is not None and parts.has(name, "peak_bytes"):
             measured = parts[name]["peak_bytes"]
             sizes = (f"{size / GIB:.2f}" for size in (predicted, measured))

@@ -53,7 +53,7 @@ PARTS = (
     Part("graph", 60, "prefix:graph", "the steps without a gradient as a CUDA graph", ("240p",)),
     Part(
         "runs",
-        110,
+        130,
         "checks:run",
         "kill and resume; two processes on one card; compiled blocks",
         ("killed", "processes", "compiled"),

@@ -1,7 +1,8 @@
 """Benchmark a training step with random weights: benchmark.py PRESET [--setting S] [--json FILE].
 
-PRESET is cpu-twin, or xl2-240p, xl2-360p or xl2-720p on a GPU. A setting is `default` or `plain` (the step without this
-project's savings), followed by `;key=value` for each config key to change: `default;decode_context=causal`.
+PRESET is cpu-twin or wan-twin, or on a GPU xl2-240p, xl2-360p, xl2-720p, wan-1.3b-480p or wan-ti2v-5b-480p. A setting
+is `default` or `plain` (the step without this project's savings), followed by `;key=value` for each config key to
+change: `default;decode_context=causal`.
 
     benchmark.py cpu-twin                                phases of the default step, as a table and as JSON
     benchmark.py cpu-twin --compare default plain        alternate two settings and report the ratio of their times
@@ -136,12 +137,20 @@ def origin(argv: list[str], script: str = "scripts/benchmark.py") -> dict[str, A
     }
 
 
+def write_docs() -> int:
+    try:
+        page.write()
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     args = parse(argv)
     if args.write_docs:
-        page.write()
-        return 0
+        return write_docs()
     import torch
 
     from scripts.bench.bench import config_of

@@ -259,38 +259,3 @@ def test_the_pictures_are_those_of_the_committed_results(tmp_path):
         redrawn = tmp_path / f"{path.stem}.svg"
         page.picture(json.loads(path.read_text(encoding="utf-8")), redrawn)
         assert redrawn.read_bytes() == path.with_suffix(".svg").read_bytes(), path.stem
-
-
-needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="counts what a GPU does")
-
-
-@needs_gpu
-def test_attention_takes_a_fused_kernel():
-    """With the math kernel forbidden there is nothing to fall back to."""
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-
-    q, k = (torch.randn(2, 16, n, 72, device="cuda", dtype=torch.bfloat16) for n in (391, 300))
-    mask = torch.ones(2, 1, 1, 300, dtype=torch.bool, device="cuda")
-    fused = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-    with sdpa_kernel(fused):
-        nn.functional.scaled_dot_product_attention(q, q, q)
-        nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask)
-
-
-@needs_gpu
-def test_the_sampling_loop_waits_for_no_gpu(tmp_path):
-    setting = "default;image_size=(32,32);num_frames=17;scheduler.num_sampling_steps=4"
-    bench = Bench("cpu-twin", Setting.parse(setting), tmp_path / "run")
-    bench.step()
-    trainer, backbone = bench.trainer, bench.trainer.backbone
-    rollout = trainer.objective.rollout
-    predict = backbone.predictor(rollout.features(trainer.prompts_of([0])))
-    z, timesteps = rollout.noise([0]), backbone.timesteps(1)
-    with torch.no_grad(), trainer.distributed.autocast(), backbone.no_grad_steps():
-        predict(z, timesteps[0])  # the captions' keys and values, once for each sample
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            for t in timesteps:
-                predict(z, t)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")

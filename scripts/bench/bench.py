@@ -38,6 +38,8 @@ def config_of(preset: str, setting: Setting, folder: Path | str) -> Config:
     Raises:
         ValueError: invalid keys or values; the message lists them all.
     """
+    if setting.plain and PRESETS[preset].values["backbone"] != "benchmark":
+        raise ValueError(f"plain is for the presets of Open-Sora, got {preset!r}; use default")
     with registered():
         return build_config({**setting.values(PRESETS[preset]), "project_dir": str(folder)})
 
@@ -56,12 +58,19 @@ class Bench:
             EncodedPrompt(prompt, tuple(self.encoder.encode([backbone.caption(prompt.text)])))
             for prompt in config.prompt_list
         ]
+        if backbone.negative_caption is not None:
+            backbone.negative = self.encoder.encode([backbone.negative_caption])[0]
         if not setting.plain:
             self.encoder = None
             gc.collect()
             torch.cuda.empty_cache()
         backbone.load()
-        reward = RandomHPS(PRESETS[preset].vit).to(distributed.device).cast(backbone.dtype)
+        with distributed.device:
+            reward = (
+                RandomHPS(PRESETS[preset].vit, PRESETS[preset].vit_text)
+                .to(distributed.device)
+                .cast(backbone.dtype)
+            )
         adapt_for_training(config, backbone)
         validation = Validation(config, distributed, backbone, reward, {}, prompts)
         self.trainer = Trainer(

@@ -1,19 +1,36 @@
-"""Open-Sora 1.2, T5 and HPS's ViT at any size, with random weights: a benchmark needs only the sizes.
+"""Open-Sora 1.2, Wan, T5 and HPS's ViT at any size, with random weights: a benchmark needs only the sizes.
+
+Networks are made on the device itself, since a billion random numbers take long on a CPU.
 
 Axes: B batch, N images, L text tokens, D text width.
 """
 
-from collections.abc import Sequence
+import functools
+import json
+import tempfile
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor, nn
-from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, T5Config, T5EncoderModel
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+)
 
 from Core.backbones import BACKBONES, Features, TextEncoder
+from Core.backbones.diffusers_files import INDEX, MARKERS
 from Core.backbones.opensora import OpenSora, OpenSoraSettings
+from Core.backbones.wan import Wan, WanSettings
+from Core.modules.autocast import keep_out_of_autocast
 from Core.rewards.base import ImageReward, RewardInfo
 from Core.rewards.clip import ImageTower, unit
 from Core.rewards.preprocess import ImageTransform
@@ -119,19 +136,99 @@ class RandomOpenSora(OpenSora):
         sizes = {k: v for k, v in entry.items() if k not in ("type", "model_max_length")}
         return RandomT5(sizes, self.device, self.dtype)
 
+    def load_vae(self) -> nn.Module:
+        with self.device:
+            return super().load_vae()
+
+    def load_denoiser(self) -> nn.Module:
+        with self.device:
+            return super().load_denoiser()
+
+
+class RandomFeatures(TextEncoder):
+    """Features of the right shape without an encoder, which a training step does not run either."""
+
+    def __init__(self, width: int, dtype: torch.dtype):
+        self.width, self.dtype = width, dtype
+
+    def encode(self, captions: Sequence[str]) -> list[Features]:
+        shape = (CAPTION_TOKENS, self.width)
+        drawn = [torch.randn(shape, generator=rng.generator(0, "features", caption)) for caption in captions]
+        return [{"features": features.to(self.dtype)} for features in drawn]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkWanSettings(WanSettings):
+    """Wan's keys, with the sizes of its networks."""
+
+    components: dict = video_option({}, "component → its configuration, as diffusers keeps it")
+
+
+class RandomWan(Wan):
+    """The family without weights: its folder holds the configurations alone."""
+
+    settings_class = BenchmarkWanSettings
+    settings: BenchmarkWanSettings
+
+    @classmethod
+    def config_errors(cls, settings, models, video, training: bool) -> list[str]:
+        return []
+
+    @classmethod
+    def prompt_errors(cls, prompts, settings, video, training: bool) -> list[str]:
+        return []
+
+    @property
+    def text_identity(self) -> str:
+        return "random"
+
+    @functools.cached_property
+    def folder(self) -> Path:
+        self._kept = tempfile.TemporaryDirectory()  # deleted with this object
+        return save_configs(Path(self._kept.name), self.settings.components)
+
+    def text_encoder(self) -> RandomFeatures:
+        return RandomFeatures(self.read_config("transformer")["text_dim"], self.dtype)
+
+    def load_network(self, kind: type, component: str, dtype: torch.dtype) -> nn.Module:
+        """A network in ``dtype`` except for what diffusers keeps in float32 when it loads one."""
+        with self.device:
+            network = kind.from_config(dict(self.read_config(component)))  # type: ignore[attr-defined]
+        exact = set(getattr(network, "_keep_in_fp32_modules", None) or ())
+        for name, parameter in network.named_parameters():
+            if not exact & set(name.split(".")):
+                parameter.data = parameter.data.to(dtype)
+        keep_out_of_autocast(network, exact)
+        return network
+
+
+def save_configs(folder: Path, components: Mapping[str, Mapping[str, Any]]) -> Path:
+    """Write configurations in diffusers' layout; ``index`` among them is that of the pipeline."""
+    for name, values in components.items():
+        file = folder / INDEX if name == "index" else folder / name / MARKERS.get(name, "config.json")
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(values), encoding="utf-8")
+    return folder
+
 
 def registered() -> AbstractContextManager:
-    """Context that registers the model family ``backbone="benchmark"``."""
-    return mock.patch.dict(BACKBONES, {"benchmark": RandomOpenSora})
+    """Context that registers the model families ``backbone="benchmark"`` and ``"benchmark-wan"``."""
+    return mock.patch.dict(BACKBONES, {"benchmark": RandomOpenSora, "benchmark-wan": RandomWan})
 
 
 class RandomHPS(ImageReward):
-    """HPS v2's image tower. Text features are random, since the text tower runs once per text and is then cached."""
+    """HPS v2's image tower. Text features are random, since the text tower runs once per text and is then cached.
+
+    Args:
+        sizes: of the image tower.
+        text: sizes of the text tower, which is there for its memory alone; None for none.
+    """
 
     info = RewardInfo(name="benchmark", summary="ViT with random weights", range="-1 to 1")
 
-    def __init__(self, sizes: dict):
+    def __init__(self, sizes: dict, text: dict | None = None):
         super().__init__()
+        self.text = CLIPTextModelWithProjection(CLIPTextConfig(**text)) if text else None
         model = CLIPVisionModelWithProjection(CLIPVisionConfig(hidden_act="gelu", **sizes))
         side = sizes["image_size"]
         transform = ImageTransform(height=side, width=side, fit="pad")

@@ -2,19 +2,22 @@
 
 import json
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from scripts.bench.tables import GIB, compare_table, roofline, rows, run_table
+from scripts.gpu import tables
+
 ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "docs" / "benchmarks"
 PAGE = ROOT / "docs" / "performance.md"
-GIB = 2**30
 
 BEGIN = "<!-- measured: written by scripts/benchmark.py --write-docs -->"
+NO_GPU = "No figure on this page is from a GPU; [Prove it on your GPU](gpu.md) says how to measure yours."
 
 
 def fit_line(points: Sequence[dict[str, float]], key: str) -> dict[str, float]:
@@ -30,12 +33,6 @@ def fit_line(points: Sequence[dict[str, float]], key: str) -> dict[str, float]:
     }
 
 
-def rows(header: Sequence[str], lines: Iterable[Sequence[object]]) -> str:
-    """A Markdown table."""
-    cells = [header, ["---"] * len(header), *lines]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in cells)
-
-
 def table(result: dict[str, Any]) -> str:
     """The table for a result, by its kind."""
     return KINDS[result["kind"]].table(result)
@@ -49,57 +46,6 @@ def deliver(result: dict[str, Any], path: Path | None) -> None:
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_json(path, result)
-
-
-def _run_table(result: dict[str, Any]) -> str:
-    lines = []
-    for name, phase in result["phases"].items():
-        rate = phase["operations"] / phase["seconds"] if phase["seconds"] else 0.0
-        lines.append(
-            (
-                name.replace("_", " "),
-                f"{phase['seconds']:.4f}",
-                f"{phase['peak_bytes'] / GIB:.2f}",
-                f"{phase['operations'] / 1e12:.4f}",
-                f"{phase['bytes'] / 1e9:.2f}",
-                f"{rate / 1e12:.4f}",
-                f"{rate / result['ceiling']:.0%}",
-                f"{phase['roofline_seconds']:.4f}",
-            )
-        )
-    header = (
-        "phase",
-        "seconds",
-        "peak GiB",
-        "TFLOP",
-        "GB moved",
-        "TFLOP/s",
-        "of the ceiling",
-        "roofline seconds",
-    )
-    return rows(header, lines)
-
-
-def _compare_table(result: dict[str, Any]) -> str:
-    lines = [
-        (
-            f"`{side['setting']}`",
-            f"{statistics.median(side['seconds']):.2f}",
-            f"{statistics.median(side['cpu_seconds']):.2f}",
-            f"{side['peak_bytes'] / GIB:.2f}",
-        )
-        for side in result["sides"]
-    ]
-    sides = rows(("setting", "seconds", "CPU seconds", "peak GiB"), lines)
-    units = {"seconds": "wall time", "cpu_seconds": "CPU time"}
-    said = [f"{_ratio(values)} in {units[unit]}" for unit, values in result["ratios"].items()]
-    return f"{sides}\n\n`{result['sides'][1]['setting']}` takes {' and '.join(said)}; ratios are taken step by step."
-
-
-def _ratio(values: Sequence[float]) -> str:
-    """Median ratio and its range over the rounds."""
-    spread = f"{min(values):.2f} to {max(values):.2f}, {len(values)} rounds"
-    return f"{statistics.median(values):.2f} times as long ({spread})"
 
 
 def _sweep_table(result: dict[str, Any]) -> str:
@@ -208,29 +154,14 @@ class Kind:
 
 # In page order.
 KINDS = {
-    "compare": Kind(_compare_table, _side_bars),
-    "run": Kind(_run_table, _phase_bars),
+    "proof": Kind(tables.text, tables.bars),
+    "compare": Kind(compare_table, _side_bars),
+    "run": Kind(run_table, _phase_bars),
     "paths": Kind(_paths_table, _path_bars),
     "options": Kind(_options_table, _option_bars),
     "scaling": Kind(_scaling_table, _scaling_bars),
     "sweep": Kind(_sweep_table, None),
 }
-
-
-def roofline(result: dict[str, Any]) -> str:
-    """Compare the time a run takes with the least its operations need."""
-    total = {
-        key: sum(phase[key] for phase in result["phases"].values())
-        for key in ("seconds", "operations", "bytes", "roofline_seconds")
-    }
-    floor = total["operations"] / result["ceiling"]
-    return (
-        f"Roofline: {total['operations'] / 1e12:.2f} TFLOP and {total['bytes'] / 1e9:.1f} GB, counted per operator. "
-        f"The machine reaches {result['ceiling'] / 1e12:.3f} TFLOP/s in a large {result['dtype']} matrix product and "
-        f"copies {result['bandwidth'] / 1e9:.1f} GB/s. The arithmetic alone needs {floor:.2f} s; counting each "
-        f"operator's memory traffic, without caches, {total['roofline_seconds']:.2f} s. The step takes "
-        f"{total['seconds']:.2f} s, so it reaches {floor / total['seconds']:.0%} of the ceiling."
-    )
 
 
 def picture(result: dict[str, Any], path: Path) -> None:
@@ -260,7 +191,7 @@ def section(path: Path, result: dict[str, Any]) -> str:
     used = (
         "one core per process"
         if result["kind"] == "scaling"
-        else f"{result['threads']} of {cpu['cores']} cores"
+        else f"{result.get('threads', cpu['cores'])} of {cpu['cores']} cores"
     )
     where = ", ".join(cpu["gpus"]) or f"{cpu['cpu']}, {used}"
     parts = [
@@ -274,12 +205,23 @@ def section(path: Path, result: dict[str, Any]) -> str:
 
 
 def text() -> str:
-    """The whole page: its own prose, and behind the marker all that was measured."""
+    """The whole page: its own prose, and behind the marker all that was measured.
+
+    Raises:
+        ValueError: a proof that ran without a GPU, or at small sizes.
+    """
     results = {path: json.loads(path.read_text(encoding="utf-8")) for path in sorted(FOLDER.glob("*.json"))}
+    for path, result in results.items():
+        if result["kind"] == "proof" and (result["small"] or not result.get("hardware", {}).get("gpus")):
+            raise ValueError(f"{path} is no proof on a GPU at full size; delete it, or run prove.sh on one")
     order = list(KINDS)
     ordered = sorted(results, key=lambda path: (order.index(results[path]["kind"]), path.name))
     prose = PAGE.read_text(encoding="utf-8").partition(BEGIN)[0]
-    return "\n\n".join([f"{prose}{BEGIN}", *(section(path, results[path]) for path in ordered)]) + "\n"
+    on_gpu = any(result["hardware"]["gpus"] for result in results.values())
+    notes = [] if on_gpu else [NO_GPU]
+    return (
+        "\n\n".join([f"{prose}{BEGIN}", *notes, *(section(path, results[path]) for path in ordered)]) + "\n"
+    )
 
 
 def write() -> None:

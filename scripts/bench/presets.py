@@ -4,6 +4,9 @@ The twin has one of XL/2's 28 layers (a spatial and a temporal block) at 240p, o
 and a VAE with about a fifth of the width and a fiftieth of the operations. Videos have 17 frames and take 10 sampling
 steps. Depth is reduced rather than width: layers are alike, while the width sets the cost of matrix products relative
 to elementwise operations.
+
+Wan's sizes are those of the configurations published with its weights. Its presets take four sampling steps: the
+others before the gradient window cost the same each.
 """
 
 from dataclasses import dataclass, field
@@ -23,6 +26,15 @@ VIT_H = dict(
     image_size=224,
     patch_size=14,
     projection_dim=1024,
+)
+VIT_H_TEXT = dict(
+    vocab_size=49408,
+    hidden_size=1024,
+    intermediate_size=4096,
+    num_hidden_layers=24,
+    num_attention_heads=16,
+    projection_dim=1024,
+    hidden_act="gelu",
 )
 VAE = dict(type="benchmark-vae", vae_2d=None, vae_temporal={}, micro_frame_size=17, micro_batch_size=4)
 
@@ -44,32 +56,89 @@ TWIN_VAE = dict(
     micro_frame_size=17,
     micro_batch_size=4,
 )
+WAN_1_3B = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096)
+WAN_5B = dict(
+    num_attention_heads=24,
+    attention_head_dim=128,
+    in_channels=48,
+    out_channels=48,
+    ffn_dim=14336,
+    num_layers=30,
+    text_dim=4096,
+)
+WAN_VAE: dict[str, Any] = dict(z_dim=16)  # diffusers' defaults are Wan 2.1's
+WAN_5B_VAE = dict(
+    base_dim=160,
+    decoder_base_dim=256,
+    z_dim=48,
+    is_residual=True,
+    in_channels=12,
+    out_channels=12,
+    patch_size=2,
+    scale_factor_spatial=16,
+    latents_mean=[0.0] * 48,
+    latents_std=[1.0] * 48,
+)
+WAN_TWIN = dict(num_attention_heads=2, attention_head_dim=16, ffn_dim=32, num_layers=2, text_dim=16)
+WAN_TWIN_VAE = dict(base_dim=4, z_dim=16, num_res_blocks=1)
+
 TEXT_LENGTH = dict(model_max_length=300)
 SCHEDULER = dict(type="rflow", use_timestep_transform=True, num_sampling_steps=30, cfg_scale=7.0)
+ANY_FAMILY: dict[str, Any] = dict(
+    prompt=["a red fox runs through snow", "a blue bird sits on a branch"],
+    reward_fn="sharpness",  # placeholder: the benchmark builds its own scorer from the preset
+    gradient_accumulation_steps=1,
+    verbose=0,
+)
 COMMON: dict[str, Any] = dict(
+    ANY_FAMILY,
     backbone="benchmark",
     aspect_ratio="3:4",
     num_frames="2s",
     scheduler=SCHEDULER,
-    prompt=["a red fox runs through snow", "a blue bird sits on a branch"],
-    reward_fn="sharpness",  # placeholder: the benchmark builds its own scorer from the preset
-    gradient_accumulation_steps=1,
     lora_rank=16,
-    verbose=0,
+)
+# As in configs/wan/t2v_1_3b.py.
+WAN_COMMON: dict[str, Any] = dict(
+    ANY_FAMILY,
+    backbone="benchmark-wan",
+    resolution="480p",
+    aspect_ratio="9:16",
+    num_frames="5s",
+    fps=16,
+    schedule="unipc",
+    num_sampling_steps=4,
+    guidance_scale=5.0,
+    negative_prompt="blurred, static",
+    decode_context="causal",
+    lora_rank=32,
+    lora_alpha=32,
 )
 
 
 @dataclass(frozen=True)
 class Preset:
-    """Config keys, and the sizes of the scorer's ViT."""
+    """Config keys, and the sizes of the scorer's two towers; the twins have none for text."""
 
     values: dict[str, Any]
     vit: dict[str, int] = field(default_factory=VIT_H.copy)
+    vit_text: dict[str, Any] | None = None
 
 
 def _full_size(resolution: str) -> Preset:
     entries = dict(model=XL2, vae=VAE, text_encoder={**T5_XXL, **TEXT_LENGTH})
-    return Preset({**COMMON, **entries, "resolution": resolution})
+    return Preset({**COMMON, **entries, "resolution": resolution}, vit_text=VIT_H_TEXT)
+
+
+def _wan(transformer: dict, vae: dict, index: dict, vit: dict = VIT_H, **changes: Any) -> Preset:
+    components = {
+        "index": {"_class_name": "WanPipeline", **index},
+        "transformer": {"in_channels": 16, **transformer},
+        "vae": vae,
+        "scheduler": {"_class_name": "UniPCMultistepScheduler", "flow_shift": 3.0},
+    }
+    text = VIT_H_TEXT if vit is VIT_H else None
+    return Preset({**WAN_COMMON, "components": components, **changes}, vit, text)
 
 
 PRESETS = {
@@ -88,6 +157,9 @@ PRESETS = {
         },
         TWIN_VIT,
     ),
+    "wan-1.3b-480p": _wan(WAN_1_3B, WAN_VAE, {}),
+    "wan-ti2v-5b-480p": _wan(WAN_5B, WAN_5B_VAE, {"expand_timesteps": True}, fps=24, shift=5.0),
+    "wan-twin": _wan(WAN_TWIN, WAN_TWIN_VAE, {}, TWIN_VIT, image_size=(32, 32), num_frames=5),
 }
 # Config keys that `plain` changes; plain.py does the rest.
 PLAIN_VALUES = dict(dtype="fp32", mixed_precision="no")

@@ -1,0 +1,1 @@
+"""What scripts/gpu/prove.py is made of."""

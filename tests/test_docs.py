@@ -237,30 +237,35 @@ def assigned(node: ast.stmt) -> list[str]:
     return [getattr(target, "id", "?") for target in node.targets] if isinstance(node, ast.Assign) else ["?"]
 
 
-def config_snippets(page: Path) -> Iterator[dict]:
-    """Keys of each block that sets keys and does nothing else; a block that sets one again is another snippet."""
+def config_snippets(page: Path) -> Iterator[tuple[str, str]]:
+    """Suffix and text of each block that is a config; one of Python that sets a key again is several."""
     for _, language, block in BLOCK.findall(read(page)):
-        if language == "yaml":
-            yield yaml.safe_load(block)
+        if language in ("yaml", "json") and "_base_" in block:
+            yield language, block
         nodes = ast.parse(block).body if language == "python" else []
         if any(name not in {*ALL_KEYS, "_base_"} for node in nodes for name in assigned(node)):
             continue
-        snippet: dict = {}
+        lines: list[str] = []
+        names: set[str] = set()
         for node in nodes:
-            if snippet.keys() & assigned(node):
-                yield snippet
-                snippet = {}
-            value = eval(compile(ast.Expression(node.value), str(page), "eval"))
-            snippet |= dict.fromkeys(assigned(node), value)
-        if snippet:
-            yield snippet
+            if names & set(assigned(node)):
+                yield "py", "\n".join(lines)
+                lines, names = [], set()
+            lines.append(ast.unparse(node))
+            names |= set(assigned(node))
+        if lines:
+            yield "py", "\n".join(lines)
 
 
-def base_of(snippet: dict) -> Path:
-    """The demo's config, or the config of another family that a snippet's ``_base_`` names."""
-    named = snippet.get("_base_", str(DEMO))
-    named = named if isinstance(named, str) else named[0]
-    return next((ROOT / "configs").rglob(Path(named).name), DEMO)
+def on_its_base(text: str) -> str:
+    """A snippet whose ``_base_`` is the demo's config, or the config of another family that it names."""
+
+    def absolute(named: re.Match) -> str:
+        base = next((ROOT / "configs").rglob(named[2].rpartition("/")[2]), DEMO)
+        return f"{named[1]}{base}"
+
+    found, count = re.subn(r"(_base_[\"']?\s*[:=]\s*\[?[\"']?)([\w./-]+)", absolute, text)
+    return found if count else f"_base_ = {str(DEMO)!r}\n{text}"
 
 
 @pytest.fixture
@@ -293,13 +298,13 @@ def readers_files(with_a_run):
 
 @pytest.mark.parametrize("page", [p for p in PAGES if any(config_snippets(p))], ids=lambda p: p.stem)
 def test_config_snippets_load_as_a_child_of_the_demos_config(page, readers_files):
-    """A snippet with a base of its own loads as a child of that."""
-    for snippet in config_snippets(page):
-        text = json.dumps({**snippet, "_base_": str(base_of(snippet))})
-        (readers_files / "snippet.json").write_text(text.replace('"/data/', f'"{readers_files}/data/'))
-        loaded = load_config(["snippet.json"]).flat()
-        plain = {key: value for key, value in snippet.items() if isinstance(value, (bool, int, float))}
-        assert plain == {key: loaded[key] for key in plain}
+    """A snippet of another family loads as a child of that family's config."""
+    for suffix, text in config_snippets(page):
+        file = readers_files / f"snippet.{suffix}"
+        file.write_text(on_its_base(text).replace("/data/", f"{readers_files}/data/"))
+        loaded = load_config([str(file)]).flat()
+        plain = re.findall(r"^(\w+) = (\d\S*)$", text, re.MULTILINE)
+        assert [float(value) for _, value in plain] == [loaded[key] for key, _ in plain]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

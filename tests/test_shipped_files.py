@@ -29,7 +29,8 @@ def notebook(monkeypatch):
 
 def test_the_notebook_runs_with_small_settings(notebook, tmp_path, capsys):
     cells, shown = notebook[0]["cells"], notebook[1]
-    flags = "--max-train-steps 1 --train-batch-size 1 --num-val-runs 1 --val-batch-size 1 --verbose 0".split()
+    small = ("max-train-steps", "train-batch-size", "num-val-runs", "val-batch-size")
+    flags = [*(f"--{key}=1" for key in small), "--num-sampling-steps=3", "--verbose=0"]
     namespace: dict = {}
     for cell in (cell for cell in cells if cell["cell_type"] == "code"):
         exec("".join(cell["source"]), namespace)

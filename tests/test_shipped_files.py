@@ -81,3 +81,9 @@ def test_what_git_ignores_is_not_copied_into_the_image():
     }
     tools = {".pytest_cache", ".ruff_cache", ".import_linter_cache"}
     assert {pattern.removeprefix("**/") for pattern in ignored} >= kept_out - tools
+
+
+def test_the_change_log_has_the_version():
+    listed = re.findall(r"^## (\d+\.\d+\.\d+)", (ROOT / "docs" / "changelog.md").read_text(), re.MULTILINE)
+    version = re.search(r'^version = "([^"]+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version and listed[0] == version[1]

@@ -1,5 +1,6 @@
 """An adapter's folder for the hub: the card tells what holds, its example runs, and nothing is pushed unasked."""
 
+import ast
 import inspect
 import json
 import re
@@ -14,11 +15,14 @@ import yaml
 from pipelines import config_for, loaded, save_wan, with_adapter
 
 from Core.backbones import BACKBONES
+from Core.config import load_config
 from Core.generation.export import export
 from Core.generation.jobs import fingerprint
+from Core.generation.model_card import model_card
 from Core.modules import lora
 from scripts.export_adapter import main
 
+ROOT = Path(__file__).resolve().parents[1]
 HUB_ID = "Wan-AI/Wan2.1-T2V-1.3B-Diffusers"
 ROW = {"measure": "hps", "prompts_are": "held-out", "before": 0.25, "after": 0.281, "videos": 512}
 ROW |= {"gain": 0.031, "low": 0.021, "high": 0.041, "win_rate": 0.8, "prompts": 256}
@@ -122,6 +126,30 @@ def test_the_example_runs_in_diffusers(adapter, folders, kind, tmp_path, monkeyp
     experts = [{"subfolder": name, **named} for name in ("high_noise", "low_noise")]
     experts[1] |= {"load_into_transformer_2": True}
     assert loads == ([{}] if kind == "2.1" else experts)
+
+
+CONFIGS = sorted((ROOT / "configs").glob("*/*.py"))
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda file: f"{file.parent.name}/{file.stem}")
+def test_every_config_has_a_card_whose_example_the_pipeline_takes(file):
+    config = load_config([str(file)])
+    loads = bool(config.backbone.diffusers_component)
+    text = model_card("me/fox", config, {"": ""} if loads else {}, [])
+    assert ("```python" in text) == loads
+    for code in re.findall(r"```python\n(.*?)```", text, re.DOTALL):
+        calls = {
+            ast.unparse(node.func): node for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Call)
+        }
+        (name,) = (call.partition(".")[0] for call in calls if call.endswith("Pipeline.from_pretrained"))
+        pipeline = getattr(diffusers, name)
+        given = {keyword.arg for keyword in calls["pipeline"].keywords}
+        assert (
+            given <= inspect.signature(pipeline.__call__).parameters.keys()
+            and {"height", "num_frames"} <= given
+        )
+        assert hasattr(pipeline, "load_lora_weights") == ("pipeline.load_lora_weights" in calls)
+        assert ("pipeline.transformer.load_lora_adapter" in calls) != ("pipeline.load_lora_weights" in calls)
 
 
 def test_results_of_another_adapter_are_not_its_own(adapter, tmp_path, capsys):

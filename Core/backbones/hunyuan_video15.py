@@ -126,6 +126,7 @@ class HunyuanVideo15(CausalDecode):
         "480p": {WIDE: (480, 848), TALL: (848, 480), "1:1": (640, 640)},
         "720p": {WIDE: (720, 1280), TALL: (1280, 720), "1:1": (960, 960)},
     }
+    diffusers_component = "transformer"
     # Each length of a caption would be a program of its own.
     obeys = CausalDecode.obeys - {"compile_blocks"}
     lora_targets = (

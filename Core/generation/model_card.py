@@ -1,5 +1,6 @@
 """The README.md of an adapter on the hub: what it is, how to use it, what it gained, under which licences."""
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -102,34 +103,48 @@ def _usage(name: str, config: Config, base: Weight, diffusers_folders: Mapping[s
 
 def diffusers_example(name: str, config: Config, base: Weight, diffusers_folders: Mapping[str, str]) -> str:
     """A program that makes one video of the size that the adapter was trained on."""
-    pipeline = config.backbone.pipelines[0]  # type: ignore[attr-defined]
-    video, family = config.video_spec, config.family
+    import diffusers
+
+    family: Any = config.backbone
+    pipeline, video = family.pipelines[0], config.video_spec
+    arguments = {
+        "height": video.height,
+        "width": video.width,
+        "num_frames": video.num_frames,
+        "num_inference_steps": family.num_sampling_steps(config.family),
+        "guidance_scale": config.flat()["guidance_scale"],
+    }
+    taken = inspect.signature(getattr(diffusers, pipeline).__call__).parameters
+    source = base.source if _on_hub(base) else Path(base.source).name
     lines = [
         "import torch",
         f"from diffusers import {pipeline}",
         "from diffusers.utils import export_to_video",
         "",
-        f'pipeline = {pipeline}.from_pretrained("{base.source if _on_hub(base) else Path(base.source).name}", '
-        "dtype=torch.bfloat16)",
-    ]
-    for expert, folder in diffusers_folders.items():
-        # Without the file's name diffusers would look for it in the subfolder of the subfolder.
-        place = f', subfolder="{folder}", weight_name="{DIFFUSERS_WEIGHTS}"' if folder else ""
-        second = ", load_into_transformer_2=True" if expert == "low_noise" else ""
-        lines.append(f'pipeline.load_lora_weights("{name}"{place}{second})')
-    lines += [
+        f'pipeline = {pipeline}.from_pretrained("{source}", dtype=torch.bfloat16)',
+        *(_loading(config, name, expert, folder) for expert, folder in diffusers_folders.items()),
         'pipeline.to("cuda")',
         "video = pipeline(",
         '    "a fox runs through snow",',
-        f"    height={video.height},",
-        f"    width={video.width},",
-        f"    num_frames={video.num_frames},",
-        f"    num_inference_steps={config.backbone.num_sampling_steps(family)},",
-        f"    guidance_scale={family.guidance_scale},",  # type: ignore[attr-defined]
+        *(f"    {key}={value}," for key, value in arguments.items() if key in taken),
         ").frames[0]",
         f'export_to_video(video, "video.mp4", fps={round(config.video.file_fps)})',
     ]
     return "\n".join(lines) + "\n"
+
+
+def _loading(config: Config, name: str, expert: str, folder: str) -> str:
+    """The line that loads an adapter, of one expert where there are several."""
+    import diffusers
+
+    family: Any = config.backbone
+    if not hasattr(getattr(diffusers, family.pipelines[0]), "load_lora_weights"):
+        # Unless told to, this method leaves the metadata unread, and with them alpha.
+        return f'pipeline.{family.diffusers_component}.load_lora_adapter("{name}", use_safetensors=True)'
+    # Without the file's name diffusers would look for it in the subfolder of the subfolder.
+    place = f', subfolder="{folder}", weight_name="{DIFFUSERS_WEIGHTS}"' if folder else ""
+    second = ", load_into_transformer_2=True" if expert == "low_noise" else ""
+    return f'pipeline.load_lora_weights("{name}"{place}{second})'
 
 
 def _gain_table(gains: Sequence[Gain]) -> str:

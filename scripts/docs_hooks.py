@@ -1,6 +1,8 @@
-"""mkdocs hooks for links that leave docs/: include pictures, turn links to source files into plain text."""
+"""mkdocs hooks: links that leave docs/ (pictures are included; source files are linked to in the repository, or are
+plain text where its address is not known), and the link to the repository itself."""
 
 import re
+import subprocess
 from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
@@ -9,6 +11,28 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)#\s]+)[^)]*\)")
 PICTURES = (".png", ".svg", ".jpg")
+
+
+SSH_REMOTE = re.compile(r"(?:ssh://)?git@([^:/]+)[:/](.+)")
+
+
+def repository_address(remote: str) -> str:
+    """The web address of a git remote; '' for one that has none, such as a folder."""
+    if ssh := SSH_REMOTE.fullmatch(remote):
+        remote = f"https://{ssh[1]}/{ssh[2]}"
+    # A remote may hold a name and a password.
+    address = re.sub(r"^(https?://)[^/@]*@", r"\1", remote)
+    return address.removesuffix("/").removesuffix(".git") if address.startswith("https://") else ""
+
+
+def on_config(config: MkDocsConfig) -> MkDocsConfig:
+    """Link to the repository that the checkout was cloned from."""
+    asked = subprocess.run(
+        ["git", "remote", "get-url", "origin"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    config.repo_url = repository_address(asked.stdout.strip()) or None
+    config.repo_name = config.repo_url and config.repo_url.partition("://")[2].partition("/")[2]
+    return config
 
 
 def on_files(files: Files, config: MkDocsConfig) -> Files:
@@ -20,9 +44,13 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, **kwargs) -> str:
-    """Point links at these pictures, and drop links to files outside the site."""
-    return OUTSIDE.sub(
-        lambda m: f"{m[1]}[{m[2]}]({m[3]})" if m[3].endswith(PICTURES) else m[2],
-        markdown,
-    )
+def on_page_markdown(markdown: str, config: MkDocsConfig, **kwargs) -> str:
+    """Point links at these pictures, and links to other files outside the site at the repository."""
+
+    def elsewhere(link: re.Match) -> str:
+        mark, text, target = link.groups()
+        if target.endswith(PICTURES):
+            return f"{mark}[{text}]({target})"
+        return f"[{text}]({config.repo_url}/blob/HEAD/{target})" if config.repo_url else text
+
+    return OUTSIDE.sub(elsewhere, markdown)

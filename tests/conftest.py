@@ -1,3 +1,4 @@
+import shutil
 from collections.abc import Callable
 
 import pytest
@@ -39,3 +40,20 @@ def double_trainer(twin, tmp_path, monkeypatch) -> Callable[..., Trainer]:
         return trainer
 
     return build
+
+
+@pytest.fixture(scope="module")
+def chromium():
+    """An installed Chromium or Chrome, driven by playwright."""
+    api = pytest.importorskip(
+        "playwright.sync_api",
+        reason="playwright is not installed (requirements-dev.txt): the page is not seen",
+    )
+    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
+    program = next(filter(None, map(shutil.which, names)), None)
+    if program is None:
+        pytest.skip("no Chromium is installed (apt-get install chromium): the page is not seen")
+    with api.sync_playwright() as driver:
+        browser = driver.chromium.launch(executable_path=program, args=["--disable-gpu", "--disable-sync"])
+        yield browser
+        browser.close()

@@ -269,6 +269,8 @@ def test_tensorboard_gets_scalars_and_moving_pictures(configured):
     assert [event.step for event in events.Scalars("train/reward")] == [1]
     image = events.Images("validation/video_0")[-1].encoded_image_string
     assert image.startswith(b"GIF89a") and image.count(b"\x21\xf9\x04") == 17
+    prompt = read_manifest(run / "samples" / "step_000001")[0]["prompt"]
+    assert events.SummaryMetadata("validation/video_0").display_name == f"0: {prompt}"
 
 
 def test_wandb_goes_offline_by_itself_and_never_asks(configured, monkeypatch, caplog):

@@ -5,7 +5,6 @@ import hashlib
 import html
 import json
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -173,23 +172,6 @@ def test_charts_take_the_page_s_colours():
 def test_the_moving_average_leaves_gaps_out():
     values = np.array([1.0, np.nan, 3.0, 5.0])
     assert moving_average(values, 1).tolist() == [1.0, 2.0, 4.0, 4.0]
-
-
-@pytest.fixture(scope="module")
-def chromium():
-    """An installed Chromium or Chrome, driven by playwright."""
-    api = pytest.importorskip(
-        "playwright.sync_api",
-        reason="playwright is not installed (requirements-dev.txt): the page is not seen",
-    )
-    names = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-    program = next(filter(None, map(shutil.which, names)), None)
-    if program is None:
-        pytest.skip("no Chromium is installed (apt-get install chromium): the page is not seen")
-    with api.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=program, args=["--disable-gpu", "--disable-sync"])
-        yield browser
-        browser.close()
 
 
 @pytest.fixture

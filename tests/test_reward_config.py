@@ -399,7 +399,7 @@ def test_a_hub_that_cannot_be_reached_names_repository_size_and_cure_and_is_not_
 
 def test_missing_weights_are_reported_together_with_size_and_command(monkeypatch, tmp_path):
     def unreachable(*args, **kwargs):
-        raise FileNotFoundError("no route to the hub")
+        raise weights_module.UnreachableError("no route to the hub")
 
     monkeypatch.setattr(weights_module, "_from_hub", unreachable)
     monkeypatch.setattr(weights_module, "_from_address", unreachable)
@@ -407,7 +407,7 @@ def test_missing_weights_are_reported_together_with_size_and_command(monkeypatch
         build_reward({"pick_score": 1.0, "aesthetic": 0.1})
     message = str(raised.value)
     for part in (
-        "yuvalkirstain/PickScore_v1, about 3.9 GB",
+        "yuvalkirstain/PickScore_v1, about 3.9 GB, named by argument 'model' of reward 'pick_score'",
         "openai/clip-vit-large-patch14, about 1.7 GB",
         "linearMSE.pth",
         "no route to the hub",

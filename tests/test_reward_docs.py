@@ -6,8 +6,10 @@ import re
 import sys
 from pathlib import Path
 
+import httpx
 import pytest
 import torch
+from huggingface_hub import errors
 from reward_twins import clip_folder, open_clip_state
 
 from Core.rewards import build_reward, check_reward_config
@@ -109,16 +111,57 @@ def test_pickled_models_are_fetched_only_where_there_are_no_others(hub, tmp_path
     assert [patterns[-1] for _, patterns in hub] == ["model*.safetensors", "pytorch_model*.bin"]
 
 
-def test_a_hub_client_without_httpx_fails_in_a_sentence(monkeypatch):
-    """huggingface_hub before its version 1 came without."""
+def refused(error: Exception, cause: Exception | None = None):
+    def snapshot_download(*args, **kwargs):
+        raise error from cause
 
-    def unreachable(*args, **kwargs):
-        raise ConnectionError("no route to the hub")
+    return snapshot_download
 
-    monkeypatch.setattr("huggingface_hub.snapshot_download", unreachable)
-    monkeypatch.setitem(sys.modules, "httpx", None)
-    with pytest.raises(FileNotFoundError, match="no route to the hub"):
-        weights_module.locate(weights_module.Weight(source="owner/name"))
+
+def hub_errors():
+    """Errors as huggingface_hub raises them, with the sentence that each becomes."""
+    response = httpx.Response(403, request=httpx.Request("GET", "https://huggingface.co"))
+    unreachable = errors.LocalEntryNotFoundError("Got: ConnectError: no such host\nAn error happened while")
+    yield unreachable, OSError("no such host"), "the hub cannot be reached: no such host"
+    yield (
+        errors.LocalEntryNotFoundError("Cannot find"),
+        errors.OfflineModeIsEnabled("x"),
+        "HF_HUB_OFFLINE is set",
+    )
+    yield (
+        errors.GatedRepoError("x", response=response),
+        None,
+        "consent: give it on https://huggingface.co/owner/name,",
+    )
+    yield (
+        errors.RepositoryNotFoundError("x", response=response),
+        None,
+        "no repository 'owner/name' that this account",
+    )
+    yield (
+        errors.RevisionNotFoundError("x", response=response),
+        None,
+        "no such revision; check what follows the @",
+    )
+    yield RuntimeError("the storage\nis away"), None, "(the storage)"
+
+
+@pytest.mark.parametrize(
+    ("error", "cause", "sentence"), list(hub_errors()), ids=lambda value: type(value).__name__
+)
+def test_why_the_hub_gives_nothing_is_said_with_what_to_do(monkeypatch, error, cause, sentence):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", refused(error, cause))
+    weight = weights_module.Weight(source="owner/name@main", size=7_000_000, named_by="model_path")
+    with pytest.raises(FileNotFoundError) as raised:
+        weights_module._download_snapshot(weight.source, ("*",), None)
+    assert sentence.strip("()") in str(raised.value)
+    monkeypatch.setattr(weights_module, "_cached_snapshot", lambda source: None)
+    with pytest.raises(FileNotFoundError) as raised:
+        weights_module.locate(weight)
+    message = str(raised.value)
+    assert "owner/name@main, about 7.0 MB, named by model_path" in message and sentence in message
+    elsewhere = not isinstance(error, errors.HfHubHTTPError)  # another network would not help
+    assert ("download_weights.py" in message) == elsewhere and "Got:" not in message
 
 
 def test_what_is_fetched_is_named_with_its_licence(hub, tmp_path, caplog):

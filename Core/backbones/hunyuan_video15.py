@@ -127,6 +127,7 @@ class HunyuanVideo15(CausalDecode):
         "480p": {WIDE: (480, 848), TALL: (848, 480), "1:1": (640, 640)},
         "720p": {WIDE: (720, 1280), TALL: (1280, 720), "1:1": (960, 960)},
     }
+    diffusers_component = "transformer"
     # Each length of a caption would be a program of its own; one program for all lengths, by dynamic shapes, gave the
     # right predictions and wrong gradients (inductor of PyTorch 2.13 on a CPU; aot_eager gave both right).
     obeys = CausalDecode.obeys - {"compile_blocks"}

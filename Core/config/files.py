@@ -7,7 +7,8 @@ them is run.
 import ast
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -17,7 +18,8 @@ import yaml
 from Core.utils.damage import reason_of
 from Core.utils.errors import ConfigError
 from Core.utils.files import path_fault, read_object
-from Core.utils.options import parse_literal
+
+from .choices import beside, inherited
 
 SUFFIXES = (".py", ".yaml", ".yml", ".json")
 # What a run writes of its configuration: the same keys as data, and as a file to edit and run again.
@@ -25,15 +27,13 @@ RESOLVED, RERUN = "config.json", "config.py"
 EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 
 
-def read_file(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Keys of a config file, or of a run folder's resolved configuration, after ``key=value`` overrides.
+def read_file(path: str) -> dict[str, Any]:
+    """Keys of a config file, or of a run folder's resolved configuration.
 
     Raises:
         ConfigError: no such file, or one that cannot be read.
     """
-    errors = _file_errors(path)
-    errors += [f"--cfg-options takes KEY=VALUE, got {entry!r}" for entry in overrides if "=" not in entry]
-    if errors:
+    if errors := _file_errors(path):
         raise ConfigError(errors)
     from mmengine.config import Config as FileConfig
 
@@ -41,9 +41,6 @@ def read_file(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     try:
         # mmengine fills in the {{…}} of a file, which in a run's settings are the user's own words.
         read = FileConfig(read_run(file)) if file.is_dir() else _read_by_mmengine(file)
-        read.merge_from_dict(
-            {key: parse_literal(value) for key, _, value in (o.partition("=") for o in overrides)}
-        )
         values = read.to_dict()
         lost = _bound_names(file) - values.keys() if file.suffix == ".py" else set()
     except (Exception, SystemExit) as error:  # a Python config is a program, so anything may come out of it
@@ -56,12 +53,51 @@ def read_file(path: str, overrides: Sequence[str] = ()) -> dict[str, Any]:
     return {key: value for key, value in values.items() if not isinstance(value, ModuleType)}
 
 
+def override(values: Mapping[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
+    """``values`` after ``--cfg-options``; a key with dots, such as ``model.from_pretrained``, is one of an entry.
+
+    Raises:
+        ConfigError: an entry cannot take a key.
+    """
+    from mmengine.config import Config as FileConfig
+
+    try:
+        read = FileConfig(inherited(changes, values))
+        read.merge_from_dict(dict(changes))
+        return read.to_dict()
+    except Exception as error:  # it tells a key too many by AttributeError, TypeError or KeyError
+        raise ConfigError([f"--cfg-options: {type(error).__name__}: {error}"]) from error
+
+
 def _read_by_mmengine(file: Path) -> Any:
     from mmengine.config import Config as FileConfig
 
     _load_yaml_as_data()
-    # `custom_imports` would have a YAML file import modules.
-    return FileConfig.fromfile(str(file), import_custom_modules=False)
+    with _inheriting():
+        # `custom_imports` would have a YAML file import modules.
+        return FileConfig.fromfile(str(file), import_custom_modules=False)
+
+
+@contextmanager
+def _inheriting() -> Iterator[None]:
+    """Have mmengine join a config with its ``_base_`` by the rules of ``beside`` and ``inherited``.
+
+    It would merge every dict: a mixture would keep the base's scorers, and a reward the arguments of another one.
+    mmengine's own switch, ``_delete_=True``, would have to stand in the user's file.
+    """
+    from mmengine.config import Config as FileConfig
+
+    merge = FileConfig._merge_a_into_b
+
+    def merge_files(child: dict, base: dict, *nested: bool) -> dict:
+        """mmengine gives the third argument where it merges the entries inside."""
+        return merge(child, base if nested else inherited(child, beside(child, base)), *nested)
+
+    FileConfig._merge_a_into_b = staticmethod(merge_files)
+    try:
+        yield
+    finally:
+        FileConfig._merge_a_into_b = staticmethod(merge)
 
 
 class NotAValue:

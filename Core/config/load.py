@@ -7,18 +7,15 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from Core.backbones import BACKBONES
-from Core.training.objectives import OBJECTIVES
 from Core.utils.errors import ConfigError
 from Core.utils.options import FlagParser, add_flags, check_values, default_of, parse_literal, shown
-from Core.utils.registry import Registry, did_you_mean
+from Core.utils.registry import did_you_mean
 
 from .checks import config_errors
-from .files import SUFFIXES, NotAValue, read_file
-from .schema import Config, keys_of, sections_of
+from .choices import CHOICES, beside, schemas_of
+from .files import SUFFIXES, NotAValue, override, read_file
+from .schema import Config, keys_of
 
-# Keys that choose a section of the configuration.
-CHOICES: dict[str, Registry[Any]] = {"backbone": BACKBONES, "objective": OBJECTIVES}
 # Keys of earlier versions, with the value that meant "off": a config file may still hold that.
 RETIRED = {"prefix_cache": 1, "noise_repeats": 1}
 
@@ -36,7 +33,7 @@ def load_config(argv: Sequence[str] | None = None) -> Config:
 def parse_arguments(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[str, Any]]:
     """Keys of the file, and flags; which flags there are depends on the family and the objective chosen.
 
-    A family or an objective that a flag names takes the place of the file's, together with its keys.
+    A family, an objective or a reward that a flag names takes the place of the file's, together with its keys.
 
     Raises:
         ConfigError: an unreadable file or an unknown flag.
@@ -49,19 +46,24 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[st
     _refuse_flags_first(sys.argv[1:] if argv is None else argv)
     chosen, rest = first.parse_known_args(argv)
     helping = bool({"-h", "--help"} & set(rest))
+    changes = _changes(chosen.cfg_options)
     values: dict[str, Any] = {}
     if chosen.config is not None and not (helping and not Path(chosen.config).is_file()):
-        values = read_file(chosen.config, chosen.cfg_options)
-        known = keys_of(_schemas(values))
-        values = {key: v for key, v in values.items() if key in known or not isinstance(v, NotAValue)}
+        values = read_file(chosen.config)
     named = {key: vars(chosen)[key] for key in CHOICES if key in vars(chosen)}
-    overridden = {entry.partition("=")[0].partition(".")[0] for entry in chosen.cfg_options}
-    before, schemas = _schemas(values), _schemas({**values, **named})
-    replaced = keys_of({name: s for name, s in before.items() if s is not schemas[name]}).keys()
-    values = {key: value for key, value in values.items() if key not in replaced - overridden}
+    schemas = schemas_of({**values, **changes, **named})
     flags = vars(_parser(schemas).parse_args(argv))
     del flags["config"], flags["cfg_options"]
-    return values, flags
+    values = override(beside({**changes, **flags}, values), changes) if changes else beside(flags, values)
+    known = keys_of(schemas)
+    return {key: v for key, v in values.items() if key in known or not isinstance(v, NotAValue)}, flags
+
+
+def _changes(entries: Sequence[str]) -> dict[str, Any]:
+    """What ``--cfg-options`` sets, by key."""
+    if errors := [f"--cfg-options takes KEY=VALUE, got {entry!r}" for entry in entries if "=" not in entry]:
+        raise ConfigError(errors)
+    return {key: parse_literal(value) for key, _, value in (entry.partition("=") for entry in entries)}
 
 
 def _refuse_flags_first(argv: Sequence[str]) -> None:
@@ -79,11 +81,6 @@ def _add_overrides(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="set any key, also inside an entry (model.from_pretrained=…)",
     )
-
-
-def _schemas(choice: Mapping[str, Any]) -> dict[str, type]:
-    """The sections that a choice of family and objective gives; a wrong one is reported later, with all else."""
-    return sections_of({key: choice[key] for key in CHOICES if choice.get(key) in list(CHOICES[key])})
 
 
 def _parser(schemas: Mapping[str, type]) -> FlagParser:
@@ -110,7 +107,7 @@ def build_config(values: Mapping[str, Any], flags: Mapping[str, Any] | None = No
         ConfigError: with every error found.
     """
     values, errors = _without_retired({**values, **(flags or {})})
-    schemas = _schemas(values)
+    schemas = schemas_of(values)
     nested = schemas["family"].nested_flags  # type: ignore[attr-defined]
     for flag in set(nested) & set(flags or {}):
         entry, inner = nested[flag]

@@ -1,4 +1,4 @@
-"""A trained adapter in the forms other programs read."""
+"""A trained adapter in the forms other programs read, and as the hub shows it."""
 
 import contextlib
 import logging
@@ -12,20 +12,30 @@ from safetensors.torch import save as serialize
 
 from Core.backbones import BACKBONES, Backbone, ModelSettings
 from Core.build import new_backbone
-from Core.config import load_config
+from Core.config import Config, load_config
 from Core.config.files import read_file, read_run
+from Core.generation.gains import Gain, find_results, read_gains
+from Core.generation.jobs import fingerprint
+from Core.generation.model_card import DIFFUSERS_WEIGHTS, model_card
+from Core.generation.publish import refuse_name
 from Core.modules import lora, lora_formats
 from Core.utils.files import replacing_folder, write_whole
 
 logger = logging.getLogger("vader")
-FORMATS = ("peft", "safetensors", "diffusers", "comfyui", "kohya", "merged")
-DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+FORMATS = ("peft", "safetensors", "diffusers", "comfyui", "kohya", "merged", "hub")
+NAMELESS = "owner/name"  # in the examples of a card whose repository is not known yet
 # Where a run's settings lie above its adapters: beside adapter/, and above checkpoints/step_<n>/adapter/.
 RUN_DEPTH = 3
 
 
 def export(
-    source: str, out: Path, form: str, config: str | None = None, with_base_adapters: bool = False
+    source: str,
+    out: Path,
+    form: str,
+    config: str | None = None,
+    with_base_adapters: bool = False,
+    results: Path | None = None,
+    name: str | None = None,
 ) -> list[Path]:
     """Write the adapter ``source`` to ``out``; returns the files and folders that were written.
 
@@ -33,9 +43,12 @@ def export(
         source: an adapter in any format that ``lora_ckpt_path`` takes.
         form: ``peft`` a folder as PEFT saves it; ``safetensors`` one file, with alpha in its metadata; ``diffusers`` a
             folder for ``load_lora_weights``; ``comfyui`` and ``kohya`` one file each; ``merged`` the full weights of
-            the adapted model.
+            the adapted model; ``hub`` a folder with a model card, PEFT's files, and diffusers' where the family has
+            them.
         config: config file naming the base model; by default that of the run ``source`` lies in, except for ``merged``.
         with_base_adapters: ``merged`` includes the config's ``base_adapters``.
+        results: of ``hub``: file with what was measured; by default that of the run.
+        name: of ``hub``: id (``owner/name``) under which the adapter will be known.
 
     Raises:
         FileNotFoundError, FileExistsError, ValueError: nothing to read, something in the way, no fit, or a format that
@@ -44,6 +57,10 @@ def export(
     if out.exists():
         raise FileExistsError(f"{out} exists already; choose another path or remove it")
     _refuse_options(out, form, config, with_base_adapters)
+    if form != "hub" and (results or name):
+        raise ValueError("--results and --push go with --format hub")
+    if name:
+        refuse_name(name)
     settings = read_file(config) if config else _settings_of_run(Path(source).expanduser())
     family = _family(form, settings)
     adapter = lora.read(source, family.original_names if family else lora.NOTHING)
@@ -55,6 +72,9 @@ def export(
         write_peft(adapter, out)
     elif form == "safetensors":
         write_file(adapter, out)
+    elif form == "hub":
+        described = load_config([config]) if config else Config.of(settings)
+        write_for_hub(adapter, out, described, _gains(source, adapter, results), name)
     else:
         assert family  # _family has refused these formats without one
         written = write_for_others(adapter, out, form, family)
@@ -77,11 +97,34 @@ def _refuse_options(out: Path, form: str, config: str | None, with_base_adapters
 
 def _settings_of_run(source: Path) -> Mapping[str, Any]:
     """The configuration of the run an adapter lies in; empty where it lies in none."""
+    return _run_of(source)[1]
+
+
+def _run_of(source: Path) -> tuple[Path | None, Mapping[str, Any]]:
+    """The folder and the configuration of the run an adapter lies in."""
     for folder in source.absolute().parents[:RUN_DEPTH]:
         with contextlib.suppress(ValueError, OSError):  # another program's
             if settings := read_run(folder):
-                return settings
-    return {}
+                return folder, settings
+    return None, {}
+
+
+def _gains(source: str, adapter: lora.Adapter, results: Path | None) -> list[Gain]:
+    """What was measured of an adapter: in ``results``, or, where those of its run are of it, in them."""
+    digest = fingerprint(adapter)
+    if results:
+        return read_gains(results, digest)
+    path = Path(source).expanduser()
+    run, _ = _run_of(path)
+    found = find_results(run) if run else None
+    try:
+        # The quickstart compares what its run has written last.
+        if run and found and (found.parent != run or path.absolute() == run / "adapter"):
+            return read_gains(found, digest)
+    except ValueError as error:
+        logger.info("%s", error)
+    logger.info("the card says that nothing was measured: evaluate the adapter by scripts/evaluate.py")
+    return []
 
 
 def _family(form: str, settings: Mapping[str, Any]) -> type[Backbone] | None:
@@ -91,7 +134,7 @@ def _family(form: str, settings: Mapping[str, Any]) -> type[Backbone] | None:
         ValueError: ``form`` needs one, or the family does not have it.
     """
     if not settings:
-        if form in ("diffusers", "comfyui", "kohya"):
+        if form in ("diffusers", "comfyui", "kohya", "hub"):
             raise ValueError(
                 f"--format {form} depends on the model family, and no run's config.py lies above the adapter; name a "
                 "config of the family with --config"
@@ -126,6 +169,11 @@ def write_file(adapter: lora.Adapter, out: Path) -> None:
 
 def write_peft(adapter: lora.Adapter, out: Path) -> None:
     """``adapter_model.safetensors`` and ``adapter_config.json``."""
+    with replacing_folder(out) as folder:
+        _write_peft_files(adapter, folder)
+
+
+def _write_peft_files(adapter: lora.Adapter, folder: Path) -> None:
     from peft import LoraConfig
 
     settings = LoraConfig(
@@ -135,9 +183,23 @@ def write_peft(adapter: lora.Adapter, out: Path) -> None:
         **lora.patterns(adapter.sizes["ranks"], adapter.sizes["alphas"]),
     )
     settings.inference_mode = True
+    (folder / lora.WEIGHTS).write_bytes(serialize(adapter.state, metadata={"format": "pt"}))
+    settings.save_pretrained(str(folder))
+
+
+def write_for_hub(
+    adapter: lora.Adapter, out: Path, config: Config, gains: list[Gain], name: str | None
+) -> None:
+    """A folder with PEFT's files, those that diffusers loads where it can, and a model card."""
+    family = config.backbone
+    loads = bool(family.diffusers_component)
+    parts = lora_formats.by_expert(adapter.layers, family.experts) if loads else {}
     with replacing_folder(out) as folder:
-        (folder / lora.WEIGHTS).write_bytes(serialize(adapter.state, metadata={"format": "pt"}))
-        settings.save_pretrained(str(folder))
+        _write_peft_files(adapter, folder)
+        for expert, layers in parts.items():
+            _write_diffusers_file(layers, folder / expert, family)
+        card = model_card(name or NAMELESS, config, {expert: expert for expert in parts}, gains)
+        (folder / "README.md").write_text(card, encoding="utf-8")
 
 
 def write_for_others(adapter: lora.Adapter, out: Path, form: str, family: type[Backbone]) -> list[Path]:
@@ -158,12 +220,17 @@ def write_for_others(adapter: lora.Adapter, out: Path, form: str, family: type[B
 
 def _write_for_others(layers: lora_formats.Layers, out: Path, form: str, family: type[Backbone]) -> None:
     if form == "diffusers":
-        state, metadata = lora_formats.to_diffusers(layers, family.diffusers_component)
         with replacing_folder(out) as folder:
-            (folder / DIFFUSERS_WEIGHTS).write_bytes(serialize(state, metadata=metadata))
+            _write_diffusers_file(layers, folder, family)
         return
     write = lora_formats.to_comfyui if form == "comfyui" else lora_formats.to_kohya
     write_whole(out, serialize(write(layers, family.original_names), metadata={"format": "pt"}))
+
+
+def _write_diffusers_file(layers: lora_formats.Layers, folder: Path, family: type[Backbone]) -> None:
+    state, metadata = lora_formats.to_diffusers(layers, family.diffusers_component)
+    folder.mkdir(exist_ok=True)
+    (folder / DIFFUSERS_WEIGHTS).write_bytes(serialize(state, metadata=metadata))
 
 
 def write_merged(

@@ -343,6 +343,8 @@ def _settings(file: Path) -> dict[str, Any]:
 def _weights_file(path: Path) -> Path:
     if path.is_file():
         return path
+    if (path / WEIGHTS).is_file():  # beside it may lie the same for another program
+        return path / WEIGHTS
     found = sorted(file for file in path.glob("*") if file.suffix in (".safetensors", ".pt"))
     if len(found) != 1:
         raise FileNotFoundError(

@@ -5,6 +5,7 @@ arguments of the scorer, for a mixture {name: {argument: value}}.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -37,8 +38,11 @@ def check_reward_config(reward_fn: RewardFn, reward_args: Any = None) -> list[st
 
 def required_weights(reward_fn: RewardFn, reward_args: RewardArgs = None) -> list[Weight]:
     """All weights that ``build_reward(reward_fn, reward_args)`` loads."""
-    parts = _parts(reward_fn, reward_args)
-    return [w for name, own in parts.items() for w in resolve_reward(name).required_weights(own).values()]
+    return [
+        replace(weight, named_by=f"argument {key!r} of reward {name!r}")
+        for name, own in _parts(reward_fn, reward_args).items()
+        for key, weight in resolve_reward(name).required_weights(own).items()
+    ]
 
 
 def prompt_errors(reward_fn: RewardFn, reward_args: RewardArgs, prompts: Sequence[str]) -> list[str]:

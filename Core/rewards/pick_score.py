@@ -11,6 +11,10 @@ from Core.utils.hub import Weight, locate
 class PickScore(ImageReward):
     """exp(logit_scale) · cos(image, own prompt); loss |1 − score / 100|.
 
+    exp(logit_scale) is at most 100 in a CLIP (Radford et al. 2021, arXiv:2103.00020), so a score is too; which part of
+    the range is used depends on the weights. The demo's small PickScore gives videos of the base model 51 and true
+    videos 78 (`scripts/demo/measure.py`); the published weights have not been run here.
+
     Args:
         model: CLIP of any size, as a folder or hub id, with its tokenizer beside it.
         resize: how an image that is not square is fitted; by default as the folder says (PickScore: short side to
@@ -20,7 +24,7 @@ class PickScore(ImageReward):
     info = RewardInfo(
         name="pick_score",
         summary="CLIP ViT-H fine-tuned on human image preferences",
-        range="-100 to 100, good images 20 to 25",
+        range="between -100 and 100, depending on the weights",
         paper="Kirstain et al. 2023, arXiv:2305.01569",
         weights={
             "model": Weight(

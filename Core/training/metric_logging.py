@@ -158,7 +158,7 @@ def _wandb_media(wandb, path: Path, caption: str):
 
 
 class TensorboardTracker:
-    """tensorboard; videos become animated GIFs, which its image tab plays."""
+    """tensorboard; videos become animated GIFs under their prompts, which its image tab plays."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any], resume_step: int = -1):
         from torch.utils.tensorboard import SummaryWriter
@@ -172,12 +172,13 @@ class TensorboardTracker:
         self.writer.flush()
 
     def log_videos(self, paths: Sequence[Path], captions: Sequence[str], step: int) -> None:
-        from tensorboard.compat.proto.summary_pb2 import Summary
+        from tensorboard.compat.proto.summary_pb2 import Summary, SummaryMetadata
 
-        for number, path in enumerate(paths):
+        for number, (path, caption) in enumerate(zip(paths, captions, strict=True)):
             image = Summary.Image(encoded_image_string=animated_gif(path))
-            summary = Summary(value=[Summary.Value(tag=f"validation/video_{number}", image=image)])
-            self.writer._get_file_writer().add_summary(summary, step)
+            named = SummaryMetadata(display_name=f"{number}: {caption}", summary_description=caption)
+            value = Summary.Value(tag=f"validation/video_{number}", metadata=named, image=image)
+            self.writer._get_file_writer().add_summary(Summary(value=[value]), step)
         self.writer.flush()
 
     def close(self) -> None:

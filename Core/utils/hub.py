@@ -8,8 +8,8 @@ import hashlib
 import logging
 import re
 import textwrap
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -44,7 +44,8 @@ class Weight:
     (folder in the transformers layout), ``tokenizer`` (the same without weights), ``checkpoint`` (folder of another
     layout, see ``layouts``) or ``file`` (a single one, ``file`` in its repository). parts: what a model folder must
     hold beside the network. layouts: what a checkpoint folder may hold, alternatives in order, each a set of patterns.
-    size: approximate download in bytes. sha256: of a pinned file. licence: of the weights.
+    size: approximate download in bytes. sha256: of a pinned file. licence: of the weights. named_by: the key or the
+    argument that names it, for messages.
     """
 
     source: str
@@ -55,6 +56,7 @@ class Weight:
     size: int = 0
     sha256: str = ""
     licence: str = ""
+    named_by: str = field(default="", compare=False)
 
     def at(self, source: str) -> "Weight":
         """The same artefact from another place; what was known of the published one no longer holds there."""
@@ -111,8 +113,10 @@ class Weight:
         return ""
 
     def __str__(self) -> str:
-        name = f"{self.source} ({self.file})" if self.file and not self.is_local else self.source
-        return f"{name}, about {human_size(self.size)}" if self.size else name
+        of_repository = self.file and not self.is_local and not self.source.startswith("https://")
+        name = f"{self.source} ({self.file})" if of_repository else self.source
+        size = f", about {human_size(self.size)}" if self.size else ""
+        return name + size + (f", named by {self.named_by}" if self.named_by else "")
 
 
 def human_size(size: int) -> str:
@@ -186,20 +190,35 @@ def prefetch(weights: Iterable[Weight], into: Path | None = None) -> dict[Weight
         FileNotFoundError: some cannot be had; the message names all of them.
     """
     paths: dict[Weight, Path] = {}
-    missing: dict[Weight, str] = {}
+    missing: dict[Weight, FileNotFoundError] = {}
     for weight in dict.fromkeys(weights):
         try:
             paths[weight] = _find(weight, into)
         except FileNotFoundError as error:
-            missing[weight] = str(error)
+            missing[weight] = error
     if missing:
-        raise FileNotFoundError(
-            f"{len(missing)} of the weights {'is' if len(missing) == 1 else 'are'} neither on this machine nor "
-            f"reachable: {'; '.join(map(str, missing))} ({'; '.join(dict.fromkeys(missing.values()))}). Where the "
-            "network is open run `python scripts/download_weights.py --to DIR` with --reward NAME or --model NAME, "
-            "copy DIR here and use the config lines it prints"
-        )
+        raise FileNotFoundError(_missing_words(missing))
     return paths
+
+
+class UnreachableError(FileNotFoundError):
+    """Another machine may fetch it."""
+
+
+def _missing_words(missing: Mapping[Weight, FileNotFoundError]) -> str:
+    """One sentence: what is missing, why, and what to do about it."""
+    names, reasons = "; ".join(map(str, missing)), "; ".join(dict.fromkeys(map(str, missing.values())))
+    sentence = (
+        f"{names} is not on this machine and cannot be fetched ({reasons})"
+        if len(missing) == 1
+        else f"{len(missing)} of the weights are not on this machine and cannot be fetched: {names} ({reasons})"
+    )
+    if not any(isinstance(error, UnreachableError) for error in missing.values()):
+        return sentence
+    return (
+        f"{sentence}. Where the network is open run `python scripts/download_weights.py --to DIR` with --reward NAME "
+        "or --model NAME, copy DIR here and use the config lines it prints"
+    )
 
 
 def present(weight: Weight) -> Path | None:
@@ -257,20 +276,36 @@ def _download_snapshot(source: str, patterns: tuple[str, ...], folder: Path | No
     name, pinned = _repository(source)
     try:
         return Path(snapshot_download(name, **pinned, allow_patterns=list(patterns), local_dir=folder))
-    except _hub_errors() as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise FileNotFoundError(textwrap.shorten(reason, REASON_LIMIT, placeholder=" …")) from error
+    except Exception as error:  # the client's own, those of httpx under two names, those of its storage
+        raise _refusal(error, name) from error
 
 
-def _hub_errors() -> tuple[type[Exception], ...]:
-    """What the hub's client raises; before its version 1 it asked by requests, whose errors are OSErrors."""
-    from huggingface_hub.errors import HfHubHTTPError
+def _refusal(error: Exception, name: str) -> FileNotFoundError:
+    """Why the hub did not give the repository ``name``, and what to do where that depends on the reason."""
+    from huggingface_hub import errors
 
-    try:
-        import httpx
-    except ImportError:
-        return OSError, HfHubHTTPError
-    return OSError, HfHubHTTPError, httpx.HTTPError
+    chain = [error, error.__cause__]
+    if any(isinstance(link, errors.OfflineModeIsEnabled) for link in chain):
+        return UnreachableError("HF_HUB_OFFLINE is set; unset it to download")
+    if isinstance(error, errors.GatedRepoError):
+        return FileNotFoundError(
+            f"its owner asks for consent: give it on https://huggingface.co/{name}, then run `hf auth login`"
+        )
+    if isinstance(error, errors.RepositoryNotFoundError):
+        return FileNotFoundError(
+            f"the hub has no repository {name!r} that this account may read; check the id, or run `hf auth login`"
+        )
+    if isinstance(error, errors.RevisionNotFoundError):
+        return FileNotFoundError(f"{name!r} has no such revision; check what follows the @")
+    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
+        return UnreachableError(f"the hub cannot be reached: {_reason(error.__cause__)}")
+    return UnreachableError(_reason(error))
+
+
+def _reason(error: BaseException) -> str:
+    """The first line of what an error says, whole words of it."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return textwrap.shorten(lines[0], REASON_LIMIT, placeholder=" …")
 
 
 def _from_address(weight: Weight, into: Path | None) -> Path:
@@ -289,7 +324,7 @@ def _from_address(weight: Weight, into: Path | None) -> Path:
     try:
         torch.hub.download_url_to_file(weight.source, str(target), hash_prefix=weight.sha256)
     except (OSError, RuntimeError) as error:
-        raise FileNotFoundError(str(error)) from error
+        raise UnreachableError(_reason(error)) from error
     return target
 
 

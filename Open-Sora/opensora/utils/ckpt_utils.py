@@ -51,10 +51,10 @@ def find_checkpoint(source: str | Path, local_files_only: bool = False) -> Path:
             return folder
         except (OSError, ValueError, httpx.HTTPError) as error:  # hub errors derive from these
             cause = error
+    reason = next(iter(str(cause).splitlines()), type(cause).__name__)
     raise FileNotFoundError(
-        f"weights not found: {source!s} is neither a folder here nor reachable on the Hugging Face hub "
-        f"({type(cause).__name__}); fetch it with `hf download {source!s}` on a connected machine, or give "
-        "the path of a local copy"
+        f"weights not found: {source!s} is neither a folder here nor reachable on the Hugging Face hub ({reason}); "
+        f"fetch it with `hf download {source!s}` on a connected machine, or give the path of a local copy"
     ) from None
 
 

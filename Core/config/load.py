@@ -12,6 +12,7 @@ from Core.training.objectives import OBJECTIVES
 from Core.utils.errors import ConfigError
 from Core.utils.options import FlagParser, add_flags, check_values, default_of, parse_literal, shown
 from Core.utils.registry import Registry, did_you_mean
+from Core.utils.shipped import find_config
 
 from .checks import config_errors
 from .files import SUFFIXES, NotAValue, read_file
@@ -50,7 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[st
     chosen, rest = first.parse_known_args(argv)
     helping = bool({"-h", "--help"} & set(rest))
     values: dict[str, Any] = {}
-    if chosen.config is not None and not (helping and not Path(chosen.config).is_file()):
+    if chosen.config is not None and not (helping and not Path(find_config(chosen.config)).exists()):
         values = read_file(chosen.config, chosen.cfg_options)
         known = keys_of(_schemas(values))
         values = {key: v for key, v in values.items() if key in known or not isinstance(v, NotAValue)}

@@ -1,0 +1,48 @@
+"""What a command ends with, and what it says then. Imports nothing that takes time."""
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+
+from Core.utils.errors import ConfigError, IncompleteError
+from Core.utils.process import INTERRUPTED
+
+
+def exit_code(action: Callable[[], object]) -> int:
+    """Exit code of ``action``: 2 when the user has something to change, 1 when videos are missing, 3 when the
+    memory is too small, 130 after Ctrl-C.
+
+    Each is explained on the standard error stream, one sentence per problem; what is wrong with a configuration
+    by one process of a machine.
+    """
+    try:
+        action()
+    except ConfigError as error:
+        return answer(2, error.errors if _speaks() else [])
+    except (ValueError, OSError) as error:
+        return answer(2, [str(error)])
+    except IncompleteError as error:
+        return answer(1, [str(error)])
+    except (MemoryError, *_out_of_memory()) as error:
+        return answer(3, [str(error)])
+    except KeyboardInterrupt:
+        return answer(130, [INTERRUPTED] if _speaks() else [])
+    return 0
+
+
+def answer(code: int, sentences: Sequence[str]) -> int:
+    """Print the sentences as errors; returns ``code``."""
+    for sentence in sentences:
+        print(f"error: {sentence}", file=sys.stderr)
+    return code
+
+
+def _speaks() -> bool:
+    """Whether this is the process of its machine that speaks for all."""
+    return os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def _out_of_memory() -> tuple[type[BaseException], ...]:
+    """PyTorch's own error, which nothing raises before PyTorch is imported."""
+    torch = sys.modules.get("torch")
+    return (torch.OutOfMemoryError,) if torch else ()

@@ -16,6 +16,7 @@ from twin_runs import built_trainer
 
 from Core.backbones import Backbone, Prompt
 from Core.cli import exit_code
+from Core.commands import evaluate
 from Core.config import ConfigError
 from Core.data.video import read_video
 from Core.evaluation import compare as comparison
@@ -28,7 +29,6 @@ from Core.rewards import build_reward
 from Core.training import validation
 from Core.utils.distributed import Distributed
 from opensora.datasets import save_sample
-from scripts import evaluate, score_videos
 
 
 def test_the_interval_covers_the_true_gain_as_often_as_it_says(monkeypatch):

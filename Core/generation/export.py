@@ -14,11 +14,11 @@ from Core.backbones import BACKBONES, Backbone, ModelSettings
 from Core.build import new_backbone
 from Core.config import load_config
 from Core.config.files import read_file, read_run
+from Core.generation.formats import FORMATS
 from Core.modules import lora, lora_formats
 from Core.utils.files import replacing_folder, write_whole
 
 logger = logging.getLogger("vader")
-FORMATS = ("peft", "safetensors", "diffusers", "comfyui", "kohya", "merged")
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
 # Where a run's settings lie above its adapters: beside adapter/, and above checkpoints/step_<n>/adapter/.
 RUN_DEPTH = 3

@@ -28,7 +28,7 @@ def model_needs(family: str, settings: FamilySettings | None = None) -> list[Nee
 
 
 def reward_needs(
-    name: str, args: dict[str, Any], owner: str = "", place: tuple[str, ...] = ("reward_args",)
+    name: str, args: Mapping[str, Any], owner: str = "", place: tuple[str, ...] = ("reward_args",)
 ) -> list[Need]:
     """Weights of one scorer, whose arguments are at `place`: one level deeper in a mixture or for a monitor."""
     required = resolve_reward(name).required_weights(args)

@@ -41,7 +41,7 @@ def download(flags: Namespace) -> None:
         from Core.needs import config_lines, config_needs, listing, model_needs, reward_needs
         from Core.utils.hub import prefetch
 
-    needs = [need for family in flags.model for need in model_needs(family, {})]
+    needs = [need for family in flags.model for need in model_needs(family)]
     needs += [need for name in flags.reward for need in reward_needs(name, {})]
     needs += config_needs(flags.config) if flags.config else []
     print(listing(needs), flush=True)

@@ -99,7 +99,9 @@ def chosen_rewards(own: Namespace, config: "Config") -> dict[str, Mapping[str, A
     known = config.reward.parts
     names = own.rewards.split(",") if own.rewards else list(known)
     given = parse_reward_arguments(own.reward_arguments)
-    rewards = {name: {**known.get(name, {}), **given.get(name, {})} for name in names}
+    rewards: dict[str, Mapping[str, Any]] = {
+        name: {**known.get(name, {}), **given.get(name, {})} for name in names
+    }
     refuse(check_scorers(names, rewards | given))
     return rewards
 

@@ -23,7 +23,7 @@ def exit_code(action: Callable[[], object]) -> int:
         return answer(2, [str(error)])
     except IncompleteError as error:
         return answer(1, [str(error)])
-    except (MemoryError, *_out_of_memory()) as error:
+    except _memory_errors() as error:
         return answer(3, [str(error)])
     except KeyboardInterrupt:
         return answer(130, [INTERRUPTED] if _speaks() else [])
@@ -42,7 +42,7 @@ def _speaks() -> bool:
     return os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def _out_of_memory() -> tuple[type[BaseException], ...]:
-    """PyTorch's own error, which nothing raises before PyTorch is imported."""
+def _memory_errors() -> tuple[type[BaseException], ...]:
+    """Python's own, and PyTorch's once it has been imported."""
     torch = sys.modules.get("torch")
-    return (torch.OutOfMemoryError,) if torch else ()
+    return (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)

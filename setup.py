@@ -8,7 +8,14 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 BUNDLE = "Core/checkout"  # Core/utils/places.py finds it there
-PARTS = ("Open-Sora/opensora", "Open-Sora/configs", "assets/demo", "assets/prompts", "configs", "scripts/demo")
+PARTS = (
+    "Open-Sora/opensora",
+    "Open-Sora/configs",
+    "assets/demo",
+    "assets/prompts",
+    "configs",
+    "scripts/demo",
+)
 
 
 class BuildWithParts(build_py):

@@ -4,7 +4,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 
-from Core.utils.errors import ConfigError, IncompleteError
+from Core.utils.errors import ConfigError, IncompleteError, memory_errors
 from Core.utils.process import INTERRUPTED
 
 
@@ -23,7 +23,7 @@ def exit_code(action: Callable[[], object]) -> int:
         return answer(2, [str(error)])
     except IncompleteError as error:
         return answer(1, [str(error)])
-    except _memory_errors() as error:
+    except memory_errors() as error:
         return answer(3, [str(error)])
     except KeyboardInterrupt:
         return answer(130, [INTERRUPTED] if _speaks() else [])
@@ -40,9 +40,3 @@ def answer(code: int, sentences: Sequence[str]) -> int:
 def _speaks() -> bool:
     """Whether this is the process of its machine that speaks for all."""
     return os.environ.get("LOCAL_RANK", "0") == "0"
-
-
-def _memory_errors() -> tuple[type[BaseException], ...]:
-    """Python's own, and PyTorch's once it has been imported."""
-    torch = sys.modules.get("torch")
-    return (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)

@@ -100,8 +100,7 @@ def show_paths(result: Comparison, folder: Path) -> None:
     ]
     print("\nlook at:", *(f"  {file}" for file in files), sep="\n")
     print(
-        "\nnext, on a GPU with the real model (weights are fetched on first use):\n"
-        "  vader train vader_train"
+        "\nnext, on a GPU with the real model (weights are fetched on first use):\n  vader train vader_train"
     )
 
 

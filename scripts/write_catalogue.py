@@ -34,11 +34,15 @@ def model(file: Path) -> dict[str, Any]:
     config = load_config([str(file)])
     source = next(iter(model_needs(config.models.backbone, config.family))).weight
     named = {"source": "ships with VADER" if source.is_local else source.source}
-    return named | {"family": config.models.backbone, "training": config.run.is_vader_training}
+    return named | {
+        "family": config.models.backbone,
+        "for_init": config.run.is_vader_training and not source.is_local,
+    }
 
 
 def reward(name: str) -> dict[str, Any]:
     cls = resolve_reward(name)
+    required = required_arguments(cls)
     parts = [part for part in cls.scorers() if part != name]
     weights = [*cls.info.weights.values()]
     weights += [weight for part in parts for weight in resolve_reward(part).info.weights.values()]
@@ -47,7 +51,8 @@ def reward(name: str) -> dict[str, Any]:
         "range": cls.info.range,
         "better": "higher" if cls.info.higher_is_better else "lower",
         "gradient": cls.differentiable,
-        "required": required_arguments(cls),
+        "required": required,
+        "several_frames": not required and cls.frames_needed({}) > 1,
         "weights": described(weights),
     }
 

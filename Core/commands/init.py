@@ -1,5 +1,6 @@
 """``vader init``: a commented config for a model, a reward and a GPU, from flags or from questions."""
 
+import json
 import sys
 from argparse import Namespace
 from collections.abc import Collection, Sequence
@@ -45,30 +46,26 @@ RECIPES: dict[int, dict[str, tuple[object, str]]] = {
         "grad_checkpoint": (True, "recomputes activations in the backward pass"),
     },
 }
-# How a reward without a gradient trains.
-WITHOUT_GRADIENT = "grpo"
-CONFIG = '''"""{model} for {reward} on {memory} GB: check it with `vader check {file}`, start it with `vader train {file}`."""
+# Of a reward of motion; the recipes' decode_frame gives it too few.
+ALL_FRAMES = ("all", "every latent frame is decoded, since the reward needs several")
+CONFIG = '''"""{model} for {reward} on {memory} GB: `vader check {file}`, then `vader train {file}`."""
 
 _base_ = "{model}"  # a config that ships; `vader models` lists them
 
 # What is optimised, see `vader rewards`. Several: {{"hps": 1.0, "aesthetic": 0.1}}; your own: "my_reward.py:MyReward".
-reward_fn = {reward!r}
-{objective}
+reward_fn = {reward_fn}
+
 # One prompt per line. Those of the base config are about animals.
 {prompts}
 
 # Memory: settings for {memory} GB.
 {recipe}
 
-# How long, and how fast.
-max_train_steps = 400
-lr = 1e-4
-lora_rank = 16
+# The run's folder. The same command continues an interrupted run.
+project_dir = {project}
 
-# What is kept, and when. The same command continues an interrupted run.
-project_dir = {project!r}
-validation_steps = 20
-checkpointing_steps = 50
+# The base config has values of its own for these, and docs/options.md has all other keys:
+# max_train_steps, lr, lora_rank, validation_steps, checkpointing_steps, resolution, num_frames
 '''
 
 
@@ -96,7 +93,7 @@ def write(flags: Namespace) -> None:
     file = Path(flags.file)
     if file.exists():
         raise ConfigError([f"{str(file)!r} exists already; remove it, or give another name"])
-    models = [name for name, model in catalogue()["models"].items() if model["training"]]
+    models = [name for name, model in catalogue()["models"].items() if model["for_init"]]
     rewards = [name for name, reward in catalogue()["rewards"].items() if not reward["required"]]
     model = flags.model or ask("model", "vader models", "vader_train")
     reward = flags.reward or ask("reward", "vader rewards", "hps")
@@ -149,18 +146,21 @@ def refuse(errors: list[str]) -> None:
 
 def config_text(file: Path, model: str, reward: str, memory: int, prompts: str | None) -> str:
     """The config file: Python, every setting with its reason."""
-    recipe = RECIPES[max(least for least in RECIPES if least <= memory)]
-    named = catalogue()["rewards"].get(reward, {"gradient": True})
-    objective = (
-        "" if named["gradient"] else f"objective = {WITHOUT_GRADIENT!r}  # the reward has no gradient\n"
-    )
+    recipe = dict(RECIPES[max(least for least in RECIPES if least <= memory)])
+    if catalogue()["rewards"].get(reward, {}).get("several_frames"):
+        recipe["decode_frame"] = ALL_FRAMES
     return CONFIG.format(
         file=file,
         model=model,
         reward=reward,
+        reward_fn=literal(reward),
         memory=memory,
-        objective=objective,
-        prompts=f"prompt_path = {prompts!r}" if prompts else '# prompt_path = "prompts.txt"',
-        recipe="\n".join(f"{key} = {value!r}  # {reason}" for key, (value, reason) in recipe.items()),
-        project=f"runs/{file.stem}",
+        prompts=f"prompt_path = {literal(prompts)}" if prompts else '# prompt_path = "prompts.txt"',
+        recipe="\n".join(f"{key} = {literal(value)}  # {reason}" for key, (value, reason) in recipe.items()),
+        project=literal(f"runs/{file.stem}"),
     )
+
+
+def literal(value: object) -> str:
+    """As a config has it: texts in double quotes."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)

@@ -11,6 +11,7 @@ from Core.data.text_embeddings import EncodedPrompts, all_cached, encode_prompts
 from Core.rewards import required_weights
 from Core.utils.distributed import Distributed
 from Core.utils.hub import commit_of, prefetch
+from Core.utils.terminal import status
 
 # What ``build_reward`` takes: a name or {name: weight}, and the arguments.
 Scorer = tuple[str | Mapping[str, float], Mapping[str, Any] | None]
@@ -25,6 +26,13 @@ def build_backbone(
     config: Config, distributed: Distributed, prompts: Sequence[Prompt], used: Sequence[Prompt] | None = None
 ) -> tuple[Backbone, EncodedPrompts]:
     """The loaded model family, and the prompts with the features of those that are ``used``, by default all."""
+    with status("loading the model …", shown=distributed.is_main and config.run.verbose > 0):
+        return _build_backbone(config, distributed, prompts, used)
+
+
+def _build_backbone(
+    config: Config, distributed: Distributed, prompts: Sequence[Prompt], used: Sequence[Prompt] | None
+) -> tuple[Backbone, EncodedPrompts]:
     backbone = new_backbone(config, distributed.device)
     fetch_weights(config, backbone, distributed, used or prompts)
     # One process of a machine fills its cache, so that the encoder is loaded once and not once per process.

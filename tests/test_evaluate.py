@@ -398,7 +398,7 @@ def test_a_validation_s_motion_is_that_of_the_scorer_of_that_name(twin, tmp_path
 @pytest.mark.parametrize(
     ("list_name", "text", "words"),
     [
-        ("short.txt", "one\n", "has 1 prompts for 3 files"),
+        ("short.txt", "one\n", "has 1 prompt for 3 files"),
         ("other.jsonl", '{"file": "a_red_fox-0.mp4", "prompt": "a"}\n', "2 files have no prompt"),
         ("broken.jsonl", "{\n", "cannot be read"),
         ("columns.csv", "name,text\na,b\n", "each row needs file and prompt"),

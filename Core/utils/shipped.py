@@ -51,7 +51,7 @@ def _exists(path: Path) -> bool:
 
 def hint(path: str) -> str:
     """The shipped config that a path which leads nowhere may have meant; empty where none is near."""
-    return did_you_mean(path.removesuffix(".py"), shipped_configs(), cutoff=0.6)
+    return did_you_mean(path.removesuffix(".py"), shipped_configs())
 
 
 @functools.cache

@@ -9,7 +9,7 @@ from typing import Any, Generic, TypeVar
 from Core.utils.synonyms import SYNONYMS
 
 Base = TypeVar("Base")
-NEAR = 0.7  # share of letters that a slip has in common with what was meant
+NEAR = 0.66  # share of letters that a slip has in common with what was meant
 WORD = re.compile(r"[a-z0-9]+")
 
 

@@ -1,6 +1,7 @@
 """``vader COMMAND``: the table of commands, of which only the one that is asked for is imported."""
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -40,7 +41,15 @@ COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``COMMAND [arguments]``; returns the exit code."""
-    words = list(sys.argv[1:] if argv is None else argv)
+    try:
+        return dispatch(list(sys.argv[1:] if argv is None else argv))
+    except BrokenPipeError:  # its reader, such as `head`, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def dispatch(words: list[str]) -> int:
+    """What the words ask for, done; the exit code."""
     if not words or words[0] in ("-h", "--help", "help"):
         print(usage())
         return 0

@@ -9,7 +9,7 @@ from typing import Any
 from Core.commands.startup import Parser, importing
 from Core.utils.errors import IncompleteError
 from Core.utils.exit_codes import exit_code
-from Core.utils.terminal import progress_bar
+from Core.utils.terminal import ConsoleHandler, progress_bar
 from Core.utils.words import counted
 
 HELP = """Scores a folder of videos, from this or any other tool: writes scores.csv (one row per video) and scores.json
@@ -81,8 +81,12 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--prompts", type=Path)
     parser.add_argument("--out", type=Path, help="folder for the tables (default: FOLDER)")
     flags = parser.parse_args(argv)
-    logger.addHandler(logging.StreamHandler())
-    return exit_code(lambda: show(flags))
+    handler = ConsoleHandler(logging.INFO)
+    logger.addHandler(handler)
+    try:
+        return exit_code(lambda: show(flags))
+    finally:
+        logger.removeHandler(handler)
 
 
 def show(flags: Namespace) -> None:

@@ -1,6 +1,7 @@
 """What the commands do around their work: show that something happens, refuse, end."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import NoReturn
@@ -12,7 +13,7 @@ from Core.utils.terminal import status
 @contextmanager
 def importing(shown: bool = True) -> Iterator[None]:
     """Around the imports that take seconds: it shows that they do, and Ctrl-C ends them in one sentence."""
-    with quiet_interrupt(), status("loading PyTorch …", shown):
+    with quiet_interrupt(), status("loading PyTorch …", shown and "torch" not in sys.modules):
         from Core.backbones.own_opensora import prefer_copy_to_other_versions
 
         prefer_copy_to_other_versions()

@@ -19,6 +19,8 @@ def exit_code(action: Callable[[], object]) -> int:
         action()
     except ConfigError as error:
         return answer(2, error.errors if _speaks() else [])
+    except BrokenPipeError:
+        raise
     except (ValueError, OSError) as error:
         return answer(2, [str(error)])
     except IncompleteError as error:

@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> int:
 
 def parser() -> Parser:
     """The flags that are not keys of the configuration."""
-    parser = Parser("evaluate", HELP)
+    parser = Parser("evaluate", HELP, "CONFIG --adapter A [B …] [flags]")
     parser.add_argument("config", help="config file, folder of a run, or name of a config that ships")
     parser.add_argument(
         "--adapter",

@@ -13,7 +13,7 @@ diffusers, ComfyUI or kohya, or the reference's peft_model_<step>.pt."""
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser("export", HELP)
+    parser = Parser("export", HELP, "ADAPTER OUT [flags]")
     parser.add_argument("adapter", help="adapter folder or file")
     parser.add_argument("out", type=Path, help="output path; must not exist")
     parser.add_argument(

@@ -75,6 +75,6 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`vader COMMAND --help` says more; `vader --version` is what it says.",
+            "`vader COMMAND --help` says more, `vader --version` which version this is.",
         ]
     )

@@ -8,6 +8,7 @@ from Core.commands.launch import is_launched, launch, processes_to_start
 from Core.commands.startup import importing
 from Core.utils.errors import ConfigError
 from Core.utils.exit_codes import answer, exit_code
+from Core.utils.process import end_with_launcher
 
 CONFIG = """CONFIG is a file, the folder of a run, or the name of a config that ships (`vader models`). Every key of the
 config is a flag too; `vader {command} CONFIG --help` lists them."""
@@ -71,6 +72,7 @@ def run(command: str, argv: Sequence[str]) -> None:
     Raises:
         ConfigError: with every error found.
     """
+    end_with_launcher()
     flags = task_flags(command, argv)
     with importing(shown=os.environ.get("LOCAL_RANK", "0") == "0"):
         import torch

@@ -72,13 +72,13 @@ def score_folder(
 
 
 def main(argv: Sequence[str]) -> int:
-    parser = Parser("score", HELP)
-    parser.add_argument("folder", type=Path)
+    parser = Parser("score", HELP, "FOLDER [flags]")
+    parser.add_argument("folder", type=Path, help="folder of videos")
     parser.add_argument(
         "--rewards", default="", help="comma-separated names (default: only motion, sharpness and diversity)"
     )
     parser.add_argument("--reward-arguments", default="{}", help="JSON: {reward: {argument: value}}")
-    parser.add_argument("--prompts", type=Path)
+    parser.add_argument("--prompts", type=Path, metavar="FILE", help="the prompt of each video")
     parser.add_argument("--out", type=Path, help="folder for the tables (default: FOLDER)")
     flags = parser.parse_args(argv)
     handler = ConsoleHandler(logging.INFO)

@@ -21,11 +21,16 @@ def importing(shown: bool = True) -> Iterator[None]:
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose help keeps the lines of its description, and whose error is one sentence."""
+    """argparse whose help keeps the lines of its description, and whose error is one sentence.
 
-    def __init__(self, command: str, description: str):
+    Args:
+        arguments: what the usage shows, where argparse would show every flag.
+    """
+
+    def __init__(self, command: str, description: str, arguments: str = ""):
         super().__init__(
             prog=f"vader {command}",
+            usage=f"vader {command} {arguments}" if arguments else None,
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,

@@ -14,6 +14,7 @@ from Core.modules import sharding
 from Core.rewards import required_weights
 from Core.utils.distributed import Distributed
 from Core.utils.hub import commit_of, prefetch
+from Core.utils.terminal import status
 
 logger = logging.getLogger("vader")
 # What ``build_reward`` takes: a name or {name: weight}, and the arguments.
@@ -29,6 +30,13 @@ def build_backbone(
     config: Config, distributed: Distributed, prompts: Sequence[Prompt], used: Sequence[Prompt] | None = None
 ) -> tuple[Backbone, EncodedPrompts]:
     """The loaded model family, and the prompts with the features of those that are ``used``, by default all."""
+    with status("loading the model …", shown=distributed.is_main and config.run.verbose > 0):
+        return _build_backbone(config, distributed, prompts, used)
+
+
+def _build_backbone(
+    config: Config, distributed: Distributed, prompts: Sequence[Prompt], used: Sequence[Prompt] | None
+) -> tuple[Backbone, EncodedPrompts]:
     backbone = new_backbone(config, distributed.device)
     backbone.mesh = distributed.mesh if config.models.shard_frozen else None
     fetch_weights(config, backbone, distributed, used or prompts)

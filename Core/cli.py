@@ -4,10 +4,8 @@ What trains and generates is imported once the configuration is found sound, so 
 """
 
 import logging
-import os
 import re
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,62 +15,19 @@ import torch
 from Core.config import Config, ConfigError, load_config
 from Core.config.checks import machine_errors
 from Core.estimate.memory_savers import unused_savers
-from Core.utils.errors import IncompleteError
+from Core.utils.exit_codes import exit_code
 from Core.utils.folder_lock import folder_lock
-from Core.utils.process import INTERRUPTED
 from Core.utils.terminal import ConsoleHandler
 
 if TYPE_CHECKING:
     from Core.utils.distributed import Distributed
 
 logger = logging.getLogger("vader")
-LOST_PROCESS = (
-    "another process of the run is gone, and this one cannot go on alone; what that process or its node wrote last "
-    "says why, and the same command continues from what is saved"
-)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``CONFIG [flags]``; returns the exit code."""
     return exit_code(lambda: run(load_config(argv)))
-
-
-def exit_code(action: Callable[[], object]) -> int:
-    """Exit code of ``action``: 2 when the user has something to change, 1 when videos are missing, 3 when the
-    memory is too small, 4 when another process of the run is gone, 130 after Ctrl-C.
-
-    Each is explained on the standard error stream, one sentence per problem; what is wrong with a configuration
-    by one process of a machine.
-    """
-    try:
-        action()
-    except ConfigError as error:
-        return answer(2, error.errors if os.environ.get("LOCAL_RANK", "0") == "0" else [])
-    except (ValueError, OSError) as error:
-        return answer(2, [str(error)])
-    except IncompleteError as error:
-        return answer(1, [str(error)])
-    except (MemoryError, torch.OutOfMemoryError) as error:
-        return answer(3, [str(error)])
-    except RuntimeError as error:
-        if not lost_a_process(error):
-            raise
-        return answer(4, [LOST_PROCESS])
-    except KeyboardInterrupt:
-        return answer(130, [INTERRUPTED] if os.environ.get("LOCAL_RANK", "0") == "0" else [])
-    return 0
-
-
-def lost_a_process(error: RuntimeError) -> bool:
-    """Whether ``error`` says that another process of the run does not answer any more."""
-    # gloo's are plain RuntimeErrors, which name its own source.
-    return isinstance(error, torch.distributed.DistError) or "gloo/transport" in str(error)
-
-
-def answer(code: int, sentences: Sequence[str]) -> int:
-    for sentence in sentences:
-        print(f"error: {sentence}", file=sys.stderr)
-    return code
 
 
 def run(config: Config) -> Path:

@@ -1,6 +1,6 @@
 #!/bin/sh
-# Builds the documentation in build/site; any warning is an error. Arguments are passed to `mkdocs build`;
-# `scripts/docs.sh serve` serves the pages with live reload.
+# Builds the documentation in build/site and writes nothing else; any warning is an error. Arguments are passed to
+# `mkdocs build`; `scripts/docs.sh serve` serves the pages with live reload.
 set -eu
 
 root=$(CDPATH='' cd -- "$(dirname -- "$0")/.." && pwd)
@@ -11,6 +11,5 @@ cd -- "$root"
 if [ "${1-}" = serve ]; then
     exec .venv/bin/python -m mkdocs "$@"
 fi
-.venv/bin/python scripts/figures/imports.py
 export NO_MKDOCS_2_WARNING=1 # an advertisement
 exec .venv/bin/python -m mkdocs build --strict --quiet "$@"

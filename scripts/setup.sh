@@ -52,7 +52,7 @@ install() {
     "$@" --requirement "$root/requirements.txt"
     "$@" --no-deps --no-build-isolation --editable "$root"
     # The first import of mmengine.config writes a cache; do it now, so no other process reads it half-written.
-    "$venv/bin/python" -c 'import mmengine.config, opensora, Core'
+    "$venv/bin/python" -c 'import mmengine.config, Core'
     wanted >"$stamp"
 }
 

@@ -1,5 +1,5 @@
 #!/bin/sh
-# Train on a Slurm cluster: sbatch scripts/slurm_train.sh [CONFIG] [flags of train_t2v_lora.py]
+# Train on a Slurm cluster, as `vader train` does: sbatch scripts/slurm_train.sh [CONFIG] [flags]
 # One task per GPU. Five minutes before the time limit, and when preempted, training finishes its step and saves;
 # the job is requeued and resumes from there. All nodes must share the run folder.
 #SBATCH --job-name=vader
@@ -20,9 +20,9 @@ set -eu
 
 # Slurm runs a copy of this file, so find the repository through the submit directory.
 root=${VADER_ROOT:-$SLURM_SUBMIT_DIR}
-train=$root/Open-Sora/scripts/train_t2v_lora.py
-[ -f "$train" ] || {
-    printf 'slurm_train: no %s; submit from the repository, or set VADER_ROOT to its path\n' "$train" >&2
+vader=$root/Core/__main__.py
+[ -f "$vader" ] || {
+    printf 'slurm_train: no %s; submit from the repository, or set VADER_ROOT to its path\n' "$vader" >&2
     exit 2
 }
 case ${1-} in
@@ -35,7 +35,7 @@ stopping=
 trap 'stopping=yes; scancel --signal=USR1 "$SLURM_JOB_ID" || :' USR1
 
 # Check once here, so that not every task reports the same error.
-"$PYTHON" "$train" "$@" --check-only "$SLURM_NTASKS"
+"$PYTHON" "$vader" train "$@" --check-only "$SLURM_NTASKS"
 MASTER_ADDR=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
 # Jobs on the same node need different ports.
 MASTER_PORT=$((20000 + SLURM_JOB_ID % 20000))
@@ -53,7 +53,7 @@ fi
 # exec, so that signals to a task reach its trainer. torchrun would kill the trainer after 30 seconds, even in the
 # middle of a step.
 # shellcheck disable=SC2016 # each task expands its own variables
-srun --kill-on-bad-exit=1 sh -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$PYTHON" "$@"' task "$train" "$@" &
+srun --kill-on-bad-exit=1 sh -c 'RANK=$SLURM_PROCID LOCAL_RANK=$SLURM_LOCALID exec "$PYTHON" "$@"' task "$vader" train "$@" &
 step=$!
 
 status=0

@@ -25,7 +25,7 @@ from Core.backbones import BACKBONES
 from Core.config import load_config
 from Core.config.schema import keys_of, sections_of
 from Core.training.objectives import OBJECTIVES
-from scripts import write_options
+from scripts import write_command_line, write_options
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
@@ -65,17 +65,20 @@ def repository(tmp_path):
         if path.name not in ("runs", "build", ".git", ".venv"):
             (tmp_path / path.name).symlink_to(path)
     (tmp_path / ".venv" / "bin").mkdir(parents=True)
-    (tmp_path / ".venv" / "bin" / "python").write_text(
-        f'#!/bin/sh\nexec "{sys.executable}" "$@"\n', encoding="utf-8"
-    )
-    (tmp_path / ".venv" / "bin" / "python").chmod(0o755)
+    programs = {"python": "", "vader": f' "{ROOT}/Core/__main__.py"'}
+    for name, program in programs.items():
+        file = tmp_path / ".venv" / "bin" / name
+        file.write_text(f'#!/bin/sh\nexec "{sys.executable}"{program} "$@"\n', encoding="utf-8")
+        file.chmod(0o755)
     return tmp_path
 
 
 def shell(command: str, folder: Path) -> subprocess.CompletedProcess:
     """Run a block as a user would paste it, stopping at its first failure."""
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'Open-Sora'}", "OMP_NUM_THREADS": "1"}
-    environment |= {"PYTHON": str(folder / ".venv" / "bin" / "python"), "HOME": str(folder)}
+    programs = folder / ".venv" / "bin"
+    environment |= {"PYTHON": str(programs / "python"), "HOME": str(folder)}
+    environment["PATH"] = f"{programs}:{environment['PATH']}"
     return subprocess.run(
         ["sh", "-e"], input=command, cwd=folder, env=environment, capture_output=True, text=True
     )
@@ -341,6 +344,14 @@ def test_links_lead_somewhere(page):
 def test_the_tables_of_options_are_current():
     page = read(write_options.PAGE)
     assert write_options.with_table(page) == page, "run python scripts/write_options.py"
+
+
+def test_the_help_of_the_commands_is_current():
+    """But for line breaks, which differ between versions of Python."""
+    page = read(write_command_line.PAGE)
+    assert write_command_line.with_help(page).split() == page.split(), (
+        "run python scripts/write_command_line.py"
+    )
 
 
 def test_every_page_is_on_the_site():

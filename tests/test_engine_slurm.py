@@ -39,9 +39,9 @@ fi""",
 def submit(request, tmp_path):
     """A function that runs the script as a job would, with the fakes; the folder they write to."""
     root = tmp_path / "a checkout"
-    for folder in (root / "Open-Sora" / "scripts", root / "bin"):
+    for folder in (root / "Core", root / "bin"):
         folder.mkdir(parents=True)
-    (root / "Open-Sora" / "scripts" / "train_t2v_lora.py").touch()
+    (root / "Core" / "__main__.py").touch()
     for name, body in FAKES.items():
         (root / "bin" / name).write_text(f"#!/bin/sh\n{body}\n")
         (root / "bin" / name).chmod(0o755)
@@ -61,7 +61,7 @@ def test_every_task_learns_its_place(submit):
     run, root = submit
     assert run("my config.py", "--lr", "1e-4").wait(20) == 0
     told = sorted((root / "told").read_text().splitlines())
-    train = root / "Open-Sora" / "scripts" / "train_t2v_lora.py"
+    train = f"{root / 'Core' / '__main__.py'} train"
     assert told == [f"{rank} {rank} 2 2 node7 31337 {train} my config.py --lr 1e-4" for rank in (0, 1)]
     assert (root / "checked").read_text() == f"{train} my config.py --lr 1e-4 --check-only 2\n"
     assert not (root / "requeued").exists()

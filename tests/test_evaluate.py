@@ -16,6 +16,7 @@ from twin_runs import built_trainer
 
 from Core.backbones import Backbone, Prompt
 from Core.cli import exit_code
+from Core.commands import evaluate, score
 from Core.config import ConfigError
 from Core.data.video import read_video
 from Core.evaluation import compare as comparison
@@ -28,7 +29,6 @@ from Core.rewards import build_reward
 from Core.training import validation
 from Core.utils.distributed import Distributed
 from opensora.datasets import save_sample
-from scripts import evaluate, score_videos
 
 
 def test_the_interval_covers_the_true_gain_as_often_as_it_says(monkeypatch):
@@ -398,7 +398,7 @@ def test_a_validation_s_motion_is_that_of_the_scorer_of_that_name(twin, tmp_path
 @pytest.mark.parametrize(
     ("list_name", "text", "words"),
     [
-        ("short.txt", "one\n", "has 1 prompts for 3 files"),
+        ("short.txt", "one\n", "has 1 prompt for 3 files"),
         ("other.jsonl", '{"file": "a_red_fox-0.mp4", "prompt": "a"}\n', "2 files have no prompt"),
         ("broken.jsonl", "{\n", "cannot be read"),
         ("columns.csv", "name,text\na,b\n", "each row needs file and prompt"),
@@ -410,13 +410,12 @@ def test_prompt_lists_that_do_not_fit_are_refused(tmp_path, list_name, text, wor
         find_clips(clips_folder(tmp_path / "clips"), tmp_path / list_name)
 
 
-def test_a_folder_of_videos_is_scored_alone(twin, tmp_path, monkeypatch, capsys):
+def test_a_folder_of_videos_is_scored_alone(twin, tmp_path, capsys):
     folder = clips_folder(tmp_path / "clips")
     (folder / "broken.mp4").write_bytes(b"no video")
     flags = SimpleNamespace(arguments=json.dumps({"pick_score": {"model": str(twin / "clip")}}))
-    argv = ["score_videos.py", str(folder), "--rewards", "pick_score", "--reward-arguments", flags.arguments]
-    monkeypatch.setattr("sys.argv", argv)
-    assert exit_code(score_videos.main) == 1
+    argv = [str(folder), "--rewards", "pick_score", "--reward-arguments", flags.arguments]
+    assert score.main(argv) == 1
     assert "1 of 4 videos could not be scored" in capsys.readouterr().err
     with open(folder / "scores.csv", newline="") as file:
         table = {row["file"]: row for row in csv.DictReader(file)}
@@ -426,7 +425,7 @@ def test_a_folder_of_videos_is_scored_alone(twin, tmp_path, monkeypatch, capsys)
     assert (means["videos"], means["failed"]) == (3, 1) and set(means["means"]) >= {"pick_score", "motion"}
 
     (folder / "broken.mp4").unlink()
-    assert exit_code(score_videos.main) == 0
+    assert score.main(argv) == 0
     assert "pick_score" in capsys.readouterr().out
 
 

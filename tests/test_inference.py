@@ -253,7 +253,7 @@ def test_other_settings_replace_with_a_warning(twin, plain, tmp_path, caplog):
     for seed in (200, 201):
         assert sample(twin, run, end_index=1, seed=seed) == 0
     assert (
-        "1 videos in" in (run / "log.txt").read_text()
+        "1 video in" in (run / "log.txt").read_text()
         and "choose another project_dir" in (run / "log.txt").read_text()
     )
     name = "0000_0_a_red_fox_runs_through_snow.mp4"
@@ -286,7 +286,7 @@ def test_a_video_of_other_weights_is_made_again(twin, plain, tmp_path):
     shutil.copytree(plain, run)
     assert sample(twin, run, base_quant="nf4", end_index=1) == 0
     name = "0000_0_a_red_fox_runs_through_snow"
-    assert "1 videos in" in (run / "log.txt").read_text()
+    assert "1 video in" in (run / "log.txt").read_text()
     assert contents(run)[f"{name}.mp4"] != contents(plain)[f"{name}.mp4"]
     assert entries(run)[name]["base_quant"] == "nf4"
 

@@ -2,6 +2,7 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -125,6 +126,18 @@ def faulty_copy(tmp_path_factory):
 def test_a_planted_fault_is_found(faulty_copy, contract, fault):
     result = lint(faulty_copy, contract)
     assert result.returncode == 1 and fault in result.stdout
+
+
+def test_the_figure_is_current(tmp_path):
+    """Boxes and arrows; where they stand may depend on the fonts."""
+    imports.draw(tmp_path / "imports.svg")
+    drawn, committed = (
+        (folder / "imports.svg").read_text(encoding="utf-8") for folder in (tmp_path, ROOT / "docs/figures")
+    )
+    for pattern in (r"<text.*?</text>", r'<g id="patch_\d+">'):
+        found, shown = (sorted(re.findall(pattern, text, re.DOTALL)) for text in (drawn, committed))
+        strip = [re.sub(r"<[^>]*>", "", one) for one in found], [re.sub(r"<[^>]*>", "", one) for one in shown]
+        assert strip[0] == strip[1], "run python scripts/figures/imports.py"
 
 
 def test_no_arrow_of_the_figure_runs_through_a_box():

@@ -17,7 +17,7 @@ from sampling_runs import contents
 from torch import nn
 from twins import PROMPTS, config_file, settings
 
-from Core.cli import LOST_PROCESS
+from Core.utils.exit_codes import LOST_PROCESS
 from Core.modules import sharding
 
 KEYS = dict(

@@ -13,6 +13,9 @@ from .base import (
     VideoSettings,
     VideoSpec,
 )
+from .own_opensora import offer_copy
+
+offer_copy()
 
 BACKBONES: Registry[Backbone] = Registry(
     "backbone",

@@ -18,6 +18,7 @@ import yaml
 from Core.utils.damage import reason_of
 from Core.utils.errors import ConfigError
 from Core.utils.files import path_fault, read_object
+from Core.utils.shipped import find_bases, find_config, hint
 
 from .choices import beside, inherited
 
@@ -30,9 +31,12 @@ EXPONENT = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+")
 def read_file(path: str) -> dict[str, Any]:
     """Keys of a config file, or of a run folder's resolved configuration.
 
+    ``path`` may also be the name of a config that ships with the project.
+
     Raises:
         ConfigError: no such file, or one that cannot be read.
     """
+    path = find_config(path)
     if errors := _file_errors(path):
         raise ConfigError(errors)
     from mmengine.config import Config as FileConfig
@@ -73,6 +77,7 @@ def _read_by_mmengine(file: Path) -> Any:
     from mmengine.config import Config as FileConfig
 
     _load_yaml_as_data()
+    find_bases()
     with _inheriting():
         # `custom_imports` would have a YAML file import modules.
         return FileConfig.fromfile(str(file), import_custom_modules=False)
@@ -115,7 +120,8 @@ def _file_errors(path: str) -> list[str]:
     if any((file / name).is_file() for name in (RESOLVED, RERUN)):
         return []
     if not file.is_file():
-        return [f"config file {path!r} does not exist; give the path of a config file"]
+        meant = hint(path) or "give the path of a config file, or a name that `vader models` lists"
+        return [f"config file {path!r} does not exist; {meant}"]
     return (
         [] if file.suffix in SUFFIXES else [f"config file {path!r} must end in one of {', '.join(SUFFIXES)}"]
     )

@@ -10,6 +10,7 @@ from typing import Any
 from Core.utils.errors import ConfigError
 from Core.utils.options import FlagParser, add_flags, check_values, default_of, parse_literal, shown
 from Core.utils.registry import did_you_mean
+from Core.utils.shipped import find_config
 
 from .checks import config_errors
 from .choices import CHOICES, beside, schemas_of
@@ -48,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> tuple[dict[str, Any], dict[st
     helping = bool({"-h", "--help"} & set(rest))
     changes = _changes(chosen.cfg_options)
     values: dict[str, Any] = {}
-    if chosen.config is not None and not (helping and not Path(chosen.config).is_file()):
+    if chosen.config is not None and not (helping and not Path(find_config(chosen.config)).exists()):
         values = read_file(chosen.config)
     named = {key: vars(chosen)[key] for key in CHOICES if key in vars(chosen)}
     schemas = schemas_of({**values, **changes, **named})

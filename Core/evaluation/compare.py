@@ -79,7 +79,7 @@ def compare(
     folders = [folder / "videos" / variant.name for variant in variants]
     make_videos(config, distributed, variants, folders)
     if len(prompts) < ENOUGH_PROMPTS:
-        logger.warning("%d prompts are few: their intervals are narrower than they should be", len(prompts))
+        logger.warning("few prompts (%d): their intervals are narrower than they should be", len(prompts))
     scorers = Scorers(list(rewards), rewards, distributed.device)
     known = training if training is not None else prompts_of_runs(adapters)
     rows = score_variants(distributed, scorers, variants, folders, plan_of(config), known)

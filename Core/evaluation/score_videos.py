@@ -22,6 +22,7 @@ from Core.rewards import Reward, build_reward, check_reward_config
 from Core.utils.errors import ConfigError
 from Core.utils.files import write_whole
 from Core.utils.tables import inert, read_text_table
+from Core.utils.words import counted
 
 logger = logging.getLogger("vader")
 # Measured for every video, needing no weights; a reward of that name takes the measure's place.
@@ -168,7 +169,8 @@ def _listed_prompts(path: Path, files: Sequence[Path]) -> dict[str, Prompt]:
         lines = [line.strip() for line in text.splitlines() if line.strip()]
         if len(lines) != len(files):
             raise ValueError(
-                f"{str(path)!r} has {len(lines)} prompts for {len(files)} files; give one line each"
+                f"{str(path)!r} has {counted(len(lines), 'prompt')} for {counted(len(files), 'file')}; "
+                "give one line each"
             )
         return {file.name: Prompt(line) for file, line in zip(files, lines, strict=True)}
     try:

@@ -14,6 +14,7 @@ from Core.backbones import BACKBONES, Backbone, ModelSettings
 from Core.build import new_backbone
 from Core.config import Config, load_config
 from Core.config.files import read_file, read_run
+from Core.generation.formats import FORMATS
 from Core.generation.gains import Gain, find_results, read_gains
 from Core.generation.jobs import fingerprint
 from Core.generation.model_card import DIFFUSERS_WEIGHTS, model_card
@@ -22,7 +23,6 @@ from Core.modules import lora, lora_formats
 from Core.utils.files import replacing_folder, write_whole
 
 logger = logging.getLogger("vader")
-FORMATS = ("peft", "safetensors", "diffusers", "comfyui", "kohya", "merged", "hub")
 NAMELESS = "owner/name"  # in the examples of a card whose repository is not known yet
 # Where a run's settings lie above its adapters: beside adapter/, and above checkpoints/step_<n>/adapter/.
 RUN_DEPTH = 3

@@ -18,6 +18,7 @@ from Core.utils.distributed import Distributed
 from Core.utils.environment import record_environment
 from Core.utils.errors import IncompleteError
 from Core.utils.terminal import progress_bar
+from Core.utils.words import counted
 
 logger = logging.getLogger("vader")
 # Folders that say nothing of which adapter it is.
@@ -171,7 +172,7 @@ def make_videos(
     distributed.barrier()  # nobody writes before everybody has seen what there is
     total, todo = len(plan) * len(jobs), sum(len(job.samples) for job in jobs)
     if todo < total:
-        logger.info("%d of %d videos are there already", total - todo, total)
+        logger.info("there already: %d of %s", total - todo, counted(total, "video"))
     missing = todo - sum(distributed.gather_objects([run_jobs(config, distributed, jobs)])) if todo else 0
     distributed.barrier()
     if distributed.is_main:
@@ -179,10 +180,11 @@ def make_videos(
             tidy_manifest(folder)
     if missing:
         raise IncompleteError(
-            f"{missing} of {total} videos could not be made; the reasons are above and in log.txt, and the same "
-            "command makes only the missing ones"
+            f"{missing} of {counted(total, 'video')} could not be made; the reasons are above and in log.txt, "
+            "and the same command makes only the missing ones"
         )
-    logger.info("%d videos are in %s", total, ", ".join(map(str, folders)))
+    verb = "is" if total == 1 else "are"
+    logger.info("%s %s in %s", counted(total, "video"), verb, ", ".join(map(str, folders)))
 
 
 def lockstep(distributed: Distributed, backbone: Backbone, job: Job, text: EncodedPrompt) -> Lockstep | None:

@@ -13,6 +13,7 @@ import torch
 from Core.backbones import Prompt
 from Core.utils import rng
 from Core.utils.files import path_fault, write_whole
+from Core.utils.words import counted
 
 logger = logging.getLogger("vader")
 MANIFEST = "prompts.jsonl"
@@ -78,8 +79,8 @@ def unfinished(
             replaced += 1
     if replaced:
         logger.warning(
-            "%d videos in %s were made with other settings and will be replaced; choose another project_dir to "
-            "keep them", replaced, folder,
+            "%s in %s made with other settings will be replaced; choose another project_dir to keep what is there",
+            counted(replaced, "video"), folder,
         )  # fmt: skip
     return todo
 

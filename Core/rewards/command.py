@@ -18,6 +18,7 @@ from torch import Tensor
 
 from Core.data.video import save_video
 from Core.rewards.base import RewardInfo, VideoReward
+from Core.utils.words import counted
 
 PROMPTS, SCORES_JSON, SCORES_CSV = "prompts.json", "scores.json", "scores.csv"
 
@@ -86,7 +87,7 @@ class Command(VideoReward):
         missing = [file for file in files if file not in scores]
         if missing:
             raise ValueError(
-                f"{self.label} gave no score for {missing[0]} ({len(missing)} of {len(files)} videos)"
+                f"{self.label} gave no score for {missing[0]} ({len(missing)} of {counted(len(files), 'video')})"
             )
         return torch.tensor([scores[file] for file in files], device=clips.device)
 

@@ -6,7 +6,8 @@ Where the output is no terminal, plain lines say the same now and then.
 import resource
 import time
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from rich.bar import Bar
@@ -42,6 +43,7 @@ class ProgressPanel:
         self.recent: deque[Mapping[str, float]] = deque(maxlen=RECENT)
         self.metrics: Mapping[str, float] = {}
         self.validations: list[tuple[int, float]] = []
+        self.activity = ""
         self.spoke = time.monotonic()
         drawn = shown and self.console.is_terminal
         self.live = Live(console=self.console, auto_refresh=False, transient=False) if drawn else None
@@ -83,6 +85,19 @@ class ProgressPanel:
         """A validation is done."""
         self.validations.append((step, reward))
         if self.live:
+            self._draw()
+
+    @contextmanager
+    def doing(self, activity: str) -> Iterator[None]:
+        """Shows ``activity``, something that takes long, as what comes next while the block lasts."""
+        if self.shown and not self.live:
+            print(f"{activity} …", file=self.console.file, flush=True)
+        self.activity = f"{activity} …"
+        self._draw()
+        try:
+            yield
+        finally:
+            self.activity = ""
             self._draw()
 
     def phases(self) -> dict[str, float]:
@@ -131,6 +146,8 @@ class ProgressPanel:
         return Text.assemble((sparkline(values), "magenta"), f"  {values[-1]:.4g}", (since, style))
 
     def _next_text(self) -> str:
+        if self.activity:
+            return self.activity
         ahead = min(self.total, (self.step // self.validation_steps + 1) * self.validation_steps)
         if self.step >= self.total:
             return "finished"

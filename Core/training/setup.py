@@ -116,7 +116,7 @@ def report(folder: Path) -> None:
     try:
         logger.info("the report is %s", write_report(folder))
     except Exception as error:
-        logger.warning("no report: %s: %s; scripts/report.py writes it", type(error).__name__, error)
+        logger.warning("no report: %s: %s; `vader report` writes it", type(error).__name__, error)
 
 
 def refuse_unscorable(config: Config, distributed: Distributed) -> None:

@@ -32,6 +32,7 @@ from Core.training.validation import Validation, ValidationResult
 from Core.utils import rng
 from Core.utils.distributed import Distributed
 from Core.utils.timing import Stopwatch
+from Core.utils.words import counted
 
 logger = logging.getLogger("vader")
 
@@ -261,7 +262,7 @@ class Trainer:
         """Generate the validation videos, score them, and add the outcome to the run's history."""
         lora.set_dropout(self.backbone.denoiser, False)
         folder = self.folder / "samples" / f"step_{self.step:06d}"
-        with self.averaged():
+        with self.averaged(), self.progress.doing(f"validating at step {self.step}"):
             result = self.validation.run(self.step, folder)
         recent, self.recent_rewards = self.recent_rewards, []
         trained = {"train_reward": sum(recent) / len(recent)} if recent else {}
@@ -278,7 +279,8 @@ class Trainer:
             paths, captions = zip(*result.videos, strict=True)
             self.trackers.log_videos(paths, captions, self.step)
         listed = ", ".join(f"{name} {value:.4g}" for name, value in values.items())
-        logger.info("step %d: validation on %d videos: %s", self.step, len(result.videos), listed)
+        videos = counted(len(result.videos), "video")
+        logger.info("step %d: validation on %s: %s", self.step, videos, listed)
         for warning in self.history.warnings([*self.validation.monitors, *ALWAYS_MONITORED]):
             logger.warning("step %d: %s", self.step, warning)
         if reason := self.history.stop_reason():

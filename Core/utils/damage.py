@@ -7,9 +7,9 @@ from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
-import torch
 from safetensors import SafetensorError, safe_open
 
+from Core.utils.errors import memory_errors
 from Core.utils.files import read_object
 
 # Of a model folder in the hub's layout; other JSON files may hold anything.
@@ -90,9 +90,11 @@ def loading(what: str, places: Iterable[Path | str]) -> Iterator[None]:
     named = [str(place) for place in places]
     try:
         yield
-    except (MemoryError, torch.OutOfMemoryError, FileNotFoundError):
+    except FileNotFoundError:
         raise
     except Exception as error:  # libraries raise anything on a damaged file
+        if isinstance(error, memory_errors()):
+            raise
         text = str(error)
         if isinstance(error, ValueError) and text and "\n" not in text and "weights_only" not in text:
             raise

@@ -44,7 +44,7 @@ class Distributed:
         if asked and asked != self.accelerator.num_processes:
             raise ValueError(
                 f"{asked} processes were asked for but {self.accelerator.num_processes} started; launch with "
-                "run_text2video_train.sh, torchrun or accelerate launch"
+                "`vader train`, torchrun or accelerate launch"
             )
 
     @property

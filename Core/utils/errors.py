@@ -1,5 +1,6 @@
 """Errors whose message is for the user."""
 
+import sys
 from collections.abc import Sequence
 
 
@@ -9,6 +10,12 @@ class ConfigError(ValueError):
     def __init__(self, errors: Sequence[str]):
         super().__init__("\n".join(errors))
         self.errors = list(errors)
+
+
+def memory_errors() -> tuple[type[BaseException], ...]:
+    """What running out of memory raises: Python's own error, and PyTorch's once it has been imported."""
+    torch = sys.modules.get("torch")
+    return (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
 
 
 class IncompleteError(RuntimeError):

@@ -38,9 +38,17 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
+        partial.chmod(_ordinary_mode())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _ordinary_mode() -> int:
+    """Permissions of a file as ``open`` makes it; some libraries give theirs to its owner alone."""
+    umask = os.umask(0o077)  # it is only told when it is set
+    os.umask(umask)
+    return 0o666 & ~umask
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
@@ -87,6 +95,8 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         partial.mkdir(parents=True)
         yield partial
         for path in (*partial.rglob("*"), partial):
+            if path.is_file():
+                path.chmod(_ordinary_mode())
             _sync(path)
         _swap(partial, folder)
     except BaseException:

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from Core.utils.damage import read_settings
 from Core.utils.files import path_fault
 
@@ -310,6 +308,8 @@ def _reason(error: BaseException) -> str:
 
 def _from_address(weight: Weight, into: Path | None) -> Path:
     """A pinned file from an https address, checked against its hash; a copy in the current folder will do."""
+    import torch  # here, since it takes seconds, and lists of weights do without
+
     if not weight.sha256:
         raise FileNotFoundError(
             f"{weight.source} is not a pinned address; download the file"

@@ -2,16 +2,45 @@
 
 import difflib
 import importlib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Generic, TypeVar
 
+from Core.utils.synonyms import SYNONYMS
+
 Base = TypeVar("Base")
+NEAR = 0.66  # share of letters that a slip has in common with what was meant
+WORD = re.compile(r"[a-z0-9]+")
 
 
-def did_you_mean(name: Any, known: Iterable[str], cutoff: float = 0.5) -> str:
-    """ "did you mean 'x'?" for the known name nearest to ``name``; empty where none is near."""
-    near = difflib.get_close_matches(str(name), list(known), n=1, cutoff=cutoff)
-    return f"did you mean {near[0]!r}?" if near else ""
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """ "did you mean 'x'?" for the known name that is meant most likely; empty where none is."""
+    meant = nearest(str(name), list(known))
+    return f"did you mean {meant!r}?" if meant else ""
+
+
+def nearest(name: str, known: Sequence[str]) -> str:
+    """The known name that ``name`` is another word for, a slip of, or a part of, in this order; else empty."""
+    plain = {_plain(one): one for one in known}
+    synonyms = {
+        other: plain[first]
+        for other, keys in SYNONYMS.items()
+        if (first := next(filter(plain.get, keys), ""))
+    }
+    candidates = {**synonyms, **plain}
+    if synonym := synonyms.get(_plain(name)):
+        return synonym
+    if near := difflib.get_close_matches(_plain(name), candidates, n=1, cutoff=NEAR):
+        return candidates[near[0]]
+    words = set(WORD.findall(_plain(name)))
+    return min(
+        (one for key, one in plain.items() if words and words <= set(WORD.findall(key))), key=len, default=""
+    )
+
+
+def _plain(name: str) -> str:
+    """A flag as the key it sets."""
+    return name.lstrip("-").replace("-", "_")
 
 
 class Registry(dict[str, "str | type[Base]"], Generic[Base]):
@@ -45,7 +74,7 @@ class Registry(dict[str, "str | type[Base]"], Generic[Base]):
         if not isinstance(name, str):
             raise ValueError(f"a {self.kind} is named by a string, got {name!r}")
         if name not in self:
-            hint = did_you_mean(name, self, cutoff=0.4)
+            hint = did_you_mean(name, self)
             listed = f"choose one of {', '.join(sorted(self))}{self.otherwise}"
             raise ValueError(f"unknown {self.kind} {name!r}: {hint and hint + ' '}{listed}")
         target = self[name]

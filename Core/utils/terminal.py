@@ -1,6 +1,8 @@
 """The terminal: one console, progress bars with rate and time left, and log lines above them."""
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import (
@@ -14,6 +16,19 @@ from rich.progress import (
 from rich.text import Text
 
 console = Console(stderr=True)
+
+
+@contextmanager
+def status(text: str, shown: bool = True) -> Iterator[None]:
+    """Shows ``text`` on standard error while the block lasts; one plain line where that is no terminal."""
+    if not shown:
+        yield
+    elif console.is_terminal:
+        with console.status(text):
+            yield
+    else:
+        print(text, file=console.file, flush=True)
+        yield
 
 
 class RateColumn(ProgressColumn):

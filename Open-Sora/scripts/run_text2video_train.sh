@@ -1,3 +1,3 @@
 #!/bin/sh
-# run_text2video_train.sh [CONFIG] [flags of train_t2v_lora.py]; NUM_PROCESSES and PYTHON as in launch.sh.
-exec sh "$(dirname -- "$0")/launch.sh" configs/opensora-v1-2/vader/vader_train.py "$@"
+# run_text2video_train.sh [CONFIG] [flags]: `vader train`; NUM_PROCESSES and PYTHON as in launch.sh.
+exec sh "$(dirname -- "$0")/launch.sh" train configs/opensora-v1-2/vader/vader_train.py "$@"

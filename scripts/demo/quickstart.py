@@ -1,6 +1,6 @@
 """Train the demo with reward gradients, then show the same held-out prompts before and after.
 
-``python scripts/demo/quickstart.py [--prompts 256] [flags of train_t2v_lora.py]``
+``vader quickstart [--prompts 256] [flags]``; every key of the demo's config is a flag.
 """
 
 import argparse
@@ -8,6 +8,7 @@ import json
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -21,15 +22,15 @@ CONFIG = ROOT / "Open-Sora/configs/opensora-v1-2/vader/vader_demo.py"
 SHOWN = 12
 
 
-def main() -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--prompts", type=int, default=256, help="held-out prompts to compare on (default 256)"
     )
-    own, flags = parser.parse_known_args()
+    own, flags = parser.parse_known_args(argv)
     if own.prompts < SHOWN:
         parser.error(f"--prompts is {own.prompts}; give at least {SHOWN}, which the pictures show")
-    defaults = ["--project-dir", str(ROOT / "runs" / "quickstart"), "--resume", "never"]
+    defaults = ["--project-dir", "runs/quickstart", "--resume", "never"]
     try:
         config = load_config([str(CONFIG), *defaults, *flags])
     except ConfigError as error:
@@ -99,8 +100,7 @@ def show_paths(result: Comparison, folder: Path) -> None:
     ]
     print("\nlook at:", *(f"  {file}" for file in files), sep="\n")
     print(
-        "\nnext, on a GPU with the real model (weights are fetched on first use):\n"
-        "  sh Open-Sora/script/run_text2video_train.sh"
+        "\nnext, on a GPU with the real model (weights are fetched on first use):\n  vader train vader_train"
     )
 
 

@@ -1,0 +1,81 @@
+"""Write Core/commands/catalogue.json from the registries and the shipped configs: write_catalogue.py [--check].
+
+The commands list models and rewards from it, since to import them all would take seconds.
+"""
+
+import inspect
+import json
+import sys
+from collections.abc import Iterable
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
+
+from Core.commands.catalogue import FILE  # noqa: E402
+from Core.config import load_config  # noqa: E402
+from Core.needs import model_needs  # noqa: E402
+from Core.rewards import REGISTRY, Reward, Weight, resolve_reward  # noqa: E402
+from Core.utils.shipped import shipped_configs  # noqa: E402
+
+
+def described(weights: Iterable[Weight]) -> list[dict[str, Any]]:
+    """What is known of published weights."""
+    defaults = {entry.name: entry.default for entry in fields(Weight)}
+    return [
+        {name: value for name, value in asdict(weight).items() if value != defaults[name]}
+        for weight in dict.fromkeys(weights)
+    ]
+
+
+def model(file: Path) -> dict[str, Any]:
+    config = load_config([str(file)])
+    source = next(iter(model_needs(config.models.backbone, config.family))).weight
+    named = {"source": "ships with VADER" if source.is_local else source.source}
+    return named | {
+        "family": config.models.backbone,
+        "for_init": config.run.is_vader_training and not source.is_local,
+    }
+
+
+def reward(name: str) -> dict[str, Any]:
+    cls = resolve_reward(name)
+    required = required_arguments(cls)
+    parts = [part for part in cls.scorers() if part != name]
+    weights = [*cls.info.weights.values()]
+    weights += [weight for part in parts for weight in resolve_reward(part).info.weights.values()]
+    return {
+        "summary": cls.info.summary,
+        "range": cls.info.range,
+        "better": "higher" if cls.info.higher_is_better else "lower",
+        "gradient": cls.differentiable,
+        "required": required,
+        "several_frames": not required and cls.frames_needed({}) > 1,
+        "weights": described(weights),
+    }
+
+
+def required_arguments(cls: type[Reward]) -> list[str]:
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
+
+
+def catalogue() -> str:
+    content = {
+        "models": {name: model(file) for name, file in shipped_configs().items()},
+        "rewards": {name: reward(name) for name in REGISTRY},
+    }
+    return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
+
+
+def main() -> int:
+    if "--check" in sys.argv:
+        return int(FILE.read_text(encoding="utf-8") != catalogue())
+    FILE.write_text(catalogue(), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

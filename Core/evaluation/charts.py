@@ -130,7 +130,7 @@ def _draw(axes, line: Line, colour: str) -> tuple[Line, str]:
     smooth = moving_average(np.asarray(line.values, dtype=float), width)
     axes.plot(line.steps, line.values, color=colour, linewidth=0.9, alpha=0.35)
     axes.plot(line.steps, smooth, color=colour, linewidth=1.9)
-    return Line(line.label, line.steps, smooth), colour
+    return Line(line.label, line.steps, smooth.tolist()), colour
 
 
 def _with_means(lines: Sequence[Line], drawn: Sequence[tuple[Line, str]]) -> list[tuple[Line, str]]:

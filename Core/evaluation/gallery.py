@@ -189,8 +189,8 @@ def by_gain(cards: list[Card], measures: Sequence[str], lower: Iterable[str]) ->
     sign = -1 if measures[0] in lower else 1
 
     def gain(card: Card) -> float:
-        scores = [film.scores.get(measures[0]) for film in card.films[:2]]
-        return sign * (scores[1] - scores[0]) if len(scores) == 2 and None not in scores else float("-inf")
+        scores = [film.scores[measures[0]] for film in card.films[:2] if measures[0] in film.scores]
+        return sign * (scores[1] - scores[0]) if len(scores) == 2 else float("-inf")
 
     return sorted(cards, key=gain, reverse=True)
 

@@ -484,7 +484,7 @@ def validation_films(run: Path, validation: Sequence[Mapping], videos: Media) ->
     names = [
         f"step {step}" + (f" · reward {number(rewards[step])}" if step in rewards else "") for step in steps
     ]
-    pairs = []
+    pairs: list[Pair] = []
     for name, entry in list(made[0].items())[:UNSELECTED_PROMPTS]:
         shown: dict[int, Shown] = {}
         for place in spread(len(folders)):

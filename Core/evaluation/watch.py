@@ -73,10 +73,8 @@ def refuse_other_folder(run: Path) -> None:
 
 
 def serving(run: Path, port: int) -> ThreadingHTTPServer:
-    page = LivePage(run)
-
     class Handler(RunHandler):
-        live = page
+        live = LivePage(run)
 
     try:
         server = ThreadingHTTPServer((ADDRESS, port), Handler)
@@ -87,6 +85,7 @@ def serving(run: Path, port: int) -> ThreadingHTTPServer:
             f"port {port} cannot be used ({error.strerror}); choose another, or --port 0"
         ) from error
     server.daemon_threads = True
+    Handler.hosts = frozenset(f"{name}:{server.server_port}" for name in (ADDRESS, "localhost"))
     return server
 
 
@@ -112,7 +111,8 @@ class LivePage:
     def __init__(self, run: Path):
         self.run = run
         self.lock = threading.Lock()
-        self.content, self.state, self.made_at = "", None, -RENDER_EVERY
+        self.content, self.made_at = "", -RENDER_EVERY
+        self.state: list[tuple[str, int, int]] | None = None
         self.videos = ServedVideos(run)
 
     def html(self) -> str:
@@ -138,6 +138,7 @@ class RunHandler(BaseHTTPRequestHandler):
     """Answers for one run."""
 
     live: LivePage
+    hosts: frozenset[str] = frozenset()
     protocol_version = "HTTP/1.1"
     server_version, sys_version = "vader", ""
     timeout = 60  # seconds after which an idle connection ends
@@ -154,8 +155,7 @@ class RunHandler(BaseHTTPRequestHandler):
             self._refuse(HTTPStatus.NOT_FOUND, "there is the page, /, and what it shows")
 
     def _is_ours(self) -> bool:
-        port = self.server.server_address[1]
-        return self.headers.get("Host", "") in (f"{ADDRESS}:{port}", f"localhost:{port}")
+        return self.headers.get("Host", "") in self.hosts
 
     def _page(self) -> None:
         try:

@@ -1,9 +1,11 @@
 """What the quickstart leaves to look at, from a comparison that was not made by training."""
 
+import io
 import re
 
 import numpy as np
 import pytest
+from PIL import Image
 from report_runs import training_run
 from sampling_runs import random_adapter
 
@@ -11,6 +13,7 @@ from Core.config import load_config
 from scripts.demo import quickstart
 from scripts.demo.common import heldout
 from scripts.demo.compare import Comparison, Scores, save_evaluation
+from scripts.figures.animation import animation
 
 COUNT = 12
 
@@ -24,7 +27,7 @@ def scores(seed: int, reward: float, right: int) -> Scores:
 @pytest.fixture(scope="module")
 def result():
     _, captions = heldout(COUNT)
-    videos = np.random.default_rng(0).integers(0, 255, (2, COUNT, 5, 32, 32, 3), dtype=np.uint8)
+    videos = np.random.default_rng(0).integers(0, 255, (2, COUNT, 5, 64, 64, 3), dtype=np.uint8)
     return Comparison(captions, scores(1, 50, 4), scores(2, 61, 9), 78.1, *videos)
 
 
@@ -53,3 +56,5 @@ def test_the_report_is_written_last_listed_first_and_holds_the_comparison(
     (row,) = re.findall(r"<b>colour and shape right</b>, %.*?</tr>", page, re.DOTALL)
     shown = re.findall(r">([+−]?[\d.]+)<", row)
     assert [*map(float, shares.split()[:3])] == [*map(float, shown[:3])] == [33.3, 75, 41.7]
+    with Image.open(io.BytesIO(animation(folder))) as moving:
+        assert (moving.format, moving.n_frames) == ("WEBP", 5)

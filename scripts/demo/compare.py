@@ -165,8 +165,8 @@ def save_variant(
 ) -> list[Row]:
     """Write a variant's videos ``uint8 [P, T, H, W, 3]`` and their manifest; their rows of the table."""
     seen, settings = {normal(text) for text in training}, variant.settings(config)
-    measures = {"reward": scores.reward, "motion": scores.motion}
-    measures |= {title: getattr(scores, name) for name, title in VERDICTS.items()}
+    measures = {"reward": scores.reward}
+    measures |= {title: getattr(scores, name) for name, title in VERDICTS.items()} | {"motion": scores.motion}
     rows, lines = [], []
     for place, (sample, video) in enumerate(zip(samples, videos, strict=True)):
         path = folder / "videos" / variant.name / sample.name

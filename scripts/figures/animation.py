@@ -44,7 +44,9 @@ def animation(run: Path) -> bytes:
     first, *rest = [Image.fromarray(frame) for frame in video]
     durations = [FRAME_MS] * len(rest) + [LAST_MS]
     out = io.BytesIO()
-    first.save(out, "WEBP", save_all=True, append_images=rest, duration=durations, loop=0, quality=QUALITY, method=6)
+    first.save(
+        out, "WEBP", save_all=True, append_images=rest, duration=durations, loop=0, quality=QUALITY, method=6
+    )
     return out.getvalue()
 
 
@@ -53,7 +55,9 @@ def main() -> None:
     parser.add_argument("run", type=Path, nargs="?", default=ROOT / "runs" / "quickstart")
     content = animation(parser.parse_args().run)
     if len(content) > LIMIT:
-        raise SystemExit(f"the animation has {len(content):,} bytes, more than {LIMIT:,}; lower QUALITY or PROMPTS")
+        raise SystemExit(
+            f"the animation has {len(content):,} bytes, more than {LIMIT:,}; lower QUALITY or PROMPTS"
+        )
     write_whole(TARGET, content)
     print(f"{TARGET}: {len(content):,} bytes")
 

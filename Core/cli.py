@@ -35,6 +35,7 @@ def run(config: Config) -> Path:
     from transformers.utils.logging import disable_progress_bar
 
     from Core.build import refuse_machine
+    from Core.evaluation.gallery import leave_gallery
     from Core.generation.jobs import sample
     from Core.training.setup import train
     from Core.utils.distributed import Distributed
@@ -51,6 +52,8 @@ def run(config: Config) -> Path:
         start_log(folder, distributed, config.run.verbose)
         try:
             (train if training else sample)(config, distributed, folder)
+            if distributed.is_main and not training:
+                leave_gallery(folder)
         except torch.OutOfMemoryError as error:
             raise MemoryError(memory_advice(config, str(error))) from error
         except Exception:

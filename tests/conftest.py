@@ -1,5 +1,6 @@
 import shutil
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -57,3 +58,41 @@ def chromium():
         browser = driver.chromium.launch(executable_path=program, args=["--disable-gpu", "--disable-sync"])
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def visit(chromium):
+    """A function that opens a file or an address, and a list of what the browser complains about.
+
+    Complaints are errors and warnings of the console, exceptions, dialogs, and requests beyond the page's folder.
+    """
+    complaints: list[str] = []
+
+    def note_message(message) -> None:
+        if message.type in ("error", "warning"):
+            complaints.append(message.text)
+
+    def open_page(place: Path | str, width: int, height: int, colors: str = "light"):
+        address = place if isinstance(place, str) else place.as_uri()
+
+        def note_request(request) -> None:
+            if not request.url.startswith(("data:", address.rpartition("/")[0] + "/")):
+                complaints.append(request.url)
+
+        def note_dialog(dialog) -> None:
+            complaints.append(dialog.message)
+            dialog.dismiss()
+
+        page = chromium.new_page(
+            viewport={"width": width, "height": height}, color_scheme=colors, is_mobile=width < 500
+        )
+        page.on("console", note_message)
+        page.on("pageerror", lambda error: complaints.append(str(error)))
+        page.on("dialog", note_dialog)
+        page.on("request", note_request)
+        page.goto(address)
+        return page
+
+    yield open_page, complaints
+    for context in list(chromium.contexts):
+        context.close()

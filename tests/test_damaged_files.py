@@ -24,6 +24,7 @@ from Core.backbones.opensora import OpenSora
 from Core.build import new_backbone
 from Core.config import build_config
 from Core.data.video import read_video
+from Core.evaluation.charts import Plot
 from Core.evaluation.report import write_report
 from Core.modules import lora
 from Core.rewards import build_reward
@@ -238,8 +239,9 @@ def finished(tmp_path_factory) -> Path:
 @pytest.mark.parametrize("damage", [name for name in DAMAGES if name not in ("scalars", "whole numbers")])
 def test_a_damaged_run_folder_is_named_or_reported_without(finished, tmp_path, damage, monkeypatch):
     """A report of what is left, or a sentence on what is not; never anything else."""
-    monkeypatch.setattr("Core.evaluation.report.line_chart", lambda *_, **__: "<svg></svg>")
-    monkeypatch.setattr("Core.evaluation.report.stack_chart", lambda *_, **__: "<svg></svg>")
+    plot = Plot("<svg></svg>", {"lines": []})
+    monkeypatch.setattr("Core.evaluation.report.line_chart", lambda *_, **__: plot)
+    monkeypatch.setattr("Core.evaluation.report.stack_chart", lambda *_, **__: plot)
     files = [
         name for name in run_files(finished) if not name.endswith(".mp4") or name.endswith("0000_200.mp4")
     ]

@@ -40,7 +40,7 @@ def estimate(argv: Sequence[str]) -> None:
 
 def parser() -> argparse.ArgumentParser:
     own = argparse.ArgumentParser(
-        prog="estimate.py",
+        prog="vader estimate",
         usage="%(prog)s CONFIG [--gpu NAME …] [--processes N] [--json FILE] [flags of CONFIG]",
         description="Peak memory, operations and seconds of a run, without its weights and without a GPU.",
         allow_abbrev=False,

@@ -7,6 +7,7 @@ Everything lands in one folder:
     prompts.csv         one row per adapter and prompt
     summary.csv         one row per adapter, measure and kind of prompt
     evaluation.json     the same summary and prompts, with the settings they hold for
+    gallery.html        the videos side by side
 """
 
 import dataclasses
@@ -23,6 +24,7 @@ from Core.build import fetch_scorers, once_per_machine
 from Core.config import BASE, Config
 from Core.config.files import read_run
 from Core.data.prompts import read_lines
+from Core.evaluation.gallery import leave_gallery
 from Core.evaluation.metrics import PairedGain, paired_gain
 from Core.evaluation.score_videos import Clip, Scorers, write_csv, write_json
 from Core.generation.jobs import Variant, make_videos, plan_of, read_variants
@@ -83,21 +85,40 @@ def compare(
     scorers = Scorers(list(rewards), rewards, distributed.device)
     known = training if training is not None else prompts_of_runs(adapters)
     rows = score_variants(distributed, scorers, variants, folders, plan_of(config), known)
-    result = {
-        "adapters": [variant.settings(config) | {"name": variant.name} for variant in variants[1:]],
-        "rewards": dict(rewards),
-        "lower_is_better": sorted(scorers.lower_is_better),
-        "prompts": len(prompts),
-        "num_sample": config.run.num_sample,
-        "seeds": [config.run.seed, config.run.seed + config.run.num_sample - 1],
-        "training_prompts": None if known is None else len(known),
-        "summary": summary(rows, scorers.lower_is_better),
-        "per_prompt": per_prompt(rows, scorers.lower_is_better),
-    }
+    settings = [variant.settings(config) | {"name": variant.name} for variant in variants[1:]]
+    result = result_of(rows, settings, rewards, scorers.lower_is_better, known)
     if distributed.is_main:
         write_tables(folder, rows, result)
+        leave_gallery(folder)
     distributed.barrier()
     return result
+
+
+def result_of(
+    rows: Sequence[Row],
+    adapters: Sequence[Mapping[str, Any]],
+    rewards: Mapping[str, Mapping[str, Any]],
+    lower_is_better: set[str],
+    training: Sequence[str] | None,
+) -> dict[str, Any]:
+    """The content of ``evaluation.json``.
+
+    Args:
+        adapters: name and settings of each; ``rewards``: names with their arguments.
+        training: prompts the adapters were trained on; None where they are not known.
+    """
+    seeds = {row.seed for row in rows}
+    return {
+        "adapters": list(adapters),
+        "rewards": dict(rewards),
+        "lower_is_better": sorted(lower_is_better),
+        "prompts": len({row.index for row in rows}),
+        "num_sample": len(seeds),
+        "seeds": [min(seeds), max(seeds)],
+        "training_prompts": None if training is None else len(training),
+        "summary": summary(rows, lower_is_better),
+        "per_prompt": per_prompt(rows, lower_is_better),
+    }
 
 
 def score_variants(

@@ -3,6 +3,7 @@
 Axes: P prompts, T frames, H, W pixels.
 """
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +16,15 @@ from Core.backbones import Backbone, EncodedPrompt, Prompt
 from Core.build import build_backbone
 from Core.cli import run
 from Core.config import Config
+from Core.data.video import save_video
+from Core.evaluation.compare import Row, normal, result_of, write_tables
 from Core.evaluation.metrics import PairedGain, motion, paired_gain, score_videos
 from Core.generation.generate import generate
 from Core.generation.jobs import Variant, adapted, read_variants
-from Core.generation.manifest import Sample, plan_samples
+from Core.generation.manifest import MANIFEST, Sample, plan_samples
 from Core.rewards import Reward, build_reward
 from Core.utils.distributed import Distributed
+from Core.utils.files import write_whole
 from Core.utils.tables import read_table
 from Core.utils.terminal import progress_bar
 from scripts.demo import oracle, world
@@ -28,6 +32,8 @@ from scripts.demo.common import HELDOUT_SEED, heldout, to_pixels, to_uint8
 
 BATCH = 32
 SEED = 1  # noise seed
+# What a reader of the tables calls the oracle's verdicts, each of them yes or no for a video.
+VERDICTS = {"colour_and_shape": "colour and shape right", "direction": "motion right"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +66,11 @@ class Comparison:
         """Reward gain as a share of the gap between base-model videos and true videos."""
         gain = self.gain("reward")
         return gain.gain / (self.true_reward - gain.before)
+
+    @property
+    def distance(self) -> str:
+        """The true videos' reward and the share of the way to it, in a sentence."""
+        return f"true videos score {self.true_reward:.1f}: training closed {self.share_of_distance:.0%} of the gap"
 
 
 def train(config: Config) -> Path:
@@ -129,3 +140,40 @@ def compare(config: Config, adapter: str, count: int, scene_seed: int = HELDOUT_
         to_uint8(before.transpose(1, 2)),
         to_uint8(after.transpose(1, 2)),
     )
+
+
+def save_evaluation(result: Comparison, config: Config, adapter: str, folder: Path) -> None:
+    """Write the comparison as an evaluation leaves one, for the report and the gallery: videos and tables."""
+    base, tuned = read_variants([None, adapter])
+    samples = plan_samples(config.backbone.parse_prompts(result.captions), 1, SEED)
+    training = [prompt.reward_text for prompt in config.prompt_list]
+    rows = save_variant(base, samples, result.videos_before, result.before, training, config, folder)
+    rows += save_variant(tuned, samples, result.videos_after, result.after, training, config, folder)
+    settings = [tuned.settings(config) | {"name": tuned.name}]
+    found = result_of(rows, settings, {"reward": {}}, set(), training)
+    write_tables(folder, rows, found | {"yes_or_no": list(VERDICTS.values()), "notes": [result.distance]})
+
+
+def save_variant(
+    variant: Variant,
+    samples: Sequence[Sample],
+    videos: np.ndarray,
+    scores: Scores,
+    training: Sequence[str],
+    config: Config,
+    folder: Path,
+) -> list[Row]:
+    """Write a variant's videos ``uint8 [P, T, H, W, 3]`` and their manifest; their rows of the table."""
+    seen, settings = {normal(text) for text in training}, variant.settings(config)
+    measures = {"reward": scores.reward}
+    measures |= {title: getattr(scores, name) for name, title in VERDICTS.items()} | {"motion": scores.motion}
+    rows, lines = [], []
+    for place, (sample, video) in enumerate(zip(samples, videos, strict=True)):
+        path = folder / "videos" / variant.name / sample.name
+        file = save_video(to_pixels(video).transpose(0, 1), path, config.video.file_fps)
+        lines.append(json.dumps({**sample.identity, "copy": sample.copy, "file": file.name, **settings}))
+        text, own = sample.prompt.reward_text, {name: float(all_[place]) for name, all_ in measures.items()}
+        name = str(file.relative_to(folder))
+        rows.append(Row(variant.name, sample.index, text, sample.seed, name, normal(text) in seen, own))
+    write_whole(folder / "videos" / variant.name / MANIFEST, "".join(f"{line}\n" for line in lines))
+    return rows

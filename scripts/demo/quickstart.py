@@ -15,7 +15,9 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 from Core.config import ConfigError, load_config  # noqa: E402
-from scripts.demo.compare import Comparison, compare, train  # noqa: E402
+from Core.evaluation.gallery import write_gallery  # noqa: E402
+from Core.evaluation.report import write_report  # noqa: E402
+from scripts.demo.compare import Comparison, compare, save_evaluation, train  # noqa: E402
 from scripts.demo.pictures import contact_sheet, reward_curve, side_by_side  # noqa: E402
 
 CONFIG = ROOT / "Open-Sora/configs/opensora-v1-2/vader/vader_demo.py"
@@ -43,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     seconds = {"training": trained - started, "generating and scoring": time.perf_counter() - trained}
     print(table(result, seconds))
     save_numbers(result, seconds, folder / "before_after.json")
+    save_evaluation(result, config, str(folder / "adapter"), folder / "evaluation")
     show_paths(result, folder)
     return 0
 
@@ -71,7 +74,7 @@ def table(result: Comparison, seconds: dict[str, float]) -> str:
         [
             f"\n{len(result.captions)} held-out prompts, the same noise before and after:",
             *map("  ".join, aligned),
-            f"true videos score {result.true_reward:.1f}: training closed {result.share_of_distance:.0%} of the gap",
+            result.distance,
             f"{spent}; peak memory {peak_memory():.1f} GB",
         ]
     )
@@ -91,13 +94,16 @@ def save_numbers(result: Comparison, seconds: dict[str, float], path: Path) -> N
 
 
 def show_paths(result: Comparison, folder: Path) -> None:
-    """Write the pictures, print their paths, and say what to do next."""
+    """Write the pictures and the pages, print their paths, and say what to do next."""
     shown = result.captions[:SHOWN], result.videos_before[:SHOWN], result.videos_after[:SHOWN]
-    files = [
+    pictures = [
         side_by_side(folder / "before_after.mp4", *shown),
         contact_sheet(folder / "contact_sheet.png", *shown),
         reward_curve(folder / "reward_curve.png", folder),
     ]
+    # The report comes last, since it shows what all the others say, and is the first to look at.
+    gallery = write_gallery(folder / "evaluation")
+    files = [write_report(folder), gallery, *pictures]
     print("\nlook at:", *(f"  {file}" for file in files), sep="\n")
     print(
         "\nnext, on a GPU with the real model (weights are fetched on first use):\n  vader train vader_train"

@@ -22,6 +22,7 @@ from huggingface_hub.errors import LocalEntryNotFoundError
 from safetensors.torch import save_file
 
 from Core.backbones import BACKBONES
+from Core.commands.main import main as vader
 from Core.config import load_config
 from Core.config.schema import keys_of, sections_of
 from Core.training.objectives import OBJECTIVES
@@ -133,7 +134,9 @@ def commands(block: str) -> Iterator[list[str]]:
 
 
 def called(words: list[str]) -> list[str]:
-    """A command as a Python script with its arguments; empty for another program."""
+    """A command as `vader`, or as a Python script, with its arguments; empty for another program."""
+    if Path(words[0]).name == "vader":
+        return ["vader", *words[1:]]
     named = [i for i, word in enumerate(words) if (ROOT / word).is_file() and word.endswith((".py", ".sh"))]
     script = ROOT / words[named[0]] if named else ROOT
     arguments = words[named[0] + 1 :] if named else []
@@ -151,10 +154,12 @@ def called(words: list[str]) -> list[str]:
 
 
 def outcome(script: str, *arguments: str) -> int:
-    """Exit code of a script, run in this process."""
+    """Exit code of a script, or of `vader`, run in this process."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", [script, *arguments])
         try:
+            if script == "vader":
+                return vader(arguments)
             runpy.run_path(script, run_name="__main__")
         except SystemExit as end:
             return int(end.code or 0)
@@ -223,7 +228,8 @@ def test_marked_commands_lack_just_that(page, with_a_run, capsys):
         codes = []
         for words in commands(block):
             if call := called([STANDS_FOR.get(word, word) for word in words]):
-                only = ["--check-only"] if Path(call[0]).name == "train_t2v_lora.py" else []
+                runs = Path(call[0]).name == "train_t2v_lora.py" or call[1:2] in (["train"], ["sample"])
+                only = ["--check-only"] if runs else []
                 codes.append(outcome(*call, *only))
                 said = capsys.readouterr().err
                 lacking = codes[-1] == 2 and ("cannot be fetched" in said)

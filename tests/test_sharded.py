@@ -17,8 +17,8 @@ from sampling_runs import contents
 from torch import nn
 from twins import PROMPTS, config_file, settings
 
-from Core.utils.exit_codes import LOST_PROCESS
 from Core.modules import sharding
+from Core.utils.exit_codes import LOST_PROCESS
 
 KEYS = dict(
     num_frames=1, decode_frame=0, val_batch_size=3, train_batch_size=1, gradient_accumulation_steps=2, lr=2e-4,

@@ -12,8 +12,8 @@ import pytest
 from browsers import wait_until
 from report_runs import training_run
 
+from Core.commands.watch import main
 from Core.evaluation import watch
-from scripts.watch import main
 
 
 @pytest.fixture(scope="module")

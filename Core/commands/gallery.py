@@ -6,9 +6,9 @@ from pathlib import Path
 from Core.commands.startup import Parser, importing
 from Core.utils.exit_codes import exit_code
 
-HELP = """Writes gallery.html into a folder of sampled videos or of an evaluation: for each prompt and noise the videos of
-the base model and of every adapter side by side. Sampling and evaluation do so themselves; do it again after scoring,
-or for the folders of several adapters in one folder."""
+HELP = """Writes gallery.html into a folder of sampled videos or of an evaluation: for each prompt and noise the videos
+of the base model and of every adapter side by side. Sampling and evaluation do so themselves; do it again after
+scoring, or for the folders of several adapters in one folder."""
 
 
 def main(argv: Sequence[str]) -> int:

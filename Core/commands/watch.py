@@ -6,8 +6,8 @@ from pathlib import Path
 from Core.commands.startup import Parser, importing
 from Core.utils.exit_codes import exit_code
 
-HELP = """Serves the page of a run on this machine alone while the run trains; the page refreshes itself. Ctrl-C ends the
-server and leaves the run alone."""
+HELP = """Serves the page of a run on this machine alone while the run trains; the page refreshes itself. Ctrl-C ends
+the server and leaves the run alone."""
 
 
 def main(argv: Sequence[str]) -> int:

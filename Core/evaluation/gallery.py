@@ -107,7 +107,7 @@ def leave_gallery(folder: Path) -> None:
     try:
         logger.info("the gallery is %s", write_gallery(folder))
     except Exception as error:
-        logger.warning("no gallery: %s: %s; scripts/gallery.py writes it", type(error).__name__, error)
+        logger.warning("no gallery: %s: %s; vader gallery writes it", type(error).__name__, error)
 
 
 def read_evaluation(folder: Path) -> Content:

@@ -43,7 +43,7 @@ class Turns:
         """Run those that a failure between them has left out, on zeros."""
         for _ in range(self.left):
             predict = self.backbone.predictor([self.backbone.features(text) for text in texts])
-            step: Any = self.backbone.inference_step(predict, len(texts))
+            step: Any = self.backbone.inference_step(predict, [torch.Generator() for _ in texts])
             z = torch.zeros(len(texts), *self.backbone.latent_shape(), device=self.backbone.device)
             self.sample(step, z, len(step.timesteps))
 

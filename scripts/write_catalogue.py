@@ -20,6 +20,9 @@ from Core.needs import model_needs  # noqa: E402
 from Core.rewards import REGISTRY, Reward, Weight, resolve_reward  # noqa: E402
 from Core.utils.shipped import shipped_configs  # noqa: E402
 
+# Some configs name files that their users bring.
+WITHOUT_USERS_FILES = ["--prompt", "a fox", "--prompt-path", "None", "--base-adapters", "[]"]
+
 
 def described(weights: Iterable[Weight]) -> list[dict[str, Any]]:
     """What is known of published weights."""
@@ -31,7 +34,7 @@ def described(weights: Iterable[Weight]) -> list[dict[str, Any]]:
 
 
 def model(file: Path) -> dict[str, Any]:
-    config = load_config([str(file)])
+    config = load_config([str(file), *WITHOUT_USERS_FILES])
     source = next(iter(model_needs(config.models.backbone, config.family))).weight
     named = {"source": "ships with VADER" if source.is_local else source.source}
     return named | {

@@ -1,18 +1,20 @@
 """Compare the objectives on the demo: each tuned at equal cost, then several seeds, judged on held-out prompts.
 
-``python -m scripts.demo.study_objectives [--reward pick_score] [--seconds 100] [--seeds 0 1 2] [--only NAME …]
-[--write-docs]``
+``python -m scripts.demo.study_objectives [--pilots] [--reward pick_score] [--seconds 100]
+[--seeds 0 1 2] [--only NAME …] [--write-docs]``
 
 Every objective first tries its own settings (``TRIALS``) with one seed of its own; the one with the highest held-out
 reward is then trained with every seed. Each run takes the same number of seconds of optimiser steps, by the time of a
 step that a pilot of its own process measured, together with its reward queries, network evaluations and peak memory.
-Runs lie in runs/study_objectives, and what is known of each in its ``results`` folder; finished ones are not repeated,
-and interrupted ones continue. ``--write-docs`` trains nothing: it writes the table, its CSV and the figure of
-docs/objectives.md.
+Runs lie in runs/study_objectives, and what is known of each in docs/benchmarks/objectives.json; finished ones are not
+repeated, and interrupted ones continue. Several of these commands may run at once, with other objectives each.
+``--pilots`` measures the cost of every step and nothing else: run it alone on a quiet machine, first. ``--write-docs``
+trains nothing: it writes the table, its CSV and the figure of docs/objectives.md.
 """
 
 import argparse
 import csv
+import functools
 import json
 import resource
 import statistics
@@ -31,14 +33,17 @@ from Core.cli import run
 from Core.config import Config, load_config
 from Core.training.trainer import Trainer
 from Core.utils.files import write_whole
+from Core.utils.folder_lock import folder_lock
 from Core.utils.tables import read_table
 from scripts.demo.common import ROOT
-from scripts.demo.compare import compare
+from scripts.demo.compare import HeldOut
 from scripts.demo.quickstart import CONFIG
 
 FOLDER = ROOT / "runs" / "study_objectives"
 PAGE = ROOT / "docs" / "objectives.md"
-TABLE, PLOT = (ROOT / "docs" / "benchmarks" / f"objectives.{kind}" for kind in ("csv", "svg"))
+RESULTS, TABLE, PLOT = (
+    ROOT / "docs" / "benchmarks" / f"objectives.{kind}" for kind in ("json", "csv", "svg")
+)
 BEGIN, END = "<!-- study: written by scripts/demo/study_objectives.py -->", "<!-- end of study -->"
 ORACLE = str(ROOT / "scripts" / "demo" / "oracle_reward.py") + ":Oracle"
 REWARDS: dict[str, dict[str, Any]] = {
@@ -67,8 +72,8 @@ GRADIENT_FREE = ("grpo", "nft", "dpo")
 SCORED_FRAMES = {"decode_frame": "fml"}  # what all of them score, as the demo's configuration does
 SEARCH_SEED = 1000
 PILOT_STEPS = 4
-VALIDATIONS = 4  # besides the one before the first step
-VALIDATED = {"num_val_runs": 3, "val_batch_size": 16, "num_val_seeds": 2}
+VALIDATIONS = {"search": 1, "seed": 4}  # besides the one before the first step
+VALIDATED = {"num_val_runs": 2, "val_batch_size": 16, "num_val_seeds": 2}
 HELD_OUT = 256  # prompts of the final comparison
 QUERIES = 500  # of the best objective with a gradient, whose reward the others have to reach
 MEASURES = ("reward", "colour_and_shape", "direction", "motion")
@@ -134,18 +139,38 @@ class Trial:
         flags = (f"--{key.replace('_', '-')}={value}" for key, value in values.items())
         return load_config([str(CONFIG), *flags])
 
-    def file(self, kind: str) -> Path:
-        """Where the result of a kind of run is kept."""
-        return FOLDER / "results" / f"{self.name}_{kind}.json"
+    @property
+    def pilot(self) -> "Trial":
+        """The trial whose step costs as much: that with the same settings but for the learning rate."""
+        same = [{**keys, "lr": self.keys["lr"]} == self.keys for keys in TRIALS[self.objective]]
+        return Trial(self.objective, same.index(True), self.reward)
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """What a step costs: ``step_seconds``, ``step_queries``, ``step_evaluations``; and ``peak_gb``."""
+        if (cost := self.pilot.kept("pilot")) is None:
+            raise SystemExit(f"{self.pilot.name} has not been timed; run this command with --pilots first")
+        return cost
+
+    def kept(self, kind: str) -> dict[str, Any] | None:
+        """The result of a kind of run, if it is known."""
+        return read_results().get(self.name, {}).get(kind)
+
+    def keep(self, kind: str, result: Mapping[str, Any]) -> None:
+        with folder_lock(FOLDER):
+            results = read_results()
+            results.setdefault(self.name, {})[kind] = result
+            write_whole(RESULTS, json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+
+    def seeds(self) -> list[dict[str, Any]]:
+        """Results of the runs with each seed."""
+        runs = read_results().get(self.name, {})
+        return [runs[kind] for kind in sorted(runs) if kind.startswith("seed")]
 
 
-def kept(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def keep(file: Path, result: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(result, indent=1) + "\n")
+def read_results() -> dict[str, dict[str, Any]]:
+    """What is known of each run, by trial and kind of run."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
 
 
 def measure_pilot(trial: Trial) -> None:
@@ -160,39 +185,45 @@ def measure_pilot(trial: Trial) -> None:
         "step_evaluations": counter.evaluations / PILOT_STEPS,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }
-    keep(trial.file("pilot"), result)
+    trial.keep("pilot", result)
 
 
-def pilot(trial: Trial) -> dict[str, Any]:
-    """The cost of a step, measured once."""
-    if kept(trial.file("pilot")) is None:
+def run_pilot(trial: Trial) -> None:
+    """Measure the cost of a step, unless it is known."""
+    if trial.kept("pilot") is None:
         own = ["--reward", trial.reward, "--pilot", trial.objective, str(trial.number)]
         subprocess.run([sys.executable, "-m", "scripts.demo.study_objectives", *own], cwd=ROOT, check=True)
-    return json.loads(trial.file("pilot").read_text(encoding="utf-8"))
 
 
 def train(trial: Trial, seed: int, seconds: float, kind: str) -> dict[str, Any]:
-    """The course of a run of so many seconds of optimiser steps."""
-    if (result := kept(trial.file(kind))) is not None:
+    """The course of a run of so many seconds of optimiser steps; ``kind`` is ``search`` or ``seed_<n>``."""
+    if (result := trial.kept(kind)) is not None:
         return result
-    steps = max(VALIDATIONS, round(seconds / pilot(trial)["step_seconds"]))
+    validations = VALIDATIONS[kind.partition("_")[0]]
+    steps = max(validations, round(seconds / trial.cost["step_seconds"]))
     folder = FOLDER / "runs" / f"{trial.name}_{kind}"
-    config = trial.config(folder, steps, validation_steps=-(-steps // VALIDATIONS), seed=seed, **VALIDATED)
+    config = trial.config(folder, steps, validation_steps=-(-steps // validations), seed=seed, **VALIDATED)
     run(config)
     table = read_table(folder / "validation.csv")
     if int(table[-1]["step"]) != steps:
         raise SystemExit("stopped; the same command continues")
     result = {"steps": [int(row["step"]) for row in table]}
-    result |= {name: [row[name] for row in table] for name in ("reward", "motion", "diversity")}
+    for name in ("reward", "motion", "diversity", "dynamic_degree"):
+        result[name] = [row[name] for row in table]
     if kind != "search":
-        result |= held_out(config, folder)
-    keep(trial.file(kind), result)
+        result |= held_out(trial, folder)
+    trial.keep(kind, result)
     return result
 
 
-def held_out(config: Config, folder: Path) -> dict[str, Any]:
+@functools.cache
+def held_out_videos(reward: str) -> HeldOut:
+    return HeldOut(Trial("reward_gradient", 0, reward).config(FOLDER, 1), HELD_OUT)
+
+
+def held_out(trial: Trial, folder: Path) -> dict[str, Any]:
     """What base model and adapter score on held-out prompts, by measure, and the share of the gap that was closed."""
-    found = compare(config, str(folder / "adapter"), HELD_OUT)
+    found = held_out_videos(trial.reward).compare(str(folder / "adapter"))
     gains = {name: vars(found.gain(name)) for name in MEASURES}
     return {"held_out": gains, "share_of_gap": found.share_of_distance}
 
@@ -226,10 +257,8 @@ def rows_of(reward: str) -> list[dict[str, Any]]:
     for objective in TRIALS:
         for number in range(len(TRIALS[objective])):
             trial = Trial(objective, number, reward)
-            files = sorted(trial.file("seed").parent.glob(f"{trial.name}_seed*.json"))
-            if files:
-                courses = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-                rows.append(row_of(trial, courses, pilot(trial)))
+            if courses := trial.seeds():
+                rows.append(row_of(trial, courses, trial.cost))
     return sorted(rows, key=lambda row: -row["reward"])
 
 
@@ -305,8 +334,7 @@ def said(taken: Sequence[float | None], asked: float) -> str:
 def courses_of(row: Mapping[str, Any], reward: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The courses behind a row, and the cost of a step."""
     trial = Trial(row["objective"], TRIALS[row["objective"]].index(row["settings"]), reward)
-    files = sorted(trial.file("seed").parent.glob(f"{trial.name}_seed*.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files], pilot(trial)
+    return trial.seeds(), trial.cost
 
 
 def plot(reward: str) -> None:
@@ -356,7 +384,13 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--reward", choices=REWARDS, default="pick_score")
+    parser.add_argument(
+        "--pilots", action="store_true", help="measure the cost of each objective's step alone"
+    )
     parser.add_argument("--seconds", type=float, default=100, help="training seconds per run (default 100)")
+    parser.add_argument(
+        "--search-seconds", type=float, default=60, help="training seconds per run of a search (default 60)"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", choices=TRIALS, default=None, metavar="NAME")
     parser.add_argument("--write-docs", action="store_true", help="train nothing, write the page")
@@ -367,9 +401,13 @@ def main() -> None:
         return measure_pilot(Trial(args.pilot[0], int(args.pilot[1]), args.reward))
     if args.write_docs:
         return write_docs(args.reward)
-    fitting = GRADIENT_FREE if args.reward == "oracle" else TRIALS
-    for objective in args.only or fitting:
-        trial = best(objective, args.reward, args.seconds)
+    objectives = args.only or (GRADIENT_FREE if args.reward == "oracle" else TRIALS)
+    if args.pilots:
+        for trial in (Trial(name, n, args.reward) for name in objectives for n in range(len(TRIALS[name]))):
+            run_pilot(trial.pilot)
+        return None
+    for objective in objectives:
+        trial = best(objective, args.reward, args.search_seconds)
         for seed in args.seeds:
             train(trial, seed, args.seconds, f"seed_{seed}")
     return None

@@ -20,6 +20,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,6 +86,7 @@ class Counter:
 
     evaluations: of the denoiser, by video and guidance branch; one with a graph counts three, for its backward pass.
     queries: videos that the reward scored.
+    seconds: each step's, of one core's work, so that other processes do not count.
     """
 
     evaluations: int = 0
@@ -99,10 +101,11 @@ class Counter:
                 trainer.backbone.denoiser.register_forward_pre_hook(self.evaluated),
                 trainer.objective.reward.register_forward_pre_hook(self.queried),
             ]
+            start = time.process_time()
             metrics = step(trainer)
+            self.seconds.append(time.process_time() - start)
             for hook in hooks:
                 hook.remove()
-            self.seconds.append(metrics.seconds)
             return metrics
 
         return train_step

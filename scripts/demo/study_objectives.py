@@ -36,7 +36,7 @@ from Core.training.trainer import Trainer
 from Core.utils.files import write_whole
 from Core.utils.folder_lock import folder_lock
 from Core.utils.tables import read_table
-from scripts.demo.common import ROOT
+from scripts.demo.common import ROOT, heldout
 from scripts.demo.compare import HeldOut
 from scripts.demo.quickstart import CONFIG
 
@@ -69,9 +69,24 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
     ],
     "dpo": [{"group_size": size, "lr": lr} for size in (8, 16) for lr in (5e-4, 1e-3, 2e-3)],
 }
+ALL_LAYERS = '["qkv", "q_linear", "kv_linear", "proj", "fc1", "fc2"]'
+SHORT = {"prefix_steps": 4, "backprop_steps": 3}
+# Settings for the quickstart, beyond those that the objectives are compared with.
+QUICKSTART = [
+    {"backprop_steps": 3, "lr": 1e-3},
+    {**SHORT, "lr": 1e-3},
+    {**SHORT, "backprop_steps": 1, "lr": 1e-3},
+    {**SHORT, "prefix_steps": 2, "lr": 1e-3},
+    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS},
+    {**SHORT, "lr": 1e-3, "train_batch_size": 4},
+    {**SHORT, "lr": 1e-3, "adam_betas": "[0.9, 0.95]"},
+    {**SHORT, "lr": 2e-3, "lr_schedule": "cosine"},
+    {**SHORT, "lr": 1e-3, "lora_rank": 64, "lora_alpha": 64},
+]
 GRADIENT_FREE = ("grpo", "nft", "dpo")
 SCORED_FRAMES = {"decode_frame": "fml"}  # what all of them score, as the demo's configuration does
 SEARCH_SEED = 1000
+VALIDATION_SEED = 12  # of the scenes that searches and courses are judged on
 PILOT_STEPS = 4
 VALIDATIONS = {"search": 1, "seed": 4}  # besides the one before the first step
 VALIDATED = {"num_val_runs": 2, "val_batch_size": 16, "num_val_seeds": 2}
@@ -130,11 +145,17 @@ class Trial:
         return f"{self.reward}_{self.objective}_{self.number}"
 
     @property
+    def siblings(self) -> list[dict[str, Any]]:
+        """Settings of all trials of its objective."""
+        return QUICKSTART if self.objective == "quickstart" else TRIALS[self.objective]
+
+    @property
     def keys(self) -> dict[str, Any]:
-        return TRIALS[self.objective][self.number]
+        return self.siblings[self.number]
 
     def config(self, folder: Path, steps: int, **keys: Any) -> Config:
-        values = {"objective": self.objective, **SCORED_FRAMES, **self.keys, **REWARDS[self.reward]}
+        objective = "reward_gradient" if self.objective == "quickstart" else self.objective
+        values = {"objective": objective, **SCORED_FRAMES, **self.keys, **REWARDS[self.reward]}
         if "group_size" in self.keys:
             values["train_batch_size"] = 16
         values |= {"max_train_steps": steps, "checkpointing_steps": 5, "project_dir": str(folder)}
@@ -145,7 +166,7 @@ class Trial:
     @property
     def pilot(self) -> "Trial":
         """The trial whose step costs as much: that with the same settings but for the learning rate."""
-        same = [{**keys, "lr": self.keys["lr"]} == self.keys for keys in TRIALS[self.objective]]
+        same = [{**keys, "lr": self.keys["lr"]} == self.keys for keys in self.siblings]
         return Trial(self.objective, same.index(True), self.reward)
 
     @property
@@ -205,8 +226,8 @@ def train(trial: Trial, seed: int, seconds: float, kind: str) -> dict[str, Any]:
     validations = VALIDATIONS[kind.partition("_")[0]]
     steps = max(validations, round(seconds / trial.cost["step_seconds"]))
     folder = FOLDER / "runs" / f"{trial.name}_{kind}"
-    config = trial.config(folder, steps, validation_steps=-(-steps // validations), seed=seed, **VALIDATED)
-    run(config)
+    often = {"validation_steps": -(-steps // validations), "val_prompt_path": validation_prompts()}
+    run(trial.config(folder, steps, seed=seed, **often, **VALIDATED))
     table = read_table(folder / "validation.csv")
     if int(table[-1]["step"]) != steps:
         raise SystemExit("stopped; the same command continues")
@@ -217,6 +238,14 @@ def train(trial: Trial, seed: int, seconds: float, kind: str) -> dict[str, Any]:
         result |= held_out(trial, folder)
     trial.keep(kind, result)
     return result
+
+
+def validation_prompts() -> Path:
+    """A file of captions that are neither trained on nor among those of the final comparison."""
+    _, captions = heldout(VALIDATED["num_val_runs"] * VALIDATED["val_batch_size"], VALIDATION_SEED)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    write_whole(path := FOLDER / "validation_prompts.txt", "\n".join(captions) + "\n")
+    return path
 
 
 @functools.cache
@@ -231,9 +260,13 @@ def held_out(trial: Trial, folder: Path) -> dict[str, Any]:
     return {"held_out": gains, "share_of_gap": found.share_of_distance}
 
 
+def all_trials(objective: str, reward: str) -> list[Trial]:
+    return [Trial(objective, number, reward) for number in range(len(Trial(objective, 0, reward).siblings))]
+
+
 def best(objective: str, reward: str, seconds: float) -> Trial:
     """The trial with the highest held-out reward at the end of its search run."""
-    trials = [Trial(objective, number, reward) for number in range(len(TRIALS[objective]))]
+    trials = all_trials(objective, reward)
     return max(trials, key=lambda trial: train(trial, SEARCH_SEED, seconds, "search")["reward"][-1])
 
 
@@ -258,8 +291,7 @@ def rows_of(reward: str) -> list[dict[str, Any]]:
     """One row per objective that has been trained with every seed it began, best first."""
     rows = []
     for objective in TRIALS:
-        for number in range(len(TRIALS[objective])):
-            trial = Trial(objective, number, reward)
+        for trial in all_trials(objective, reward):
             if courses := trial.seeds():
                 rows.append(row_of(trial, courses, trial.cost))
     return sorted(rows, key=lambda row: -row["reward"])
@@ -395,7 +427,7 @@ def main() -> None:
         "--search-seconds", type=float, default=60, help="training seconds per run of a search (default 60)"
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=TRIALS, default=None, metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=[*TRIALS, "quickstart"], default=None, metavar="NAME")
     parser.add_argument("--write-docs", action="store_true", help="train nothing, write the page")
     parser.add_argument("--pilot", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -406,8 +438,9 @@ def main() -> None:
         return write_docs(args.reward)
     objectives = args.only or (GRADIENT_FREE if args.reward == "oracle" else TRIALS)
     if args.pilots:
-        for trial in (Trial(name, n, args.reward) for name in objectives for n in range(len(TRIALS[name]))):
-            run_pilot(trial.pilot)
+        for name in objectives:
+            for trial in all_trials(name, args.reward):
+                run_pilot(trial.pilot)
         return None
     for objective in objectives:
         trial = best(objective, args.reward, args.search_seconds)

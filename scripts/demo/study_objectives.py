@@ -426,7 +426,7 @@ def main() -> None:
     parser.add_argument(
         "--search-seconds", type=float, default=60, help="training seconds per run of a search (default 60)"
     )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: search only")
     parser.add_argument("--only", nargs="+", choices=[*TRIALS, "quickstart"], default=None, metavar="NAME")
     parser.add_argument("--write-docs", action="store_true", help="train nothing, write the page")
     parser.add_argument("--pilot", nargs=2, help=argparse.SUPPRESS)

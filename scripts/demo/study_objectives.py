@@ -70,18 +70,19 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
     "dpo": [{"group_size": size, "lr": lr} for size in (8, 16) for lr in (5e-4, 1e-3, 2e-3)],
 }
 ALL_LAYERS = '["qkv", "q_linear", "kv_linear", "proj", "fc1", "fc2"]'
-SHORT = {"prefix_steps": 4, "backprop_steps": 3}
+SHORT = {"prefix_steps": 4, "backprop_steps": 1}
 # Settings for the quickstart, beyond those that the objectives are compared with.
 QUICKSTART = [
     {"backprop_steps": 3, "lr": 1e-3},
+    {"prefix_steps": 4, "backprop_steps": 3, "lr": 1e-3},
     {**SHORT, "lr": 1e-3},
-    {**SHORT, "backprop_steps": 1, "lr": 1e-3},
-    {**SHORT, "prefix_steps": 2, "lr": 1e-3},
     {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS},
-    {**SHORT, "lr": 1e-3, "train_batch_size": 4},
-    {**SHORT, "lr": 1e-3, "adam_betas": "[0.9, 0.95]"},
     {**SHORT, "lr": 2e-3, "lr_schedule": "cosine"},
+    {**SHORT, "lr": 1e-3, "train_batch_size": 4},
+    {**SHORT, "lr": 1e-3, "prefix_steps": 2},
+    {**SHORT, "lr": 1e-3, "adam_betas": "[0.9, 0.95]"},
     {**SHORT, "lr": 1e-3, "lora_rank": 64, "lora_alpha": 64},
+    {**SHORT, "lr": 1e-3, "decode_frame": -1},
 ]
 GRADIENT_FREE = ("grpo", "nft", "dpo")
 SCORED_FRAMES = {"decode_frame": "fml"}  # what all of them score, as the demo's configuration does

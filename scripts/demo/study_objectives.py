@@ -77,12 +77,12 @@ QUICKSTART = [
     {"prefix_steps": 4, "backprop_steps": 3, "lr": 1e-3},
     {**SHORT, "lr": 1e-3},
     {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS},
-    {**SHORT, "lr": 2e-3, "lr_schedule": "cosine"},
-    {**SHORT, "lr": 1e-3, "train_batch_size": 4},
-    {**SHORT, "lr": 1e-3, "prefix_steps": 2},
-    {**SHORT, "lr": 1e-3, "adam_betas": "[0.9, 0.95]"},
-    {**SHORT, "lr": 1e-3, "lora_rank": 64, "lora_alpha": 64},
-    {**SHORT, "lr": 1e-3, "decode_frame": -1},
+    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "lr_schedule": "cosine"},
+    {**SHORT, "lr": 2e-3, "lora_targets": ALL_LAYERS, "lr_schedule": "cosine"},
+    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "train_batch_size": 4},
+    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "prefix_steps": 2},
+    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "lora_rank": 64, "lora_alpha": 64},
+    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "decode_frame": -1},
 ]
 GRADIENT_FREE = ("grpo", "nft", "dpo")
 SCORED_FRAMES = {"decode_frame": "fml"}  # what all of them score, as the demo's configuration does

@@ -32,14 +32,15 @@ def test_queries_are_interpolated_along_a_course():
 
 def test_the_table_is_made_of_kept_results_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "FOLDER", tmp_path)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "objectives.json")
     gains = {name: {"gain": 0.1} for name in study.MEASURES}
     for objective, gain in (("leap", 12.0), ("grpo", 2.0)):
         trial = study.Trial(objective, 2, "pick_score")
         result = COURSE | {"held_out": gains | {"reward": {"gain": gain}}, "share_of_gap": 0.4}
         cost = {"step_seconds": 2.0, "step_queries": 8.0, "step_evaluations": 288.0, "peak_gb": 1.2}
-        study.keep(trial.file("pilot"), cost)
+        trial.pilot.keep("pilot", cost)
         for seed in (0, 1):
-            study.keep(trial.file(f"seed_{seed}"), result)
+            trial.keep(f"seed_{seed}", result)
     first, second = study.rows_of("pick_score")
     assert (first["objective"], second["objective"], first["seeds"]) == ("leap", "grpo", 2)
     assert (first["queries"], first["evaluations"], first["seconds"]) == (160, 5760, 40)

@@ -121,25 +121,40 @@ def generate_all(
     return torch.cat(made)
 
 
+class HeldOut:
+    """``count`` held-out captions with their noise, and what base model and true videos score on them.
+
+    Args:
+        config: names model and reward; adapters trained with others cannot be compared here.
+    """
+
+    def __init__(self, config: Config, count: int, scene_seed: int = HELDOUT_SEED):
+        scenes, self.captions = heldout(count, scene_seed)
+        self.prompts = config.backbone.parse_prompts(self.captions)
+        self.backbone, self.texts = build_backbone(config, Distributed(), self.prompts)
+        reward = config.reward
+        self.reward = build_reward(reward.reward_fn, reward.arguments, device=self.backbone.device)
+        self.samples, self.quiet = plan_samples(self.prompts, 1, SEED), config.run.verbose < 1
+        truth = to_pixels(np.stack([world.render(scene) for scene in scenes])).transpose(1, 2)
+        self.true_reward = float(score(self.reward, truth, self.prompts).reward.mean())
+        self.before, self.videos_before = self.videos(None)
+
+    def videos(self, adapter: str | None) -> tuple[Scores, np.ndarray]:
+        """Scores of an adapter's videos, or the base model's, and the videos ``uint8 [P, T, H, W, 3]``."""
+        (variant,) = read_variants([adapter])
+        videos = generate_all(self.backbone, self.samples, self.texts, variant, self.quiet)
+        return score(self.reward, videos, self.prompts), to_uint8(videos.transpose(1, 2))
+
+    def compare(self, adapter: str) -> Comparison:
+        after, videos_after = self.videos(adapter)
+        return Comparison(
+            self.captions, self.before, after, self.true_reward, self.videos_before, videos_after
+        )
+
+
 def compare(config: Config, adapter: str, count: int, scene_seed: int = HELDOUT_SEED) -> Comparison:
-    """Compare base model and ``adapter`` on ``count`` held-out captions."""
-    scenes, captions = heldout(count, scene_seed)
-    prompts = config.backbone.parse_prompts(captions)
-    backbone, texts = build_backbone(config, Distributed(), prompts)
-    reward = build_reward(config.reward.reward_fn, config.reward.arguments, device=backbone.device)
-    samples, quiet = plan_samples(prompts, 1, SEED), config.run.verbose < 1
-    before, after = (
-        generate_all(backbone, samples, texts, variant, quiet) for variant in read_variants([None, adapter])
-    )
-    truth = to_pixels(np.stack([world.render(scene) for scene in scenes])).transpose(1, 2)
-    return Comparison(
-        captions,
-        score(reward, before, prompts),
-        score(reward, after, prompts),
-        float(score(reward, truth, prompts).reward.mean()),
-        to_uint8(before.transpose(1, 2)),
-        to_uint8(after.transpose(1, 2)),
-    )
+    """Compare the base model and ``adapter`` on ``count`` held-out captions."""
+    return HeldOut(config, count, scene_seed).compare(adapter)
 
 
 def save_evaluation(result: Comparison, config: Config, adapter: str, folder: Path) -> None:

@@ -1,23 +1,26 @@
 """Compare the objectives on the demo: each tuned at equal cost, then several seeds, judged on held-out prompts.
 
-``python -m scripts.demo.study_objectives [--reward pick_score] [--seconds 100] [--seeds 0 1 2] [--only NAME …]
-[--write-docs]``
+``python -m scripts.demo.study_objectives [--pilots] [--reward pick_score] [--seconds 100]
+[--seeds 0 1 2] [--only NAME …] [--write-docs]``
 
 Every objective first tries its own settings (``TRIALS``) with one seed of its own; the one with the highest held-out
 reward is then trained with every seed. Each run takes the same number of seconds of optimiser steps, by the time of a
 step that a pilot of its own process measured, together with its reward queries, network evaluations and peak memory.
-Runs lie in runs/study_objectives, and what is known of each in its ``results`` folder; finished ones are not repeated,
-and interrupted ones continue. ``--write-docs`` trains nothing: it writes the table, its CSV and the figure of
-docs/objectives.md.
+Runs lie in runs/study_objectives, and what is known of each in docs/benchmarks/objectives.json; finished ones are not
+repeated, and interrupted ones continue. Several of these commands may run at once, with other objectives each.
+``--pilots`` measures the cost of every step and nothing else: run it alone on a quiet machine, first. ``--write-docs``
+trains nothing: it writes the table, its CSV and the figure of docs/objectives.md.
 """
 
 import argparse
 import csv
+import functools
 import json
 import resource
 import statistics
 import subprocess
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,14 +34,17 @@ from Core.cli import run
 from Core.config import Config, load_config
 from Core.training.trainer import Trainer
 from Core.utils.files import write_whole
+from Core.utils.folder_lock import folder_lock
 from Core.utils.tables import read_table
-from scripts.demo.common import ROOT
-from scripts.demo.compare import compare
+from scripts.demo.common import ROOT, heldout
+from scripts.demo.compare import HeldOut
 from scripts.demo.quickstart import CONFIG
 
 FOLDER = ROOT / "runs" / "study_objectives"
 PAGE = ROOT / "docs" / "objectives.md"
-TABLE, PLOT = (ROOT / "docs" / "benchmarks" / f"objectives.{kind}" for kind in ("csv", "svg"))
+RESULTS, TABLE, PLOT = (
+    ROOT / "docs" / "benchmarks" / f"objectives.{kind}" for kind in ("json", "csv", "svg")
+)
 BEGIN, END = "<!-- study: written by scripts/demo/study_objectives.py -->", "<!-- end of study -->"
 ORACLE = str(ROOT / "scripts" / "demo" / "oracle_reward.py") + ":Oracle"
 REWARDS: dict[str, dict[str, Any]] = {
@@ -63,12 +69,28 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
     ],
     "dpo": [{"group_size": size, "lr": lr} for size in (8, 16) for lr in (5e-4, 1e-3, 2e-3)],
 }
+ALL_LAYERS = '["qkv", "q_linear", "kv_linear", "proj", "fc1", "fc2"]'
+SHORT = {"prefix_steps": 4, "backprop_steps": 1}
+# Settings for the quickstart, beyond those that the objectives are compared with.
+QUICKSTART = [
+    {"backprop_steps": 3, "lr": 1e-3},
+    {"prefix_steps": 4, "backprop_steps": 3, "lr": 1e-3},
+    {**SHORT, "lr": 1e-3},
+    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS},
+    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "lr_schedule": "cosine"},
+    {**SHORT, "lr": 2e-3, "lora_targets": ALL_LAYERS, "lr_schedule": "cosine"},
+    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "train_batch_size": 4},
+    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "prefix_steps": 2},
+    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "lora_rank": 64, "lora_alpha": 64},
+    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "decode_frame": -1},
+]
 GRADIENT_FREE = ("grpo", "nft", "dpo")
 SCORED_FRAMES = {"decode_frame": "fml"}  # what all of them score, as the demo's configuration does
 SEARCH_SEED = 1000
+VALIDATION_SEED = 12  # of the scenes that searches and courses are judged on
 PILOT_STEPS = 4
-VALIDATIONS = 4  # besides the one before the first step
-VALIDATED = {"num_val_runs": 3, "val_batch_size": 16, "num_val_seeds": 2}
+VALIDATIONS = {"search": 1, "seed": 4}  # besides the one before the first step
+VALIDATED = {"num_val_runs": 2, "val_batch_size": 16, "num_val_seeds": 2}
 HELD_OUT = 256  # prompts of the final comparison
 QUERIES = 500  # of the best objective with a gradient, whose reward the others have to reach
 MEASURES = ("reward", "colour_and_shape", "direction", "motion")
@@ -80,6 +102,7 @@ class Counter:
 
     evaluations: of the denoiser, by video and guidance branch; one with a graph counts three, for its backward pass.
     queries: videos that the reward scored.
+    seconds: each step's, of one core's work, so that other processes do not count.
     """
 
     evaluations: int = 0
@@ -94,10 +117,11 @@ class Counter:
                 trainer.backbone.denoiser.register_forward_pre_hook(self.evaluated),
                 trainer.objective.reward.register_forward_pre_hook(self.queried),
             ]
+            start = time.process_time()
             metrics = step(trainer)
+            self.seconds.append(time.process_time() - start)
             for hook in hooks:
                 hook.remove()
-            self.seconds.append(metrics.seconds)
             return metrics
 
         return train_step
@@ -122,11 +146,17 @@ class Trial:
         return f"{self.reward}_{self.objective}_{self.number}"
 
     @property
+    def siblings(self) -> list[dict[str, Any]]:
+        """Settings of all trials of its objective."""
+        return QUICKSTART if self.objective == "quickstart" else TRIALS[self.objective]
+
+    @property
     def keys(self) -> dict[str, Any]:
-        return TRIALS[self.objective][self.number]
+        return self.siblings[self.number]
 
     def config(self, folder: Path, steps: int, **keys: Any) -> Config:
-        values = {"objective": self.objective, **SCORED_FRAMES, **self.keys, **REWARDS[self.reward]}
+        objective = "reward_gradient" if self.objective == "quickstart" else self.objective
+        values = {"objective": objective, **SCORED_FRAMES, **self.keys, **REWARDS[self.reward]}
         if "group_size" in self.keys:
             values["train_batch_size"] = 16
         values |= {"max_train_steps": steps, "checkpointing_steps": 5, "project_dir": str(folder)}
@@ -134,18 +164,38 @@ class Trial:
         flags = (f"--{key.replace('_', '-')}={value}" for key, value in values.items())
         return load_config([str(CONFIG), *flags])
 
-    def file(self, kind: str) -> Path:
-        """Where the result of a kind of run is kept."""
-        return FOLDER / "results" / f"{self.name}_{kind}.json"
+    @property
+    def pilot(self) -> "Trial":
+        """The trial whose step costs as much: that with the same settings but for the learning rate."""
+        same = [{**keys, "lr": self.keys["lr"]} == self.keys for keys in self.siblings]
+        return Trial(self.objective, same.index(True), self.reward)
+
+    @property
+    def cost(self) -> dict[str, float]:
+        """What a step costs: ``step_seconds``, ``step_queries``, ``step_evaluations``; and ``peak_gb``."""
+        if (cost := self.pilot.kept("pilot")) is None:
+            raise SystemExit(f"{self.pilot.name} has not been timed; run this command with --pilots first")
+        return cost
+
+    def kept(self, kind: str) -> dict[str, Any] | None:
+        """The result of a kind of run, if it is known."""
+        return read_results().get(self.name, {}).get(kind)
+
+    def keep(self, kind: str, result: Mapping[str, Any]) -> None:
+        with folder_lock(FOLDER):
+            results = read_results()
+            results.setdefault(self.name, {})[kind] = result
+            write_whole(RESULTS, json.dumps(dict(sorted(results.items())), indent=1) + "\n")
+
+    def seeds(self) -> list[dict[str, Any]]:
+        """Results of the runs with each seed."""
+        runs = read_results().get(self.name, {})
+        return [runs[kind] for kind in sorted(runs) if kind.startswith("seed")]
 
 
-def kept(file: Path) -> dict[str, Any] | None:
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else None
-
-
-def keep(file: Path, result: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, json.dumps(result, indent=1) + "\n")
+def read_results() -> dict[str, dict[str, Any]]:
+    """What is known of each run, by trial and kind of run."""
+    return json.loads(RESULTS.read_text(encoding="utf-8")) if RESULTS.is_file() else {}
 
 
 def measure_pilot(trial: Trial) -> None:
@@ -160,46 +210,64 @@ def measure_pilot(trial: Trial) -> None:
         "step_evaluations": counter.evaluations / PILOT_STEPS,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }
-    keep(trial.file("pilot"), result)
+    trial.keep("pilot", result)
 
 
-def pilot(trial: Trial) -> dict[str, Any]:
-    """The cost of a step, measured once."""
-    if kept(trial.file("pilot")) is None:
+def run_pilot(trial: Trial) -> None:
+    """Measure the cost of a step, unless it is known."""
+    if trial.kept("pilot") is None:
         own = ["--reward", trial.reward, "--pilot", trial.objective, str(trial.number)]
         subprocess.run([sys.executable, "-m", "scripts.demo.study_objectives", *own], cwd=ROOT, check=True)
-    return json.loads(trial.file("pilot").read_text(encoding="utf-8"))
 
 
 def train(trial: Trial, seed: int, seconds: float, kind: str) -> dict[str, Any]:
-    """The course of a run of so many seconds of optimiser steps."""
-    if (result := kept(trial.file(kind))) is not None:
+    """The course of a run of so many seconds of optimiser steps; ``kind`` is ``search`` or ``seed_<n>``."""
+    if (result := trial.kept(kind)) is not None:
         return result
-    steps = max(VALIDATIONS, round(seconds / pilot(trial)["step_seconds"]))
+    validations = VALIDATIONS[kind.partition("_")[0]]
+    steps = max(validations, round(seconds / trial.cost["step_seconds"]))
     folder = FOLDER / "runs" / f"{trial.name}_{kind}"
-    config = trial.config(folder, steps, validation_steps=-(-steps // VALIDATIONS), seed=seed, **VALIDATED)
-    run(config)
+    often = {"validation_steps": -(-steps // validations), "val_prompt_path": validation_prompts()}
+    run(trial.config(folder, steps, seed=seed, **often, **VALIDATED))
     table = read_table(folder / "validation.csv")
     if int(table[-1]["step"]) != steps:
         raise SystemExit("stopped; the same command continues")
     result = {"steps": [int(row["step"]) for row in table]}
-    result |= {name: [row[name] for row in table] for name in ("reward", "motion", "diversity")}
+    for name in ("reward", "motion", "diversity", "dynamic_degree"):
+        result[name] = [row[name] for row in table]
     if kind != "search":
-        result |= held_out(config, folder)
-    keep(trial.file(kind), result)
+        result |= held_out(trial, folder)
+    trial.keep(kind, result)
     return result
 
 
-def held_out(config: Config, folder: Path) -> dict[str, Any]:
+def validation_prompts() -> Path:
+    """A file of captions that are neither trained on nor among those of the final comparison."""
+    _, captions = heldout(VALIDATED["num_val_runs"] * VALIDATED["val_batch_size"], VALIDATION_SEED)
+    FOLDER.mkdir(parents=True, exist_ok=True)
+    write_whole(path := FOLDER / "validation_prompts.txt", "\n".join(captions) + "\n")
+    return path
+
+
+@functools.cache
+def held_out_videos(reward: str) -> HeldOut:
+    return HeldOut(Trial("reward_gradient", 0, reward).config(FOLDER, 1), HELD_OUT)
+
+
+def held_out(trial: Trial, folder: Path) -> dict[str, Any]:
     """What base model and adapter score on held-out prompts, by measure, and the share of the gap that was closed."""
-    found = compare(config, str(folder / "adapter"), HELD_OUT)
+    found = held_out_videos(trial.reward).compare(str(folder / "adapter"))
     gains = {name: vars(found.gain(name)) for name in MEASURES}
     return {"held_out": gains, "share_of_gap": found.share_of_distance}
 
 
+def all_trials(objective: str, reward: str) -> list[Trial]:
+    return [Trial(objective, number, reward) for number in range(len(Trial(objective, 0, reward).siblings))]
+
+
 def best(objective: str, reward: str, seconds: float) -> Trial:
     """The trial with the highest held-out reward at the end of its search run."""
-    trials = [Trial(objective, number, reward) for number in range(len(TRIALS[objective]))]
+    trials = all_trials(objective, reward)
     return max(trials, key=lambda trial: train(trial, SEARCH_SEED, seconds, "search")["reward"][-1])
 
 
@@ -224,12 +292,9 @@ def rows_of(reward: str) -> list[dict[str, Any]]:
     """One row per objective that has been trained with every seed it began, best first."""
     rows = []
     for objective in TRIALS:
-        for number in range(len(TRIALS[objective])):
-            trial = Trial(objective, number, reward)
-            files = sorted(trial.file("seed").parent.glob(f"{trial.name}_seed*.json"))
-            if files:
-                courses = [json.loads(file.read_text(encoding="utf-8")) for file in files]
-                rows.append(row_of(trial, courses, pilot(trial)))
+        for trial in all_trials(objective, reward):
+            if courses := trial.seeds():
+                rows.append(row_of(trial, courses, trial.cost))
     return sorted(rows, key=lambda row: -row["reward"])
 
 
@@ -305,8 +370,7 @@ def said(taken: Sequence[float | None], asked: float) -> str:
 def courses_of(row: Mapping[str, Any], reward: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
     """The courses behind a row, and the cost of a step."""
     trial = Trial(row["objective"], TRIALS[row["objective"]].index(row["settings"]), reward)
-    files = sorted(trial.file("seed").parent.glob(f"{trial.name}_seed*.json"))
-    return [json.loads(file.read_text(encoding="utf-8")) for file in files], pilot(trial)
+    return trial.seeds(), trial.cost
 
 
 def plot(reward: str) -> None:
@@ -356,9 +420,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--reward", choices=REWARDS, default="pick_score")
+    parser.add_argument(
+        "--pilots", action="store_true", help="measure the cost of each objective's step alone"
+    )
     parser.add_argument("--seconds", type=float, default=100, help="training seconds per run (default 100)")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--only", nargs="+", choices=TRIALS, default=None, metavar="NAME")
+    parser.add_argument(
+        "--search-seconds", type=float, default=60, help="training seconds per run of a search (default 60)"
+    )
+    parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: search only")
+    parser.add_argument("--only", nargs="+", choices=[*TRIALS, "quickstart"], default=None, metavar="NAME")
     parser.add_argument("--write-docs", action="store_true", help="train nothing, write the page")
     parser.add_argument("--pilot", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -367,9 +437,14 @@ def main() -> None:
         return measure_pilot(Trial(args.pilot[0], int(args.pilot[1]), args.reward))
     if args.write_docs:
         return write_docs(args.reward)
-    fitting = GRADIENT_FREE if args.reward == "oracle" else TRIALS
-    for objective in args.only or fitting:
-        trial = best(objective, args.reward, args.seconds)
+    objectives = args.only or (GRADIENT_FREE if args.reward == "oracle" else TRIALS)
+    if args.pilots:
+        for name in objectives:
+            for trial in all_trials(name, args.reward):
+                run_pilot(trial.pilot)
+        return None
+    for objective in objectives:
+        trial = best(objective, args.reward, args.search_seconds)
         for seed in args.seeds:
             train(trial, seed, args.seconds, f"seed_{seed}")
     return None

@@ -15,13 +15,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 from Core.commands.catalogue import FILE  # noqa: E402
-from Core.config import load_config  # noqa: E402
+from Core.config import ConfigError, load_config  # noqa: E402
 from Core.needs import model_needs  # noqa: E402
 from Core.rewards import REGISTRY, Reward, Weight, resolve_reward  # noqa: E402
-from Core.utils.shipped import shipped_configs  # noqa: E402
-
-# Some configs name files that their users bring.
-WITHOUT_USERS_FILES = ["--prompt", "a fox", "--prompt-path", "None", "--base-adapters", "[]"]
+from Core.utils.shipped import WITHOUT_USERS_FILES, shipped_configs  # noqa: E402
 
 
 def described(weights: Iterable[Weight]) -> list[dict[str, Any]]:
@@ -33,13 +30,22 @@ def described(weights: Iterable[Weight]) -> list[dict[str, Any]]:
     ]
 
 
+def loads_by_itself(file: Path) -> bool:
+    """Whether the config needs no file of its user's."""
+    try:
+        load_config([str(file)])
+    except ConfigError:
+        return False
+    return True
+
+
 def model(file: Path) -> dict[str, Any]:
     config = load_config([str(file), *WITHOUT_USERS_FILES])
     source = next(iter(model_needs(config.models.backbone, config.family))).weight
     named = {"source": "ships with VADER" if source.is_local else source.source}
     return named | {
         "family": config.models.backbone,
-        "for_init": config.run.is_vader_training and not source.is_local,
+        "for_init": config.run.is_vader_training and not source.is_local and loads_by_itself(file),
     }
 
 

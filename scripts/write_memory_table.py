@@ -1,7 +1,7 @@
 """Estimate every family at its sizes and write the tables of docs/memory.md: `python scripts/write_memory_table.py`.
 
-Nothing is measured on a card: the figures are those of scripts/estimate.py. `docs/benchmarks/memory.json` keeps them,
-and `docs/benchmarks/estimate-check.json` the comparison with real steps (scripts/check_estimate.py --json).
+Nothing is measured on a card: the figures are those of `vader estimate`. `docs/estimates/memory.json` keeps them,
+and `docs/estimates/check.json` the comparison with real steps (scripts/check_estimate.py --json).
 """
 
 import argparse
@@ -21,11 +21,13 @@ from Core.estimate.fake_run import FakeRun, fake_run  # noqa: E402
 from Core.utils.files import write_whole  # noqa: E402
 
 PAGE = ROOT / "docs" / "memory.md"
-FIGURES = ROOT / "docs" / "benchmarks" / "memory.json"
-CHECK = ROOT / "docs" / "benchmarks" / "estimate-check.json"
+FIGURES = ROOT / "docs" / "estimates" / "memory.json"
+CHECK = ROOT / "docs" / "estimates" / "check.json"
 TABLE = "(<!-- {}: [^\n]*-->\n)(.*?)(<!-- end -->)"
 GIB = 1 << 30
 OPENSORA = "Open-Sora/configs/opensora-v1-2/vader/vader_train.py"
+PICTURE = ROOT / "assets" / "before_after.png"
+FROM_A_PICTURE = f'a fox wakes up {{"reference_path": "{PICTURE}"}}'
 # Row → config and flags.
 RUNS: dict[str, tuple[str, ...]] = {
     **{
@@ -35,8 +37,10 @@ RUNS: dict[str, tuple[str, ...]] = {
     "Wan 2.1 1.3B, 480p, 81 frames": ("configs/wan/t2v_1_3b.py",),
     "Wan 2.2 TI2V-5B, 704p, 121 frames": ("configs/wan/ti2v_5b.py",),
     "Wan 2.1 14B, 480p, 81 frames": ("configs/wan/t2v_14b.py",),
+    "Wan 2.1 14B distilled, 480p, 81 frames": ("configs/wan/t2v_14b_4_steps.py", "--base-adapters", "[]"),
     "Wan 2.1 14B, 720p, 81 frames": ("configs/wan/t2v_14b_720p.py",),
     "Wan 2.2 A14B, 480p, 81 frames": ("configs/wan/t2v_a14b.py",),
+    "Wan 2.2 I2V A14B, 480p, 81 frames": ("configs/wan/i2v_a14b.py", "--prompt", FROM_A_PICTURE),
     "HunyuanVideo 1.5, 480p, 121 frames": ("configs/hunyuan_video15/t2v_480p.py",),
     "HunyuanVideo 1.5, 720p, 121 frames": ("configs/hunyuan_video15/t2v_720p.py",),
     "LTX-Video 2B, 512p, 4 s": ("configs/ltx/ltx_video.py",),

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 from twins import config_file
 
 from Core.backbones import Backbone
@@ -288,7 +289,8 @@ def saved_bytes(compute: Any) -> tuple[int, Any]:
 
     def alive() -> list[torch.Tensor]:
         gc.collect()
-        return [found for found in gc.get_objects() if issubclass(type(found), torch.Tensor)]
+        found = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
+        return [tensor for tensor in found if not isinstance(tensor, FakeTensor)]
 
     before = {tensor.untyped_storage().data_ptr() for tensor in alive()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):

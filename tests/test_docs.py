@@ -19,6 +19,7 @@ import torch
 import twin_runs
 import yaml
 from huggingface_hub.errors import LocalEntryNotFoundError
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from Core.backbones import BACKBONES
@@ -281,6 +282,23 @@ def on_its_base(text: str) -> str:
     return found if count else f"_base_ = {str(DEMO)!r}\n{text}"
 
 
+def write_demo_adapter(twins: Path, file: Path) -> None:
+    """The twin's adapter with its factors cut or filled up to the demo's layers."""
+    with (
+        safe_open(twins, "pt") as given,
+        safe_open(ROOT / "assets/demo/stdit/model.safetensors", "pt") as demo,
+    ):
+        state = {}
+        for key in given.keys():
+            layer, _, side = key.removeprefix("base_model.model.").rpartition(".lora_")
+            rows, columns = demo.get_slice(f"{layer}.weight").get_shape()
+            factor = given.get_tensor(key)
+            state[key] = (
+                torch.zeros(len(factor), columns) if side[0] == "A" else torch.zeros(rows, factor.shape[1])
+            )
+        save_file(state, file, given.metadata())
+
+
 @pytest.fixture
 def readers_files(with_a_run):
     """What the snippets name that a reader would have."""
@@ -298,7 +316,7 @@ def readers_files(with_a_run):
     )
     for name in ("step_distilled", "style", "wan_4_steps"):
         (with_a_run / "loras").mkdir(exist_ok=True)
-        (with_a_run / "loras" / f"{name}.safetensors").symlink_to(with_a_run / "own.safetensors")
+        write_demo_adapter(with_a_run / "own.safetensors", with_a_run / "loras" / f"{name}.safetensors")
     data = with_a_run / "data"
     data.mkdir()
     for name, part in (("OpenSora-STDiT-v3", "stdit"), ("OpenSora-VAE-v1.2", "vae"), ("t5-v1_1-xxl", "t5")):

@@ -53,6 +53,7 @@ def test_a_run_leaves_playable_videos_and_their_settings(plain):
     assert {path.name for path in plain.iterdir()} == {
         *videos,
         "prompts.jsonl",
+        "gallery.html",
         "log.txt",
         "environment.json",
     }

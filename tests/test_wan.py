@@ -262,7 +262,7 @@ def test_a_latent_frame_is_recomputed_block_by_block():
     peaks, gradients = {}, {}
     for by_block in (False, True):
         torch.manual_seed(0)
-        backbone = channel_twin(5)
+        backbone = channel_twin(5, "2.1")
         backbone.denoiser, backbone.checkpointing = torch.nn.Identity(), True
         if by_block:
             backbone.enable_checkpointing()
@@ -397,7 +397,7 @@ def test_frames_by_time_are_those_of_the_video(folders):
         chosen = backbone.decode_at(z, torch.tensor([[0, 3, 8]] * 2), "causal")
         one = backbone.decode_frames(z, torch.tensor([[0, 2], [1, 1]]), "causal")
     assert torch.allclose(chosen, video[:, :, [0, 3, 8]].transpose(1, 2), atol=1e-5)
-    assert torch.allclose(one[0], video[0, :, [0, 8]].transpose(0, 1), atol=1e-5)
+    assert torch.allclose(one[0], video[0, :, [0, 8]].transpose(0, 1), atol=5e-5)  # of pixels in [-2, 2]
     assert torch.allclose(one[1], video[1, :, [4, 4]].transpose(0, 1), atol=1e-5)
 
 

@@ -144,10 +144,16 @@ def test_what_is_no_run_or_no_port_ends_with_a_sentence(tmp_path, finished, serv
 
 
 def test_ctrl_c_ends_it_in_one_sentence(tmp_path, capfd):
+    # A shell's background jobs ignore Ctrl-C, and so would this test where the suite is one.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+
     def interrupt_soon(server) -> None:
         threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
 
-    watch.watch(tmp_path, 0, interrupt_soon)
+    try:
+        watch.watch(tmp_path, 0, interrupt_soon)
+    finally:
+        signal.signal(signal.SIGINT, before)
     told, rest = capfd.readouterr().out.split("\n", 1)
     assert re.search(r"http://127\.0\.0\.1:\d+/ ", told)
     assert rest.strip() == "no longer watching; the run goes on"

@@ -39,11 +39,11 @@ def list_models() -> None:
     with importing():
         from Core.config import load_config
         from Core.needs import model_needs
-        from Core.utils.shipped import shipped_configs
+        from Core.utils.shipped import WITHOUT_USERS_FILES, shipped_configs
 
     rows = {}
     for name, file in shipped_configs().items():
-        config = load_config([str(file)])
+        config = load_config([str(file), *WITHOUT_USERS_FILES])
         weights = [need.weight for need in model_needs(config.models.backbone, config.family)]
         size = config.video.image_size
         frame = "×".join(map(str, size)) if size else config.video.resolution

@@ -1,6 +1,5 @@
-"""`CONFIG [--gpu NAME …] [--processes N] [--json FILE] [flags]`: what a run will need, printed as a table."""
+"""What a run will need, printed as a table."""
 
-import argparse
 import json
 import sys
 import time
@@ -17,38 +16,32 @@ from Core.utils.files import write_whole
 GIB = 1 << 30
 
 
-def estimate(argv: Sequence[str]) -> None:
+def estimate(
+    argv: Sequence[str], cards: Sequence[str] = (), processes: int = 1, file: Path | None = None
+) -> None:
     """Estimate a run and print it.
 
+    Args:
+        argv: ``CONFIG [flags]``.
+        cards: names of those it may run on.
+        processes: of the run, one per card.
+        file: where to write the figures too, as JSON.
+
     Raises:
-        ConfigError, ValueError: what is wrong with the flags, the configuration, or sizes that are not known.
+        ConfigError, ValueError: what is wrong with the arguments, the configuration, or sizes that are not known.
     """
-    own, rest = parser().parse_known_args(argv)
-    if unknown := sorted(set(own.gpu) - set(CARDS)):
+    if unknown := sorted(set(cards) - set(CARDS)):
         raise ConfigError([f"--gpu must be one of {', '.join(CARDS)}, got {unknown[0]!r}"])
-    if own.processes < 1:
-        raise ConfigError([f"--processes must be at least 1, got {own.processes}"])
-    config = load_config(rest)
-    run = fake_run(config, own.processes, tell=progress())
-    print(table(run, [CARDS[name] for name in own.gpu]))
+    if processes < 1:
+        raise ConfigError([f"--processes must be at least 1, got {processes}"])
+    config = load_config(argv)
+    run = fake_run(config, processes, tell=progress())
+    print(table(run, [CARDS[name] for name in cards]))
     report: dict[str, Any] = {"phases": figures(run), "networks": run.networks, "cards": {}}
-    for line in verdicts(config, run, own.gpu, own.processes, report):
+    for line in verdicts(config, run, cards, processes, report):
         print(line)
-    if own.json:
-        write_whole(own.json, json.dumps(report, indent=1) + "\n")
-
-
-def parser() -> argparse.ArgumentParser:
-    own = argparse.ArgumentParser(
-        prog="vader estimate",
-        usage="%(prog)s CONFIG [--gpu NAME …] [--processes N] [--json FILE] [flags of CONFIG]",
-        description="Peak memory, operations and seconds of a run, without its weights and without a GPU.",
-        allow_abbrev=False,
-    )
-    own.add_argument("--gpu", nargs="+", default=[], metavar="NAME", help=f"any of {', '.join(CARDS)}")
-    own.add_argument("--processes", type=int, default=1, metavar="N", help="of the run, one per card")
-    own.add_argument("--json", type=Path, metavar="FILE", help="also write the figures")
-    return own
+    if file:
+        write_whole(file, json.dumps(report, indent=1) + "\n")
 
 
 def progress() -> Callable[[str], None]:

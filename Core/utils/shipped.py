@@ -13,6 +13,8 @@ from Core.utils.registry import did_you_mean
 
 # Folders of configs in a checkout or a wheel; the last is that of a patched Open-Sora checkout.
 FOLDERS = ("configs", "Open-Sora/configs/opensora-v1-2/vader", "configs/opensora-v1-2/vader")
+# Flags that replace the files which some configs expect their users to bring.
+WITHOUT_USERS_FILES = ("--prompt", "a fox", "--prompt-path", "None", "--base-adapters", "[]")
 # What a path may be relative to beside the current directory.
 ROOTS = ("", "Open-Sora")
 

@@ -6,7 +6,7 @@
 Every objective first tries its own settings (``TRIALS``) with one seed of its own; the one with the highest held-out
 reward is then trained with every seed. Each run takes the same number of seconds of optimiser steps, by the time of a
 step that a pilot of its own process measured, together with its reward queries, network evaluations and peak memory.
-Runs lie in runs/study_objectives, and what is known of each in docs/benchmarks/objectives.json; finished ones are not
+Runs lie in runs/study_objectives, and what is known of each in docs/studies/objectives.json; finished ones are not
 repeated, and interrupted ones continue. Several of these commands may run at once, with other objectives each.
 ``--pilots`` measures the cost of every step and nothing else: run it alone on a quiet machine, first. ``--write-docs``
 trains nothing: it writes the table, its CSV and the figure of docs/objectives.md.
@@ -42,9 +42,7 @@ from scripts.demo.quickstart import CONFIG
 
 FOLDER = ROOT / "runs" / "study_objectives"
 PAGE = ROOT / "docs" / "objectives.md"
-RESULTS, TABLE, PLOT = (
-    ROOT / "docs" / "benchmarks" / f"objectives.{kind}" for kind in ("json", "csv", "svg")
-)
+RESULTS, TABLE, PLOT = (ROOT / "docs" / "studies" / f"objectives.{kind}" for kind in ("json", "csv", "svg"))
 BEGIN, END = "<!-- study: written by scripts/demo/study_objectives.py -->", "<!-- end of study -->"
 ORACLE = str(ROOT / "scripts" / "demo" / "oracle_reward.py") + ":Oracle"
 REWARDS: dict[str, dict[str, Any]] = {
@@ -407,7 +405,7 @@ def write_docs(reward: str) -> None:
             f"Gains on {HELD_OUT} held-out prompts after equal training time; `{reward}` is trained.",
             as_table(rows),
             " ".join(query_ratios(reward)),
-            "![Held-out reward against queries and seconds](benchmarks/objectives.svg)",
+            "![Held-out reward against queries and seconds](studies/objectives.svg)",
             END,
         ]
     )

@@ -12,7 +12,7 @@ HELP = """usage: vader quickstart [--prompts N] [flags]
 
 Trains the demo with reward gradients, compares it with the base model on N held-out captions (default 256), and writes
 pictures, videos and a report to runs/quickstart in the current directory. It takes minutes on two CPU cores and needs
-no download. Every key of the demo's config (vader_demo) is a flag too."""
+no download. Every key of its config, vader_quickstart, is a flag too."""
 
 
 def main(argv: Sequence[str]) -> int:

@@ -28,7 +28,7 @@ from Core.utils.distributed import Distributed
 from Core.utils.timing import Stopwatch
 from scripts.bench import page
 from scripts.benchmark import origin
-from scripts.demo.quickstart import CONFIG
+from scripts.demo.common import DEMO
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "exact": {},
@@ -54,7 +54,7 @@ class Outcome:
 def trainer_of(option: str, folder: Path) -> Trainer:
     values = {"verbose": 0, "project_dir": str(folder), **OPTIONS[option]}
     flags = [f"--{key.replace('_', '-')}={value}" for key, value in values.items()]
-    config = load_config([str(CONFIG), *flags])
+    config = load_config([str(DEMO), *flags])
     return build_trainer(config, Distributed(config.optimizer.mixed_precision), folder)
 
 

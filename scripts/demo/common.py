@@ -15,6 +15,7 @@ from scripts.demo import world
 ROOT = Path(__file__).resolve().parents[2]
 WORK = ROOT / "runs" / "demo_pretrain"
 ASSETS = ROOT / "assets" / "demo"
+DEMO = ROOT / "Open-Sora/configs/opensora-v1-2/vader/vader_demo.py"
 SEED = 7
 HELDOUT_SEED = 11
 HELDOUT_WORDING = 100_000

@@ -25,15 +25,13 @@ from Core.generation.manifest import read_manifest
 from Core.sampling.kept_frames import KeptFrames
 from opensora.datasets import read_from_path
 from scripts.demo import oracle, world
-from scripts.demo.common import ROOT, heldout, psnr, to_pixels, to_uint8
-
-CONFIG = ROOT / "Open-Sora/configs/opensora-v1-2/vader/vader_demo.py"
+from scripts.demo.common import DEMO, heldout, psnr, to_pixels, to_uint8
 
 
 def sample(folder: Path, captions: list[str], *flags: str) -> None:
     """Generate one video per caption, with the base model unless ``flags`` say otherwise."""
     (folder / "prompts.txt").write_text("\n".join(captions) + "\n", encoding="utf-8")
-    argv = [str(CONFIG), "--is-vader-training", "False", "--prompt-path", str(folder / "prompts.txt")]
+    argv = [str(DEMO), "--is-vader-training", "False", "--prompt-path", str(folder / "prompts.txt")]
     code = run([*argv, "--project-dir", str(folder / "videos"), *flags])
     if code:
         raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""Measure what the savings lose: the quickstart's training without them, with them, and with a 16-, 8- or 4-bit base.
+"""Measure what the savings lose: the demo's training without them, with them, and with a 16-, 8- or 4-bit base.
 
 Paths run one after the other. Each is compared with its own base model, stored as in its training.
 
@@ -25,8 +25,8 @@ from Core.utils.tables import read_table
 from scripts.bench import page
 from scripts.bench.plain import plain_path
 from scripts.benchmark import origin
+from scripts.demo.common import DEMO
 from scripts.demo.compare import compare
-from scripts.demo.quickstart import CONFIG
 
 PLAIN = "plain"
 PATHS: dict[str, list[str]] = {
@@ -65,7 +65,7 @@ def measure(prompts: int, flags: list[str]) -> list[dict[str, Any]]:
     plain: np.ndarray | None = None
     for name, changes in PATHS.items():
         with tempfile.TemporaryDirectory() as folder:
-            config = load_config([str(CONFIG), "--project-dir", folder, "--verbose", "0", *flags, *changes])
+            config = load_config([str(DEMO), "--project-dir", folder, "--verbose", "0", *flags, *changes])
             adapter = train(config, plain=name == PLAIN)
             result = compare(config, str(adapter), prompts)
             seconds = sum(row["seconds"] for row in read_table(Path(folder) / "metrics.csv"))

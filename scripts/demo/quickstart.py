@@ -1,6 +1,6 @@
 """Train the demo with reward gradients, then show the same held-out prompts before and after.
 
-``vader quickstart [--prompts 256] [flags]``; every key of the demo's config is a flag.
+``vader quickstart [--prompts 256] [flags]``; every key of its config is a flag.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from Core.evaluation.report import write_report  # noqa: E402
 from scripts.demo.compare import Comparison, compare, save_evaluation, train  # noqa: E402
 from scripts.demo.pictures import contact_sheet, reward_curve, side_by_side  # noqa: E402
 
-CONFIG = ROOT / "Open-Sora/configs/opensora-v1-2/vader/vader_demo.py"
+CONFIG = ROOT / "Open-Sora/configs/opensora-v1-2/vader/vader_quickstart.py"
 SHOWN = 12
 
 
@@ -32,9 +32,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     own, flags = parser.parse_known_args(argv)
     if own.prompts < SHOWN:
         parser.error(f"--prompts is {own.prompts}; give at least {SHOWN}, which the pictures show")
-    defaults = ["--project-dir", "runs/quickstart", "--resume", "never"]
     try:
-        config = load_config([str(CONFIG), *defaults, *flags])
+        config = load_config([str(CONFIG), "--resume", "never", *flags])
     except ConfigError as error:
         print("\n".join(f"error: {sentence}" for sentence in error.errors), file=sys.stderr)
         return 2

@@ -36,9 +36,8 @@ from Core.training.trainer import Trainer
 from Core.utils.files import write_whole
 from Core.utils.folder_lock import folder_lock
 from Core.utils.tables import read_table
-from scripts.demo.common import ROOT, heldout
+from scripts.demo.common import DEMO, ROOT, heldout
 from scripts.demo.compare import HeldOut
-from scripts.demo.quickstart import CONFIG
 
 FOLDER = ROOT / "runs" / "study_objectives"
 PAGE = ROOT / "docs" / "objectives.md"
@@ -160,7 +159,7 @@ class Trial:
         values |= {"max_train_steps": steps, "checkpointing_steps": 5, "project_dir": str(folder)}
         values |= {"verbose": 0, **keys}
         flags = (f"--{key.replace('_', '-')}={value}" for key, value in values.items())
-        return load_config([str(CONFIG), *flags])
+        return load_config([str(DEMO), *flags])
 
     @property
     def pilot(self) -> "Trial":

@@ -22,15 +22,14 @@ from Core.config import load_config
 from Core.config.files import read_run
 from Core.utils.environment import read_starts
 from Core.utils.tables import read_table
-from scripts.demo.common import ROOT
-from scripts.demo.quickstart import CONFIG
+from scripts.demo.common import DEMO, ROOT
 
 FOLDER = ROOT / "runs" / "study_windows"
 PAGE = ROOT / "docs" / "learning-study.md"
 TABLE, PLOT = (ROOT / "docs" / "benchmarks" / f"learning-study.{kind}" for kind in ("csv", "svg"))
-DEMO = load_config([str(CONFIG)])
-SAMPLING_STEPS = DEMO.backbone.num_sampling_steps(DEMO.family)
-GRADIENT_STEPS = DEMO.flat()["backprop_steps"]
+CONFIG = load_config([str(DEMO)])
+SAMPLING_STEPS = CONFIG.backbone.num_sampling_steps(CONFIG.family)
+GRADIENT_STEPS = CONFIG.flat()["backprop_steps"]
 WINDOWS: dict[str, dict[str, Any]] = {
     "window 1": {"backprop_steps": 1},
     "window 3": {"backprop_steps": 3},
@@ -52,7 +51,7 @@ def train(setting: str, folder: Path, steps: int, **flags: Any) -> None:
     """Train one run to its end; a finished run is only loaded."""
     values = {"max_train_steps": steps, "checkpointing_steps": 5, "project_dir": str(folder), "verbose": 0}
     values |= {**flags, **SETTINGS[setting]}
-    run(load_config([str(CONFIG), *(f"--{key.replace('_', '-')}={value}" for key, value in values.items())]))
+    run(load_config([str(DEMO), *(f"--{key.replace('_', '-')}={value}" for key, value in values.items())]))
 
 
 def pilot_of(setting: str) -> Path:

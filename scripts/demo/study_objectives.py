@@ -8,6 +8,7 @@ reward is then trained with every seed. Each run takes the same number of second
 step that a pilot of its own process measured, together with its reward queries, network evaluations and peak memory.
 Runs lie in runs/study_objectives, and what is known of each in docs/studies/objectives.json; finished ones are not
 repeated, and interrupted ones continue. Several of these commands may run at once, with other objectives each.
+``--long 1200 --only grpo --seeds 0`` trains longer, to see after how many queries an objective reaches a reward.
 ``--pilots`` measures the cost of every step and nothing else: run it alone on a quiet machine, first. ``--write-docs``
 trains nothing: it writes the table, its CSV and the figure of docs/objectives.md.
 """
@@ -85,8 +86,8 @@ GRADIENT_FREE = ("grpo", "nft", "dpo")
 SCORED_FRAMES = {"decode_frame": "fml"}  # what all of them score, as the demo's configuration does
 SEARCH_SEED = 1000
 VALIDATION_SEED = 12  # of the scenes that searches and courses are judged on
-PILOT_STEPS = 4
-VALIDATIONS = {"search": 1, "seed": 4}  # besides the one before the first step
+PILOT_STEPS = 8  # the quickest counts, since other processes slow the rest
+VALIDATIONS = {"search": 1, "seed": 4, "long": 8}  # besides the one before the first step
 VALIDATED = {"num_val_runs": 2, "val_batch_size": 16, "num_val_seeds": 2}
 HELD_OUT = 256  # prompts of the final comparison
 QUERIES = 500  # of the best objective with a gradient, whose reward the others have to reach
@@ -163,8 +164,8 @@ class Trial:
 
     @property
     def pilot(self) -> "Trial":
-        """The trial whose step costs as much: that with the same settings but for the learning rate."""
-        same = [{**keys, "lr": self.keys["lr"]} == self.keys for keys in self.siblings]
+        """The trial whose step costs as much: the first with the same settings but for the learning rate's."""
+        same = [without_rate(keys) == without_rate(self.keys) for keys in self.siblings]
         return Trial(self.objective, same.index(True), self.reward)
 
     @property
@@ -184,10 +185,15 @@ class Trial:
             results.setdefault(self.name, {})[kind] = result
             write_whole(RESULTS, json.dumps(dict(sorted(results.items())), indent=1) + "\n")
 
-    def seeds(self) -> list[dict[str, Any]]:
-        """Results of the runs with each seed."""
+    def courses(self, kind: str = "seed") -> list[dict[str, Any]]:
+        """Results of the runs of a kind with each seed."""
         runs = read_results().get(self.name, {})
-        return [runs[kind] for kind in sorted(runs) if kind.startswith("seed")]
+        return [runs[name] for name in sorted(runs) if name.startswith(f"{kind}_")]
+
+
+def without_rate(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings that change what a step costs."""
+    return {key: value for key, value in keys.items() if key not in ("lr", "lr_schedule")}
 
 
 def read_results() -> dict[str, dict[str, Any]]:
@@ -202,7 +208,7 @@ def measure_pilot(trial: Trial) -> None:
     with mock.patch.object(Trainer, "train_step", counter.counted(Trainer.train_step)):
         run(config)
     result = {
-        "step_seconds": statistics.mean(counter.seconds[1:]),
+        "step_seconds": min(counter.seconds[1:]),
         "step_queries": counter.queries / PILOT_STEPS,
         "step_evaluations": counter.evaluations / PILOT_STEPS,
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
@@ -218,7 +224,7 @@ def run_pilot(trial: Trial) -> None:
 
 
 def train(trial: Trial, seed: int, seconds: float, kind: str) -> dict[str, Any]:
-    """The course of a run of so many seconds of optimiser steps; ``kind`` is ``search`` or ``seed_<n>``."""
+    """The course of a run of so many seconds of optimiser steps; ``kind``: ``search``, ``seed_<n>`` or ``long_<n>``."""
     if (result := trial.kept(kind)) is not None:
         return result
     validations = VALIDATIONS[kind.partition("_")[0]]
@@ -232,7 +238,7 @@ def train(trial: Trial, seed: int, seconds: float, kind: str) -> dict[str, Any]:
     result = {"steps": [int(row["step"]) for row in table]}
     for name in ("reward", "motion", "diversity", "dynamic_degree"):
         result[name] = [row[name] for row in table]
-    if kind != "search":
+    if kind.startswith("seed"):
         result |= held_out(trial, folder)
     trial.keep(kind, result)
     return result
@@ -290,7 +296,7 @@ def rows_of(reward: str) -> list[dict[str, Any]]:
     rows = []
     for objective in TRIALS:
         for trial in all_trials(objective, reward):
-            if courses := trial.seeds():
+            if courses := trial.courses():
                 rows.append(row_of(trial, courses, trial.cost))
     return sorted(rows, key=lambda row: -row["reward"])
 
@@ -338,21 +344,28 @@ def as_table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def query_ratios(reward: str) -> list[str]:
-    """Sentences: queries that each gradient-free objective takes for the reward of the best gradient one."""
+    """Sentences: queries that each gradient-free objective takes for the reward of the best gradient one.
+
+    They are those of its long runs, where it has some.
+    """
     rows = rows_of(reward)
     gradient = next((row for row in rows if row["objective"] not in GRADIENT_FREE), None)
     if gradient is None:
         return []
-    courses, cost = courses_of(gradient, reward)
-    target = statistics.mean(reward_after(course, cost["step_queries"], QUERIES) for course in courses)
+    trial = trial_of(gradient, reward)
+    target = statistics.mean(
+        reward_after(course, trial.cost["step_queries"], QUERIES) for course in trial.courses()
+    )
     sentences = [
         f"After {QUERIES} reward queries `{gradient['objective']}` scores {target:.1f} on held-out prompts."
     ]
     for row in rows:
         if row["objective"] in GRADIENT_FREE:
-            courses, cost = courses_of(row, reward)
-            taken = [queries_to_reach(course, cost["step_queries"], target) for course in courses]
-            sentences.append(f"`{row['objective']}` {said(taken, row['queries'])}.")
+            trial = trial_of(row, reward)
+            courses, queries = trial.courses("long") or trial.courses(), trial.cost["step_queries"]
+            taken = [queries_to_reach(course, queries, target) for course in courses]
+            asked = queries * min(course["steps"][-1] for course in courses)
+            sentences.append(f"`{row['objective']}` {said(taken, asked)}.")
     return sentences
 
 
@@ -364,10 +377,9 @@ def said(taken: Sequence[float | None], asked: float) -> str:
     return f"takes {statistics.mean(reached):.1f} times as many ({min(reached):.1f} to {max(reached):.1f})"
 
 
-def courses_of(row: Mapping[str, Any], reward: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """The courses behind a row, and the cost of a step."""
-    trial = Trial(row["objective"], TRIALS[row["objective"]].index(row["settings"]), reward)
-    return trial.seeds(), trial.cost
+def trial_of(row: Mapping[str, Any], reward: str) -> Trial:
+    """The trial behind a row."""
+    return Trial(row["objective"], TRIALS[row["objective"]].index(row["settings"]), reward)
 
 
 def plot(reward: str) -> None:
@@ -379,8 +391,9 @@ def plot(reward: str) -> None:
         figure = Figure(figsize=(9, 4))
         for axes, cost_key in zip(figure.subplots(1, 2), ("step_queries", "step_seconds"), strict=True):
             for row in rows_of(reward):
-                courses, cost = courses_of(row, reward)
-                spent = cost[cost_key] * np.array(courses[0]["steps"])
+                trial = trial_of(row, reward)
+                courses = trial.courses()
+                spent = trial.cost[cost_key] * np.array(courses[0]["steps"])
                 gains = np.array([np.array(c["reward"]) - c["reward"][0] for c in courses])
                 axes.plot(spent, gains.mean(0), label=row["objective"])
                 axes.fill_between(spent, gains.min(0), gains.max(0), alpha=0.1)
@@ -424,6 +437,9 @@ def main() -> None:
     parser.add_argument(
         "--search-seconds", type=float, default=60, help="training seconds per run of a search (default 60)"
     )
+    parser.add_argument(
+        "--long", type=float, help="instead, runs of so many seconds, for the number of queries"
+    )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: search only")
     parser.add_argument("--only", nargs="+", choices=[*TRIALS, "quickstart"], default=None, metavar="NAME")
     parser.add_argument("--write-docs", action="store_true", help="train nothing, write the page")
@@ -435,6 +451,7 @@ def main() -> None:
     if args.write_docs:
         return write_docs(args.reward)
     objectives = args.only or (GRADIENT_FREE if args.reward == "oracle" else TRIALS)
+    kind, seconds = ("long", args.long) if args.long else ("seed", args.seconds)
     if args.pilots:
         for name in objectives:
             for trial in all_trials(name, args.reward):
@@ -443,7 +460,7 @@ def main() -> None:
     for objective in objectives:
         trial = best(objective, args.reward, args.search_seconds)
         for seed in args.seeds:
-            train(trial, seed, args.seconds, f"seed_{seed}")
+            train(trial, seed, seconds, f"{kind}_{seed}")
     return None
 
 

@@ -67,21 +67,6 @@ TRIALS: dict[str, list[dict[str, Any]]] = {
     ],
     "dpo": [{"group_size": size, "lr": lr} for size in (8, 16) for lr in (5e-4, 1e-3, 2e-3)],
 }
-ALL_LAYERS = '["qkv", "q_linear", "kv_linear", "proj", "fc1", "fc2"]'
-SHORT = {"prefix_steps": 4, "backprop_steps": 1}
-# Settings for the quickstart, beyond those that the objectives are compared with.
-QUICKSTART = [
-    {"backprop_steps": 3, "lr": 1e-3},
-    {"prefix_steps": 4, "backprop_steps": 3, "lr": 1e-3},
-    {**SHORT, "lr": 1e-3},
-    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS},
-    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "lr_schedule": "cosine"},
-    {**SHORT, "lr": 2e-3, "lora_targets": ALL_LAYERS, "lr_schedule": "cosine"},
-    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "train_batch_size": 4},
-    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "prefix_steps": 2},
-    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "lora_rank": 64, "lora_alpha": 64},
-    {**SHORT, "lr": 1e-3, "lora_targets": ALL_LAYERS, "decode_frame": -1},
-]
 GRADIENT_FREE = ("grpo", "nft", "dpo")
 SCORED_FRAMES = {"decode_frame": "fml"}  # what all of them score, as the demo's configuration does
 SEARCH_SEED = 1000
@@ -146,15 +131,14 @@ class Trial:
     @property
     def siblings(self) -> list[dict[str, Any]]:
         """Settings of all trials of its objective."""
-        return QUICKSTART if self.objective == "quickstart" else TRIALS[self.objective]
+        return TRIALS[self.objective]
 
     @property
     def keys(self) -> dict[str, Any]:
         return self.siblings[self.number]
 
     def config(self, folder: Path, steps: int, **keys: Any) -> Config:
-        objective = "reward_gradient" if self.objective == "quickstart" else self.objective
-        values = {"objective": objective, **SCORED_FRAMES, **self.keys, **REWARDS[self.reward]}
+        values = {"objective": self.objective, **SCORED_FRAMES, **self.keys, **REWARDS[self.reward]}
         if "group_size" in self.keys:
             values["train_batch_size"] = 16
         values |= {"max_train_steps": steps, "checkpointing_steps": 5, "project_dir": str(folder)}
@@ -193,7 +177,7 @@ class Trial:
 
 def without_rate(keys: Mapping[str, Any]) -> dict[str, Any]:
     """Settings that change what a step costs."""
-    return {key: value for key, value in keys.items() if key not in ("lr", "lr_schedule")}
+    return {key: value for key, value in keys.items() if key != "lr"}
 
 
 def read_results() -> dict[str, dict[str, Any]]:
@@ -441,7 +425,7 @@ def main() -> None:
         "--long", type=float, help="instead, runs of so many seconds, for the number of queries"
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: search only")
-    parser.add_argument("--only", nargs="+", choices=[*TRIALS, "quickstart"], default=None, metavar="NAME")
+    parser.add_argument("--only", nargs="+", choices=TRIALS, default=None, metavar="NAME")
     parser.add_argument("--write-docs", action="store_true", help="train nothing, write the page")
     parser.add_argument("--pilot", nargs=2, help=argparse.SUPPRESS)
     args = parser.parse_args()

@@ -1,0 +1,32 @@
+"""The study of the quickstart's settings: sound configurations, and tables of kept results alone."""
+
+import pytest
+
+from scripts.demo import study_objectives
+from scripts.demo import study_quickstart as study
+
+
+@pytest.mark.parametrize("name", study.RUNS)
+def test_every_run_is_a_sound_configuration(name, tmp_path, monkeypatch):
+    monkeypatch.setattr(study_objectives, "FOLDER", tmp_path)
+    config = study.config_of(name)
+    assert config.optimizer.max_train_steps == (600 if name.startswith("long") else 120)
+
+
+def test_the_section_is_made_of_kept_results_alone(tmp_path, monkeypatch):
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "quickstart.json")
+    monkeypatch.setattr(study, "PAGE", tmp_path / "quickstart.md")
+    course = {"steps": [0, 120], "reward": [45.0, 60.0], "motion": [2.0, 1.9]}
+    course |= {"dynamic_degree": [4.0, 4.2], "diversity": [0.2, 0.2]}
+    study.keep("search: half the rate", course)
+    for seed, share in ((0, 0.5), (1, 0.6)):
+        gains = {name: {"gain": share * 10} for name in study.MEASURES}
+        study.keep(f"seed {seed}", course | {"held_out": gains, "share_of_gap": share})
+    study.PAGE.write_text("# Quickstart\n", encoding="utf-8")
+    study.write_docs()
+    study.write_docs()
+    page = study.PAGE.read_text(encoding="utf-8")
+    assert page.startswith("# Quickstart\n\n<!-- study") and page.count("<!-- study") == 1
+    assert "| mean of 2 | 120 | +5.5 | 55% | +550.0 | +550.0 | -5.0% | +5.0% | +0.0% |" in page
+    assert "| half the rate | 120 | 45.0 | 60.0 |" in page and "cosine schedule |" not in page

@@ -30,6 +30,7 @@ from Core.config import ConfigError
 from Core.estimate.live_bytes import LiveBytes
 from Core.generation.export import export
 from Core.modules import lora
+from Core.sampling.euler import step_ends
 
 KINDS = ("2.1", "ti2v", "a14b")
 
@@ -499,6 +500,15 @@ def test_a_target_that_an_expert_lacks_is_named(folders):
 def test_guidance_of_two_scales_is_known_without_the_weights(tmp_path):
     config = config_for("wan", tmp_path, model_path="nobody/wan", guidance_scale_2=3.0)
     assert new_backbone(config, torch.device("cpu")).negative_caption == ""
+
+
+@pytest.mark.parametrize("schedule", ["euler", "unipc"])
+def test_no_stochastic_step_draws_more_than_pure_noise(folders, schedule):
+    """UniPC's first noise level lies a millionth below 1, where the formula of the stochastic step has its pole."""
+    backbone, _ = loaded("wan", folders["2.1"], schedule=schedule, num_sampling_steps=30, shift=12.0)
+    timesteps = backbone.timesteps(1)
+    std = backbone.process.step_std(timesteps, step_ends(backbone.process, timesteps), 0.7)
+    assert (std > 0).all() and (std < 1).all()
 
 
 def test_the_last_step_of_the_euler_schedule_is_short(folders):

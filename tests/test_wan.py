@@ -142,21 +142,28 @@ def test_other_shapes_lengths_and_samplers(folders, kind, sampler, frames, low_g
     assert (video_of(backbone, encoded, noise) - wanted).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("guidance", "changes"),
+    [(1.0, {}), (3.0, {}), (3.0, {"sampler": "unipc", "num_sampling_steps": 10, "image_size": (64, 32)})],
+    ids=["no guidance", "guidance", "unipc, tall"],
+)
 @pytest.mark.parametrize("kind", ["ti2v", "i2v"])
-def test_a_first_frame_is_taken_as_the_pipelines_take_it(folders, kind, guidance, pictures):
+def test_a_first_frame_is_taken_as_the_pipelines_take_it(folders, kind, guidance, changes, pictures):
     """Each prompt's own, and captions of unequal length; the pipeline takes one picture at a time."""
-    backbone, encoded = loaded("wan", folders[kind], prompt=with_pictures(pictures), guidance_scale=guidance)
-    noise = noise_for(backbone, 2)
+    prompts = with_pictures(pictures)
+    backbone, encoded = loaded("wan", folders[kind], prompt=prompts, guidance_scale=guidance, **changes)
+    noise, settings = noise_for(backbone, 2), backbone.settings
+    shape = {"height": backbone.video.height, "width": backbone.video.width}
     ours = video_of(backbone, encoded, noise)
     for row, (caption, picture) in enumerate(zip(CAPTIONS[:2], pictures, strict=True)):
         wanted = pipeline_video(
             folders[kind],
             noise[[row]],
+            sampler=settings.sampler,
             image=Image.open(picture),
             prompt=caption,
             guidance_scale=guidance,
-            **SHAPE,
+            **{**SHAPE, **shape, "num_inference_steps": settings.num_sampling_steps},
         )
         assert (ours[[row]] - wanted).abs().max() < 1e-4
 

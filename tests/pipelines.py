@@ -278,13 +278,15 @@ def assert_learns_and_resumes(
 def saved_bytes(compute: Any) -> tuple[int, Any]:
     """Bytes that are kept for the backward pass of ``compute()``, each storage once; and its result.
 
+    Tensors on the meta device count as others do.
+
     What autograd saves is seen by its hooks; what checkpointing keeps to run a part again, by looking for tensors that
     are alive and were not before.
     """
     storages: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages[tensor.untyped_storage()._cdata] = tensor.untyped_storage().nbytes()
         return tensor
 
     def alive() -> list[torch.Tensor]:
@@ -292,7 +294,7 @@ def saved_bytes(compute: Any) -> tuple[int, Any]:
         found = [one for one in gc.get_objects() if issubclass(type(one), torch.Tensor)]
         return [tensor for tensor in found if not isinstance(tensor, FakeTensor)]
 
-    before = {tensor.untyped_storage().data_ptr() for tensor in alive()}
+    before = {tensor.untyped_storage()._cdata for tensor in alive()}
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         result = compute()
     for tensor in alive():

@@ -37,6 +37,17 @@ DECODERS: dict[str, dict[str, Any]] = {
         "timestep_conditioning": True,
     },
 }
+# As 0.9.1 without noise in its layers, and an encoder that compresses in other places.
+DECODERS["0.9.5"] = {
+    **DECODERS["0.9.1"],
+    "decoder_inject_noise": (False, False, False, False),
+    "block_out_channels": (8, 8, 8, 8, 8),
+    "down_block_types": ("LTXVideo095DownBlock3D",) * 4,
+    "spatio_temporal_scaling": (True, True, True, True),
+    "downsample_type": ("spatial", "temporal", "spatiotemporal", "spatiotemporal"),
+    "spatial_compression_ratio": 16,
+    "temporal_compression_ratio": 8,
+}
 SCHEDULER = {
     "use_dynamic_shifting": True,
     "base_shift": 0.95,
@@ -56,11 +67,11 @@ def save_ltx(folder: Path, version: str = "0.9.0") -> Path:
     )
 
     tokenizer = tiny_tokenizer()
-    vae = randomise(AutoencoderKLLTXVideo(**VAE, **DECODERS[version]), 2, 0.1)
+    vae = randomise(AutoencoderKLLTXVideo(**{**VAE, **DECODERS[version]}), 2, 0.1)
     vae.decoder.conv_out.conv.weight.data *= (
         0.2  # far from saturated, where a reward on colours has no gradient
     )
-    if version == "0.9.1":
+    if vae.config.timestep_conditioning:
         vae.decoder.timestep_scale_multiplier.data.fill_(1000.0)
     vae.latents_mean.copy_(torch.tensor([0.1, -0.2, 0.3, 0.0]))
     vae.latents_std.copy_(torch.tensor([1.5, 0.8, 2.0, 1.1]))

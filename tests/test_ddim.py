@@ -106,6 +106,12 @@ def test_the_last_stochastic_step_has_probabilities():
     assert (std > 0).all() and (std < 0.1).all()
 
 
+def test_a_step_from_the_lowest_level_draws_nothing():
+    process = process_of("v")
+    std = process.step_std(timesteps(1000, 2, 1), timesteps(800, 0, 0), 1.0)
+    assert (std > 0).tolist() == [True, True, False]
+
+
 def test_the_timesteps_of_fractions_are_whole_and_span_the_axis():
     process = process_of("v")
     assert process.timesteps_at(torch.tensor([0, 0.1234, 1])).tolist() == [0, 124, 1000]

@@ -5,28 +5,14 @@ import json
 import shutil
 
 import pytest
+from families import FAMILIES, KEYS, MAKERS
 from pipelines import config_for, loaded, save_wan, train, with_adapter
-from pipelines_cogvideox import save_cogvideox
-from pipelines_hunyuan import save_hunyuan
-from pipelines_ltx import save_ltx
-from pipelines_modelscope import save_modelscope
 
 from Core.backbones import BACKBONES
 from Core.backbones.diffusers_base import DiffusersBackbone
 from Core.cli import main
 from Core.config import ConfigError
 from Core.modules import lora
-
-MAKERS = {
-    "wan": save_wan,
-    "wan a14b": functools.partial(save_wan, kind="a14b"),
-    "ltx": save_ltx,
-    "hunyuan_video15": save_hunyuan,
-    "cogvideox": save_cogvideox,
-    "modelscope": save_modelscope,
-}
-KEYS = {"hunyuan_video15": {"max_sequence_length": 40}, "modelscope": {"max_sequence_length": 77}}
-FAMILIES = [name for name in MAKERS if name != "wan a14b"]
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,7 @@
 """ModelScope through its own sampler and decoder equals the pipeline of diffusers."""
 
+import json
+import math
 import shutil
 
 import pytest
@@ -13,6 +15,7 @@ from pipelines import (
     loaded,
     sample,
     saved_bytes,
+    train,
     with_adapter,
 )
 from pipelines_modelscope import save_modelscope
@@ -97,6 +100,19 @@ def test_a_tiny_model_learns_and_resumes(folder, tmp_path):
     }
     # Attention alone is adapted, whose part in this small network's prediction is small.
     assert_learns_and_resumes(FAMILY, folder, tmp_path, gain=0.01, grad_checkpoint=False, **keys)
+
+
+def test_grpo_leaves_out_a_step_that_draws_no_noise(folder, tmp_path):
+    """Without an offset the last timestep is the lowest level, from which the step to data is deterministic."""
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    file = copy / "scheduler" / "scheduler_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"steps_offset": 0}))
+    keys = SIZE | {"num_frames": 1, "objective": "grpo", "group_size": 2, "clip_range": 0.1, "kl_weight": 0.1}
+    keys |= {"inner_epochs": 2, "decode_frame": "video", "max_train_steps": 2, "num_sampling_steps": 3}
+    assert loaded(FAMILY, copy, **SIZE, num_sampling_steps=3)[0].timesteps(1)[:, 0].tolist() == [667, 334, 1]
+    first, second = train(FAMILY, copy, tmp_path / "run", **keys)
+    assert 0 < float(first["grad_norm"]) < math.inf and 0 < float(second["grad_norm"]) < math.inf
+    assert 0.5 < float(second["ratio"]) < 2
 
 
 def test_memory_of_decoding_with_a_gradient(folder):

@@ -44,6 +44,13 @@ def test_the_stochastic_sampler_has_the_odes_marginals(noise_level, until):
     assert checked >= until * STEPS - 1
 
 
+def test_a_start_just_below_pure_noise_draws_what_pure_noise_does():
+    """Schedules begin at 1 up to a rounding error, where the noise of the formula has a pole."""
+    starts, ends = torch.tensor([1000, 999.999, 999.99994]), torch.full((3,), 990.0)
+    std = RectifiedFlow().step_std(starts, ends, 0.7)
+    torch.testing.assert_close(std, std[:1].expand(3), rtol=1e-3, atol=0)
+
+
 def test_log_probabilities_and_divergences_are_torchs_own_per_element():
     mean, std, z = torch.randn(2, 3, 1, 4, 4), torch.tensor([0.3, 2.0]), torch.randn(2, 3, 1, 4, 4)
     own, other = Gaussian(mean, std), Gaussian(mean + 0.1, std)

@@ -30,6 +30,7 @@ from Core.config import ConfigError
 from Core.estimate.live_bytes import LiveBytes
 from Core.generation.export import export
 from Core.modules import lora
+from Core.sampling.euler import step_ends
 
 KINDS = ("2.1", "ti2v", "a14b")
 
@@ -141,21 +142,28 @@ def test_other_shapes_lengths_and_samplers(folders, kind, sampler, frames, low_g
     assert (video_of(backbone, encoded, noise) - wanted).abs().max() < 1e-4
 
 
-@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize(
+    ("guidance", "changes"),
+    [(1.0, {}), (3.0, {}), (3.0, {"sampler": "unipc", "num_sampling_steps": 10, "image_size": (64, 32)})],
+    ids=["no guidance", "guidance", "unipc, tall"],
+)
 @pytest.mark.parametrize("kind", ["ti2v", "i2v"])
-def test_a_first_frame_is_taken_as_the_pipelines_take_it(folders, kind, guidance, pictures):
+def test_a_first_frame_is_taken_as_the_pipelines_take_it(folders, kind, guidance, changes, pictures):
     """Each prompt's own, and captions of unequal length; the pipeline takes one picture at a time."""
-    backbone, encoded = loaded("wan", folders[kind], prompt=with_pictures(pictures), guidance_scale=guidance)
-    noise = noise_for(backbone, 2)
+    prompts = with_pictures(pictures)
+    backbone, encoded = loaded("wan", folders[kind], prompt=prompts, guidance_scale=guidance, **changes)
+    noise, settings = noise_for(backbone, 2), backbone.settings
+    shape = {"height": backbone.video.height, "width": backbone.video.width}
     ours = video_of(backbone, encoded, noise)
     for row, (caption, picture) in enumerate(zip(CAPTIONS[:2], pictures, strict=True)):
         wanted = pipeline_video(
             folders[kind],
             noise[[row]],
+            sampler=settings.sampler,
             image=Image.open(picture),
             prompt=caption,
             guidance_scale=guidance,
-            **SHAPE,
+            **{**SHAPE, **shape, "num_inference_steps": settings.num_sampling_steps},
         )
         assert (ours[[row]] - wanted).abs().max() < 1e-4
 
@@ -499,6 +507,15 @@ def test_a_target_that_an_expert_lacks_is_named(folders):
 def test_guidance_of_two_scales_is_known_without_the_weights(tmp_path):
     config = config_for("wan", tmp_path, model_path="nobody/wan", guidance_scale_2=3.0)
     assert new_backbone(config, torch.device("cpu")).negative_caption == ""
+
+
+@pytest.mark.parametrize("schedule", ["euler", "unipc"])
+def test_no_stochastic_step_draws_more_than_pure_noise(folders, schedule):
+    """UniPC's first noise level lies a millionth below 1, where the formula of the stochastic step has its pole."""
+    backbone, _ = loaded("wan", folders["2.1"], schedule=schedule, num_sampling_steps=30, shift=12.0)
+    timesteps = backbone.timesteps(1)
+    std = backbone.process.step_std(timesteps, step_ends(backbone.process, timesteps), 0.7)
+    assert (std > 0).all() and (std < 1).all()
 
 
 def test_the_last_step_of_the_euler_schedule_is_short(folders):

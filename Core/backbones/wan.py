@@ -20,7 +20,7 @@ from Core.modules import lora, lora_names
 from Core.modules.sharding import raised_anywhere
 from Core.modules.video_decode import recomputed
 from Core.sampling import guidance
-from Core.sampling.euler import Predict
+from Core.sampling.euler import Predict, per_video
 from Core.sampling.guidance import Combine
 from Core.sampling.scheduler_step import SchedulerStep
 from Core.utils.damage import read_settings
@@ -309,7 +309,7 @@ class Wan(CausalDecode):
 
         def by_expert(text: Tensor, null: Tensor, t: Tensor) -> Tensor:
             scale = torch.where(t >= self.boundary, high, low).to(text.dtype)
-            return null + scale[:, None, None, None, None] * (text - null)
+            return null + per_video(scale) * (text - null)
 
         return by_expert
 
@@ -368,8 +368,22 @@ class Wan(CausalDecode):
         tokens[:, 0] = 0
         x = torch.cat([image.to(z), z[:, :, 1:]], dim=2)
         velocity = -self._denoise(x, tokens.repeat_interleave(height * width, dim=1), text).to(z.dtype)
-        level = (t / self.process.num_timesteps)[:, None, None, None, None]
-        return torch.cat([(image.to(z) - z[:, :, :1]) / level, velocity[:, :, 1:]], dim=2)
+        to_image = (image.to(z) - z[:, :, :1]) / per_video(self._noise_levels(t))
+        return torch.cat([to_image, velocity[:, :, 1:]], dim=2)
+
+    def _noise_levels(self, t: Tensor) -> Tensor:
+        """Noise levels in [0, 1] of the latents at timesteps ``t`` [B]."""
+        if self.settings.sampler == "euler":
+            return t / self.process.num_timesteps
+        # UniPC rounds the timesteps that the network is told, and steps from the levels that they were rounded from.
+        timesteps, levels = self._unipc_levels
+        return levels[(t[:, None] - timesteps).abs().argmin(1)]
+
+    @functools.cached_property
+    def _unipc_levels(self) -> tuple[Tensor, Tensor]:
+        """Timesteps and noise levels [N] of UniPC's steps."""
+        scheduler = self._unipc()
+        return scheduler.timesteps, scheduler.sigmas[:-1].to(self.device)
 
     def _denoise(self, x: Tensor, t: Tensor, text: Tensor) -> Tensor:
         """The network's own velocity, noise − data."""

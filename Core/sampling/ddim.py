@@ -93,8 +93,6 @@ class DDIM:
     ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B] of a step that draws part of the noise anew.
 
-        A step to data has no noise to draw, and so no probabilities; it draws as one to the lowest level.
-
         Args:
             noise_level: η of DDIM: 0 is the deterministic step, 1 that of DDPM.
 
@@ -103,12 +101,16 @@ class DDIM:
         """
         if errors := NOISE_LEVELS.errors("noise_level", noise_level):
             raise ValueError(errors[0])
-        alpha, alpha_next, drawn = self._alpha(t), self._alpha(t_next), self._alpha(t_next.clamp_min(1))
-        variance = noise_level**2 * (1 - drawn) / (1 - alpha) * (1 - alpha / drawn)
+        std, alpha_next = self.step_std(t, t_next, noise_level), self._alpha(t_next)
         x0, noise = self._parts(z, t, prediction)
-        kept = (1 - alpha_next - variance).clamp_min(0).sqrt()
+        kept = (1 - alpha_next - std.square()).clamp_min(0).sqrt()
         mean = _scaled(alpha_next.sqrt(), x0) + _scaled(kept, noise)
-        return mean, variance.sqrt().to(z)
+        return mean, std.to(z)
+
+    def step_std(self, t: Tensor, t_next: Tensor, noise_level: float) -> Tensor:
+        """η times DDPM's, in float64. A step to data draws as one to the lowest level, and from there nothing."""
+        alpha, drawn = self._alpha(t), self._alpha(t_next.clamp_min(1))
+        return noise_level * ((1 - drawn) / (1 - alpha) * (1 - alpha / drawn)).sqrt()
 
     def x0_from(self, z: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
         """The clean latent that a prediction at ``z`` [B, C, T, h, w] and timesteps ``t`` [B] implies."""

@@ -14,6 +14,8 @@ from Core.utils.terminal import console
 
 # (latent before step i, i) → latent after it
 Step = Callable[..., Tensor]
+# Noise levels this near to 1 are pure noise: schedules reach it up to a rounding error, and UniPC's up to 1e-6.
+ROUNDING = 1e-5
 
 
 class Predict(Protocol):
@@ -41,6 +43,9 @@ class Process(Protocol):
         self, z: Tensor, prediction: Tensor, t: Tensor, t_next: Tensor, noise_level: float
     ) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation [B] of a Gaussian step with the deterministic steps' marginals."""
+
+    def step_std(self, t: Tensor, t_next: Tensor, noise_level: float) -> Tensor:
+        """That standard deviation, for timesteps of any shape; 0 where the step has no noise to draw."""
 
     def arrival(self, t: Tensor) -> Tensor:
         """Where the sampler's step towards ``t`` ends: ``t`` itself, or beside it where its schedule has it so."""
@@ -84,15 +89,20 @@ class RectifiedFlow:
         """Mean and standard deviation [B] of a step of the SDE whose marginals are the ODE's (Flow-GRPO).
 
         With s = t/n, its noise is σ = ``noise_level`` · √(s / (1 − s)), which the ODE's drift makes up for by
-        σ²/(2s) times the noise estimate. At pure noise, where σ is infinite, it is that of the step's end.
+        σ²/(2s) times the noise estimate.
         """
         precise = torch.promote_types(z.dtype, torch.float32)
-        level, end = (t / self.num_timesteps).to(precise), (t_next / self.num_timesteps).to(precise)
-        inner, width = torch.where(level < 1, level, end), level - end
-        variance = noise_level**2 * inner / (1 - inner)
+        t, t_next = t.to(precise), t_next.to(precise)
+        level, std = t / self.num_timesteps, self.step_std(t, t_next, noise_level)
         noise = z - (1 - per_video(level)) * velocity
-        mean = z + per_video(width) * (velocity - per_video(variance / (2 * level)) * noise)
-        return mean, (variance * width).sqrt()
+        mean = self.step(z, velocity, t, t_next) - per_video(std.square() / (2 * level)) * noise
+        return mean, std
+
+    def step_std(self, t: Tensor, t_next: Tensor, noise_level: float) -> Tensor:
+        """σ times the root of the step's length; at pure noise, where σ is infinite, that of the step's end."""
+        level, end = t / self.num_timesteps, t_next / self.num_timesteps
+        inner = torch.where(level < 1 - ROUNDING, level, end)
+        return noise_level * (inner / (1 - inner) * (level - end)).sqrt()
 
     def arrival(self, t: Tensor) -> Tensor:
         """``t`` itself: the time axis is continuous."""
@@ -126,6 +136,11 @@ def per_video(values: Tensor) -> Tensor:
     return values[:, None, None, None, None]
 
 
+def step_ends(process: Process, timesteps: Tensor) -> Tensor:
+    """Timesteps [N, B] at which the steps from ``timesteps`` [N, B] end."""
+    return process.arrival(torch.cat([timesteps[1:], torch.zeros_like(timesteps[:1])]))
+
+
 class DenoisingStep:
     """One deterministic sampling step: predict, then follow the process.
 
@@ -137,7 +152,7 @@ class DenoisingStep:
 
     def __init__(self, predict: Predict, process: Process, timesteps: Tensor, detach_input: bool = False):
         self.predict, self.process, self.timesteps = predict, process, timesteps
-        self.next_timesteps = process.arrival(torch.cat([timesteps[1:], torch.zeros_like(timesteps[:1])]))
+        self.next_timesteps = step_ends(process, timesteps)
         self.detach_input = detach_input
 
     def __call__(self, z: Tensor, i: int, generated: Tensor | None = None) -> Tensor:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from Core.backbones import EncodedPrompt
 from Core.rewards import RewardOutput
+from Core.sampling.euler import step_ends
 from Core.sampling.sde import StochasticStep
 from Core.training.rollout import GuidedSettings, KlSettings, base_model
 from Core.utils import rng
@@ -65,8 +66,11 @@ class GRPO(GroupObjective):
 
     def begin_step(self, step: int) -> None:
         super().begin_step(step)
-        count = len(self.backbone.timesteps(1))
-        order = torch.randperm(count, generator=rng.generator(self.seed, "grpo", step))
+        timesteps, process = self.backbone.timesteps(1), self.backbone.process
+        std = process.step_std(timesteps, step_ends(process, timesteps), self.settings.noise_level).cpu()
+        order = torch.randperm(len(std), generator=rng.generator(self.seed, "grpo", step))
+        # A step that draws no noise has no probabilities, such as DDIM's from the lowest level.
+        order = order[std[order, 0] > 0]
         self.grad_steps = tuple(sorted(order[: self.settings.grad_steps].tolist()))
         # By first sample number and sampling step: the latents around it, and its log-probability when first trained.
         self.transitions: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}

@@ -160,6 +160,33 @@ def test_each_launched_process_runs_the_command():
     assert done.stdout == 2 * f"vader {Core.__version__}\n", done.stderr
 
 
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        ("sys.exit(3 * (os.environ['RANK'] == '1'))", 3, ""),
+        (
+            "os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)",
+            4,
+            "error: process 1 of the run was ended by SIGKILL; ",
+        ),
+    ],
+)
+def test_a_launched_process_that_fails_gives_the_exit_code_and_no_traceback(tmp_path, script, code, said):
+    package = tmp_path / "Core"
+    package.mkdir()
+    (package / "__main__.py").write_text(f"import os, signal, sys, time\n{script}\n")
+    program = (
+        "import pathlib, sys; from Core.commands import torchrun; "
+        f"torchrun.PACKAGE = pathlib.Path({str(package)!r}); sys.exit(torchrun.main(['2']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert said in done.stderr and done.stderr.count("error: ") == bool(said), done.stderr
+
+
 def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     demo = ROOT / "Open-Sora/configs/opensora-v1-2/vader/vader_demo.py"

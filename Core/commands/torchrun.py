@@ -1,0 +1,55 @@
+"""torchrun for the processes of one run: ``torchrun.py PROCESSES WORD …`` runs ``vader`` with these words in each.
+
+A program of its own, so that no memory of a GPU that ``vader`` has looked at stays taken while the processes run.
+"""
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def main(argv: Sequence[str]) -> int:
+    """0 when all processes ended well, else the exit code of one that did not; 4 where a signal ended it."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    processes, *words = argv
+    try:
+        torchrun(
+            ["--standalone", "--nproc-per-node", processes, str(PACKAGE / "__main__.py"), *words],
+        )
+    except ChildFailedError as error:
+        return explained({rank: failure.exitcode for rank, failure in error.failures.items()})
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def explained(codes: dict[int, int]) -> int:
+    """One exit code for those of the processes that failed, by rank.
+
+    A process that ended by itself has said why; one that a signal ended, such as the kernel's when memory is short,
+    could not, nor can those that wait for it on a GPU.
+    """
+    from Core.utils.exit_codes import answer
+
+    for rank, code in codes.items():
+        if code < 0:
+            name = signal.Signals(-code).name
+            return answer(
+                4,
+                [
+                    f"process {rank} of the run was ended by {name}; what it or its machine wrote last may say why, "
+                    "and the same command continues from what is saved"
+                ],
+            )
+    return next(iter(codes.values()))
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(PACKAGE.parent)  # in place of this folder
+    sys.exit(main(sys.argv[1:]))

@@ -53,7 +53,9 @@ class StreamedBlock:
         if copying is None:
             self._copy()
             return
-        copying.wait_stream(torch.cuda.current_stream(self.buffer.device))  # what the memory was used for before
+        copying.wait_stream(
+            torch.cuda.current_stream(self.buffer.device)
+        )  # what the memory was used for before
         with torch.cuda.stream(copying):
             self._copy()
             self.arrival = copying.record_event()

@@ -12,42 +12,38 @@ PACKAGE = Path(__file__).resolve().parents[1]
 
 
 def main(argv: Sequence[str]) -> int:
-    """0 when all processes ended well, else the exit code of one that did not; 4 where a signal ended it."""
+    """0 when all processes ended well, else the exit code of one that did not; 4 where signals ended them."""
     from torch.distributed.elastic.multiprocessing import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     processes, *words = argv
     try:
-        torchrun(
-            ["--standalone", "--nproc-per-node", processes, str(PACKAGE / "__main__.py"), *words],
-        )
+        torchrun(["--standalone", "--nproc-per-node", processes, str(PACKAGE / "__main__.py"), *words])
     except ChildFailedError as error:
-        return explained({rank: failure.exitcode for rank, failure in error.failures.items()})
+        return explained([failure.exitcode for failure in error.failures.values()])
     except SignalException as error:
         return 128 + error.sigval
     return 0
 
 
-def explained(codes: dict[int, int]) -> int:
-    """One exit code for those of the processes that failed, by rank.
+def explained(codes: Sequence[int]) -> int:
+    """One exit code for those of the processes that failed.
 
-    A process that ended by itself has said why; one that a signal ended, such as the kernel's when memory is short,
-    could not, nor can those that wait for it on a GPU.
+    A process that ended by itself has said why. One that a signal ended, such as the kernel's when memory is short,
+    could not, nor could those that waited for it on a GPU until torchrun ended them by SIGTERM.
     """
     from Core.utils.exit_codes import answer
 
-    for rank, code in codes.items():
-        if code < 0:
-            name = signal.Signals(-code).name
-            return answer(
-                4,
-                [
-                    f"process {rank} of the run was ended by {name}; what it or its machine wrote last may say why, "
-                    "and the same command continues from what is saved"
-                ],
-            )
-    return next(iter(codes.values()))
+    for code in codes:
+        if code > 0:
+            return code
+    name = signal.Signals(-max(codes, key=lambda code: code != -signal.SIGTERM)).name
+    sentence = (
+        f"a process of the run was ended by {name}; torchrun names it above, what it or its machine wrote last may say "
+        "why, and the same command continues from what is saved"
+    )
+    return answer(4, [sentence])
 
 
 if __name__ == "__main__":

@@ -82,6 +82,13 @@ def test_streamed_blocks_give_the_same_gradient_and_at_most_two_are_there(
         assert sum(size > 0 for size in held) <= len(held) / len(blocks) * 2
 
 
+@pytest.mark.parametrize("models", [{"dtype": "fp8"}, {"base_quant": "nf4"}], ids=["fp8", "nf4"])
+def test_blocks_in_fewer_bits_are_streamed_too(configs, models):
+    config = configs("opensora")
+    wanted = adapter_gradient(*loaded(config, **models))
+    assert torch.equal(adapter_gradient(*loaded(config, stream_blocks=True, **models)), wanted)
+
+
 def test_a_block_is_there_before_it_is_entered_once_its_turn_is_known(configs, monkeypatch):
     late, enter = [], BlockStream.enter
 

@@ -66,5 +66,8 @@ done
 
 if [ -n "$stopping" ] && [ "$status" -eq 0 ]; then
     scontrol requeue "$SLURM_JOB_ID"
+elif [ "$status" -gt 3 ]; then
+    # A task that a signal or NCCL ended says no sentence of its own.
+    printf 'slurm_train: a task or its node is gone (status %s); what it wrote last says why, and the same command continues from what is saved\n' "$status" >&2
 fi
 exit "$status"

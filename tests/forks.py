@@ -88,8 +88,8 @@ def fork(job: dict, start: int, rank: int, port: int) -> int:
     log = os.open(f"{job['log']}{start}.{rank}", os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     os.dup2(log, 1)
     os.dup2(log, 2)
-    # What torchrun tells its workers.
-    os.environ |= {"ACCELERATE_USE_CPU": "true", **job["env"]}
+    # What torchrun tells its workers. accelerate would start threads for all cores in each process.
+    os.environ |= {"ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", **job["env"]}
     if job["processes"] > 1:
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(job["processes"])}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}

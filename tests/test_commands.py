@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from importlib.machinery import PathFinder
@@ -15,7 +16,7 @@ from torch import zeros
 
 import Core
 from Core.backbones import own_opensora
-from Core.commands import completion, evaluate, init, launch, listing, run
+from Core.commands import completion, evaluate, init, launch, listing, run, torchrun
 from Core.commands.catalogue import FILE, catalogue
 from Core.commands.main import COMMANDS, main
 from Core.config import ConfigError, load_config
@@ -158,6 +159,39 @@ def test_each_launched_process_runs_the_command():
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
     )
     assert done.stdout == 2 * f"vader {Core.__version__}\n", done.stderr
+
+
+@pytest.mark.parametrize(
+    ("script", "code", "said"),
+    [
+        ("sys.exit(3 * (os.environ['RANK'] == '1'))", 3, ""),
+        (
+            "os.environ['RANK'] == '1' and os.kill(os.getpid(), signal.SIGKILL); time.sleep(60)",
+            4,
+            "error: a process of the run was ended by SIGKILL; ",
+        ),
+    ],
+)
+def test_a_launched_process_that_fails_gives_the_exit_code_and_no_traceback(tmp_path, script, code, said):
+    package = tmp_path / "Core"
+    package.mkdir()
+    (package / "__main__.py").write_text(f"import os, signal, sys, time\n{script}\n")
+    program = (
+        "import pathlib, sys; from Core.commands import torchrun; "
+        f"torchrun.PACKAGE = pathlib.Path({str(package)!r}); sys.exit(torchrun.main(['2']))"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
+    assert said in done.stderr and done.stderr.count("error: ") == bool(said), done.stderr
+
+
+def test_of_several_exit_codes_that_of_a_process_that_has_spoken_counts(capsys):
+    assert torchrun.explained([-signal.SIGTERM, 3]) == 3 and not capsys.readouterr().err
+    assert torchrun.explained([-signal.SIGTERM, -signal.SIGSEGV]) == 4
+    assert "SIGSEGV" in capsys.readouterr().err
 
 
 def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):

@@ -42,8 +42,9 @@ SMALL = {
 }
 
 
-def small_bench(folder: Path, preset: str = "cpu-twin", steps: int = 4) -> Bench:
-    bench = Bench(preset, Setting.parse(SMALL[preset].format(steps)), folder / "run")
+def small_bench(folder: Path, preset: str = "cpu-twin", steps: int = 4, change: str = "") -> Bench:
+    torch.manual_seed(0)  # of the random weights
+    bench = Bench(preset, Setting.parse(SMALL[preset].format(steps) + change), folder / "run")
     bench.step()
     return bench
 
@@ -153,6 +154,20 @@ def trained(
     return rows
 
 
+@pytest.mark.parametrize("preset", SMALL)
+def test_streamed_blocks_train_as_those_that_stay(tmp_path, record_property, preset):
+    """In the second step the order of blocks is known, and each is on its way before it is entered."""
+    losses, norms = [], []
+    for change in ("", ";stream_blocks=True"):
+        bench = small_bench(tmp_path / f"run{change}", preset, change=change)
+        metrics = bench.trainer.train_step()
+        losses.append(metrics.loss)
+        norms.append(metrics.grad_norm)
+    for name, (there, streamed) in {"loss": losses, "gradient": norms}.items():
+        record_property(f"{name}_difference", abs(streamed - there) / abs(there))
+        assert streamed == pytest.approx(there, rel=1e-3)
+
+
 @needs_gpu
 def test_advice_is_given_when_memory_runs_out(twin, tmp_path, capsys):
     total = torch.cuda.get_device_properties(0).total_memory
@@ -209,9 +224,12 @@ def kill_after_a_step(process: subprocess.Popen, run: Path) -> None:
     assert process.wait() == -signal.SIGKILL, "it ended before it was killed"
 
 
-def test_two_processes_on_one_card_give_the_adapter_of_one(twin, tmp_path, undisturbed, record_property):
+@pytest.mark.parametrize("split", [False, True], ids=["whole", "split"])
+def test_two_processes_on_one_card_give_the_adapter_of_one(
+    twin, tmp_path, undisturbed, record_property, split
+):
     """Each is told to be the first process of a machine: accelerate gives those of one machine a card each."""
-    config, run = run_config(twin, tmp_path, "two", train_batch_size=1)
+    config, run = run_config(twin, tmp_path, "two", train_batch_size=1, shard_frozen=split)
     with socket.create_server(("127.0.0.1", 0)) as found:
         port = str(found.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

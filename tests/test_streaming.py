@@ -1,11 +1,14 @@
 """Blocks that are streamed from the CPU, with the CPU itself for a device, and what the machine must have for it."""
 
 import dataclasses
+import functools
 
 import pipelines
 import pytest
 import torch
 import twins
+from pipelines_hunyuan import save_hunyuan
+from pipelines_modelscope import save_modelscope
 from sharded_calls import adapter_gradient
 
 from Core.build import new_backbone
@@ -14,17 +17,31 @@ from Core.config.checks import machine_errors
 from Core.data.text_embeddings import encode_prompts
 from Core.modules.streaming import BlockStream
 
+# Experts that take turns, two streams of tokens, connections that skip blocks.
+PIPELINES = {
+    "wan": (lambda folder: pipelines.save_wan(folder, "a14b"), 5),
+    "hunyuan_video15": (save_hunyuan, 5),
+    "modelscope": (save_modelscope, 2),
+}
+
 
 @pytest.fixture(scope="module")
 def configs(tmp_path_factory, twin):
-    folder = pipelines.save_wan(tmp_path_factory.mktemp("wan") / "pipeline", "a14b")
-    small = dict(num_frames=5, num_sampling_steps=2)
-    values = twins.settings(twin, folder / "run", num_frames=1, is_vader_training=False)
-    values["scheduler"]["num_sampling_steps"] = 2
-    return {
-        "wan": pipelines.config_for("wan", folder, **small),
-        "opensora": build_config(values),
-    }
+    """A function that gives the config of a family, saved once."""
+
+    @functools.cache
+    def config_of(family: str):
+        folder = tmp_path_factory.mktemp(family)
+        if family == "opensora":
+            values = twins.settings(twin, folder / "run", num_frames=1, is_vader_training=False)
+            values["scheduler"]["num_sampling_steps"] = 2
+            return build_config(values)
+        save, frames = PIPELINES[family]
+        return pipelines.config_for(
+            family, save(folder / "pipeline"), num_frames=frames, num_sampling_steps=2
+        )
+
+    return config_of
 
 
 def loaded(config, **models):
@@ -37,11 +54,11 @@ def loaded(config, **models):
 
 
 @pytest.mark.parametrize("checkpointing", [True, False])
-@pytest.mark.parametrize("family", ["wan", "opensora"])
+@pytest.mark.parametrize("family", ["opensora", *PIPELINES])
 def test_streamed_blocks_give_the_same_gradient_and_at_most_two_are_there(
     configs, family, checkpointing, monkeypatch
 ):
-    wanted = adapter_gradient(*loaded(configs[family]), checkpointing)
+    wanted = adapter_gradient(*loaded(configs(family)), checkpointing)
     there, enter = [], BlockStream.enter
 
     def watched(stream, number):
@@ -50,7 +67,7 @@ def test_streamed_blocks_give_the_same_gradient_and_at_most_two_are_there(
         assert number in there[-1]
 
     monkeypatch.setattr(BlockStream, "enter", watched)
-    backbone, encoded = loaded(configs[family], stream_blocks=True)
+    backbone, encoded = loaded(configs(family), stream_blocks=True)
     blocks = backbone.blocks
     assert torch.equal(adapter_gradient(backbone, encoded, checkpointing), wanted)
     assert max(map(len, there)) <= 2
@@ -65,6 +82,13 @@ def test_streamed_blocks_give_the_same_gradient_and_at_most_two_are_there(
         assert sum(size > 0 for size in held) <= len(held) / len(blocks) * 2
 
 
+@pytest.mark.parametrize("models", [{"dtype": "fp8"}, {"base_quant": "nf4"}], ids=["fp8", "nf4"])
+def test_blocks_in_fewer_bits_are_streamed_too(configs, models):
+    config = configs("opensora")
+    wanted = adapter_gradient(*loaded(config, **models))
+    assert torch.equal(adapter_gradient(*loaded(config, stream_blocks=True, **models)), wanted)
+
+
 def test_a_block_is_there_before_it_is_entered_once_its_turn_is_known(configs, monkeypatch):
     late, enter = [], BlockStream.enter
 
@@ -73,7 +97,7 @@ def test_a_block_is_there_before_it_is_entered_once_its_turn_is_known(configs, m
         enter(stream, number)
 
     monkeypatch.setattr(BlockStream, "enter", watched)
-    backbone, encoded = loaded(configs["opensora"], stream_blocks=True)
+    backbone, encoded = loaded(configs("opensora"), stream_blocks=True)
     adapter_gradient(backbone, encoded)
     late.clear()
     predict = backbone.predictor([backbone.features(e) for e in encoded])
@@ -86,7 +110,7 @@ def test_a_block_is_there_before_it_is_entered_once_its_turn_is_known(configs, m
 
 
 def test_what_does_not_go_together_is_refused(configs):
-    values = dict(configs["opensora"].flat())
+    values = dict(configs("opensora").flat())
     with pytest.raises(ConfigError) as error:
         build_config(
             {**values, "shard_frozen": True, "stream_blocks": True, "compile_blocks": True, "dtype": "fp8"}

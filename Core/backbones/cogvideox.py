@@ -91,6 +91,14 @@ class CogVideoX(DdimFamily, CausalDecode):
 
     # Networks
 
+    def load_denoiser(self) -> nn.Module:
+        network = super().load_denoiser()
+        embed: Any = network.patch_embed
+        if embed.use_positional_embeddings:
+            # 2B's positions, which diffusers computes in float64 and turns to the tokens' dtype at every step.
+            embed.pos_embedding = embed.pos_embedding.to(self.dtype)
+        return network
+
     def load_vae(self) -> nn.Module:
         from diffusers import AutoencoderKLCogVideoX
 

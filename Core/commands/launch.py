@@ -4,8 +4,8 @@ import os
 import sys
 from collections.abc import Mapping, Sequence
 
+from Core.commands import torchrun
 from Core.utils.errors import ConfigError
-from Core.utils.places import PACKAGE
 
 ASKED = "NUM_PROCESSES"
 STARTED = "VADER_NUM_PROCESSES"  # the processes compare it with how many they are
@@ -38,6 +38,5 @@ def launch(processes: int, words: Sequence[str]) -> None:
     # Without it torchrun gives every process one thread.
     os.environ.setdefault("OMP_NUM_THREADS", str(max(cores // processes, 1)))
     os.environ[STARTED] = str(processes)
-    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes))
     sys.stderr.flush()
-    os.execv(sys.executable, [sys.executable, *torchrun, str(PACKAGE / "__main__.py"), *words])
+    os.execv(sys.executable, [sys.executable, torchrun.__file__, str(processes), *words])

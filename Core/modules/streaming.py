@@ -2,10 +2,11 @@
 
 A block's weights are copied to the device when it is entered, in the forward pass, when it is recomputed, or when a
 gradient reaches its output, and given up when another is. Autograd keeps views of weights, so that the tensors stay and
-their storage alone comes and goes. diffusers' group offloading gives a block up at the end of its forward pass, and so
-cannot be trained through.
+the block's storage alone comes and goes. diffusers' group offloading gives a block up at the end of its forward pass,
+and so cannot be trained through.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -14,22 +15,30 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
+ALIGNMENT = 256  # bytes, as CUDA's allocator aligns a tensor
+# Bytes of one piece of pinned memory. PyTorch rounds each up to a power of two: 5120 × 13824 weights in bf16, which are
+# 135 MiB, would take 256.
+PIECE = 1 << 24
+
 
 class StreamedBlock:
-    """The weights of one block, at home on the CPU.
+    """The weights of one block: at home in the CPU's memory, and together in one buffer on the device.
 
     Args:
         tensors: parameters and buffers, on the CPU; they lie on ``device`` from then on, at first without content.
     """
 
     def __init__(self, tensors: Iterable[Tensor], device: torch.device):
-        self.device = device
-        self.pairs: list[tuple[Tensor, Tensor]] = []  # at home, on the device
-        for tensor in tensors:
-            home = tensor.data.contiguous()
-            placed = torch.empty_like(home, device=device)
-            self.pairs.append((home.pin_memory() if device.type == "cuda" else home, placed))
-            tensor.data = placed
+        tensors = list(tensors)
+        places = list(itertools.accumulate((_room(tensor) for tensor in tensors), initial=0))
+        self.size = places[-1]
+        whole = torch.empty(self.size, dtype=torch.uint8)
+        self.buffer = torch.empty(self.size, dtype=torch.uint8, device=device)
+        for tensor, place in zip(tensors, places, strict=False):
+            _cut(whole, place, tensor).copy_(tensor.detach())
+            tensor.data = _cut(self.buffer, place, tensor)
+        pieces = whole.split(PIECE)
+        self.home = [piece.pin_memory() for piece in pieces] if device.type == "cuda" else list(pieces)
         self.resident = True
         self.arrival: Any = None  # event at the end of a copy that nothing has waited for yet
         self.leave()
@@ -39,31 +48,41 @@ class StreamedBlock:
         if self.resident:
             return
         self.resident = True
-        for home, placed in self.pairs:
-            placed.untyped_storage().resize_(home.nbytes)
+        # Allocated and, in ``leave``, freed on the current stream, which waits for the copy in between.
+        self.buffer.untyped_storage().resize_(self.size)
         if copying is None:
             self._copy()
             return
-        copying.wait_stream(torch.cuda.current_stream(self.device))  # what the memory was used for before
+        copying.wait_stream(
+            torch.cuda.current_stream(self.buffer.device)
+        )  # what the memory was used for before
         with torch.cuda.stream(copying):
             self._copy()
             self.arrival = copying.record_event()
 
     def _copy(self) -> None:
-        for home, placed in self.pairs:
-            placed.copy_(home, non_blocking=True)
+        for piece, place in zip(self.home, self.buffer.split(PIECE), strict=True):
+            place.copy_(piece, non_blocking=True)
 
     def wait(self) -> None:
         """Have what the device does next wait for the copy."""
         if self.arrival is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.arrival)
+            torch.cuda.current_stream(self.buffer.device).wait_event(self.arrival)
             self.arrival = None
 
     def leave(self) -> None:
         self.wait()
         self.resident = False
-        for _, placed in self.pairs:
-            placed.untyped_storage().resize_(0)
+        self.buffer.untyped_storage().resize_(0)
+
+
+def _room(tensor: Tensor) -> int:
+    return -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def _cut(buffer: Tensor, place: int, like: Tensor) -> Tensor:
+    """The bytes of ``buffer`` from ``place`` on as a tensor of the shape and dtype of ``like``."""
+    return buffer[place : place + like.nbytes].view(like.dtype).view(like.shape)
 
 
 class BlockStream:

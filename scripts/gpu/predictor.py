@@ -1,9 +1,11 @@
 """Predicted peaks of the configurations that the other parts measure, by scripts/estimate.py."""
 
 import json
+import os
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +26,6 @@ COMPARED: dict[str, tuple[Path, dict[str, Any]]] = {
     "wan-ti2v-5b": (WAN / "ti2v_5b.py", {"resolution": "480p", "num_sampling_steps": 4}),
 }
 
-
 OUTSIDE_STEPS = ("text", "load", "validation")  # phases that the other parts do not measure
 
 
@@ -37,14 +38,17 @@ def step_peak(estimate: dict[str, Any]) -> int | None:
 
 
 def compare(report: Report, small: bool) -> None:
-    """What the predictor says of each, in the order of the parts."""
+    """What the predictor says of each, several at a time, since each keeps one core busy."""
     if not ESTIMATE.exists():
         report.add(missing="scripts/estimate.py is not there")
         return
+    names = list(COMPARED)[: 1 if small else None]
     predictions: dict[str, Any] = {}
-    for name in list(COMPARED)[: 1 if small else None]:
-        predictions[name] = estimate(*COMPARED[name])
-        report.add(predictions=predictions)
+    with ThreadPoolExecutor(max(len(os.sched_getaffinity(0)) // 2, 1)) as pool:
+        running = {pool.submit(estimate, *COMPARED[name]): name for name in names}
+        for done in as_completed(running):
+            predictions[running[done]] = done.result()
+            report.add(predictions=predictions)
 
 
 def estimate(base: Path, changes: dict[str, Any]) -> dict[str, Any]:

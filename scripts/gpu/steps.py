@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -23,6 +22,7 @@ TINY = (
     ";model.caption_channels=256;text_encoder.d_model=256"
 )
 ROUNDS = 3
+ENOUGH = 15.0  # seconds of measured steps, after which no further one begins
 NEEDS = {"base_quant=nf4": "bitsandbytes"}
 
 
@@ -45,7 +45,7 @@ def benched(size: str, small: bool, setting: str = "default") -> Iterator[Bench]
 def phases(report: Report, small: bool, size: str) -> None:
     """What ``cost`` measures, then peak, operations and bytes by phase, and the ceiling."""
     with benched(size, small) as bench:
-        report.add(**cost_of(bench))
+        report_cost(report, bench)
         report.add(**bench.measure(ROUNDS))
 
 
@@ -57,7 +57,7 @@ def against_plain(report: Report, small: bool, size: str) -> None:
 def cost(report: Report, small: bool, size: str, setting: str = "default") -> None:
     """Seconds by phase and peak memory of a step."""
     with benched(size, small, setting) as bench:
-        report.add(**cost_of(bench))
+        report_cost(report, bench)
 
 
 def stored(report: Report, small: bool, change: str) -> None:
@@ -69,22 +69,32 @@ def stored(report: Report, small: bool, change: str) -> None:
     cost(report, small, "240p", f"default;{change}")
 
 
-def cost_of(bench: Bench) -> dict[str, Any]:
-    """Medians over steps after two that warm up; the second finds its memory already reserved."""
+def report_cost(report: Report, bench: Bench) -> None:
+    """Medians over steps after two that warm up; the second finds its memory already reserved.
+
+    Reported after every step, and over fewer steps where they are long, so that a slow card tells something too.
+    """
     bench.step()
-    if bench.device.type == "cuda":
+    on_gpu = bench.device.type == "cuda"
+    if on_gpu:
         torch.cuda.empty_cache()
     memory = PeakMemory(bench.device)
-    first = bench.step()
-    taken = [bench.step() for _ in range(ROUNDS)]
-    reserved = torch.cuda.max_memory_reserved() if bench.device.type == "cuda" else None
-    trainer = bench.trainer
-    return {
-        "latent": list(trainer.backbone.latent_shape()),
-        "sampling_steps": len(trainer.backbone.timesteps(1)),
-        "second_step_seconds": sum(first.values()),
-        "step_seconds": [sum(step.values()) for step in taken],
-        "phase_seconds": {name: statistics.median(step[name] for step in taken) for name in first},
-        "peak_bytes": memory.take(),
-        "reserved_bytes": reserved,
-    }
+    bench.step()
+    backbone, taken = bench.trainer.backbone, []
+    peak = reserved = 0
+    report.add(latent=list(backbone.latent_shape()), sampling_steps=len(backbone.timesteps(1)))
+    while len(taken) < ROUNDS and sum(map(sum_of, taken)) < ENOUGH:
+        taken.append(bench.step())
+        if on_gpu:  # before the peaks begin anew
+            reserved = max(reserved, torch.cuda.max_memory_reserved())
+        peak = max(peak, memory.take())
+        report.add(
+            step_seconds=[sum_of(step) for step in taken],
+            phase_seconds={name: statistics.median(step[name] for step in taken) for name in taken[0]},
+            peak_bytes=peak,
+            reserved_bytes=reserved or None,
+        )
+
+
+def sum_of(step: dict[str, float]) -> float:
+    return sum(step.values())

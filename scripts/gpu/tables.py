@@ -9,14 +9,15 @@ from scripts.gpu.parts import PRESETS
 from scripts.gpu.predictor import COMPARED, step_peak
 
 Result = dict[str, Any]
-SIZED = ("phases", "360p", "720p", "nf4", "fp8", "wan-1.3b", "wan-ti2v-5b")  # parts with the cost of a step
+STORED = ("nf4", "fp8", "streamed")  # parts that store the weights of 240p in another way
+SIZED = ("phases", "360p", "720p", *STORED, "wan-1.3b", "wan-ti2v-5b")  # parts with the cost of a step
 # What is to hold: (what, unit, goal, whether more is better, the measured number).
 Goal = tuple[str, str, float, bool, Callable[["Parts"], float]]
 
 
 def title(name: str) -> str:
     """The preset that a part measures, and what it changes."""
-    stored = f", {name}" if name in ("nf4", "fp8") else ""
+    stored = f", {name}" if name in STORED else ""
     return PRESETS.get(name, PRESETS["240p"] + stored)
 
 

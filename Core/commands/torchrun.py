@@ -1,0 +1,51 @@
+"""torchrun for the processes of one run: ``torchrun.py PROCESSES WORD …`` runs ``vader`` with these words in each.
+
+A program of its own, so that no memory of a GPU that ``vader`` has looked at stays taken while the processes run.
+"""
+
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+PACKAGE = Path(__file__).resolve().parents[1]
+
+
+def main(argv: Sequence[str]) -> int:
+    """0 when all processes ended well, else the exit code of one that did not; 4 where signals ended them."""
+    from torch.distributed.elastic.multiprocessing import SignalException
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    processes, *words = argv
+    try:
+        torchrun(["--standalone", "--nproc-per-node", processes, str(PACKAGE / "__main__.py"), *words])
+    except ChildFailedError as error:
+        return explained([failure.exitcode for failure in error.failures.values()])
+    except SignalException as error:
+        return 128 + error.sigval
+    return 0
+
+
+def explained(codes: Sequence[int]) -> int:
+    """One exit code for those of the processes that failed.
+
+    A process that ended by itself has said why. One that a signal ended, such as the kernel's when memory is short,
+    could not, nor could those that waited for it on a GPU until torchrun ended them by SIGTERM.
+    """
+    from Core.utils.exit_codes import answer
+
+    for code in codes:
+        if code > 0:
+            return code
+    name = signal.Signals(-max(codes, key=lambda code: code != -signal.SIGTERM)).name
+    sentence = (
+        f"a process of the run was ended by {name}; torchrun names it above, what it or its machine wrote last may say "
+        "why, and the same command continues from what is saved"
+    )
+    return answer(4, [sentence])
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(PACKAGE.parent)  # in place of this folder
+    sys.exit(main(sys.argv[1:]))

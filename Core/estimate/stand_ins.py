@@ -1,7 +1,7 @@
 """What takes the place of files and of other processes: a tokenizer that counts letters, and processes that agree."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -48,6 +48,27 @@ class StandInTokens:
 
 def tokens_of(text: str) -> int:
     return len(text) // LETTERS_PER_TOKEN + 2  # and the end
+
+
+@contextmanager
+def absent_processes(count: int) -> Iterator[None]:
+    """Within this context this process is the first of so many, and what it sends to the others goes nowhere.
+
+    Raises:
+        ValueError: processes are joined already.
+    """
+    if count == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if torch.distributed.is_initialized():
+        raise ValueError("a run of several processes is not estimated within one; use `vader estimate --processes`")
+    torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
 
 
 class AgreeingProcesses(Distributed):

@@ -23,6 +23,7 @@ from Core.estimate.operations import Work, WorkCounter
 from Core.estimate.published import T5_XXL, write_pipeline
 from Core.estimate.stand_ins import StandInTokens
 from Core.modules.autocast import keep_out_of_autocast
+from Core.modules.sharding import parameters_on_meta
 from Core.sampling.euler import Predict
 from Core.utils.damage import read_settings
 from Core.utils.hub import present
@@ -45,6 +46,19 @@ class Weightless(Backbone):
     @contextmanager
     def loading(self, what: str, keys: Any) -> Iterator[None]:
         yield
+
+    def load(self) -> None:
+        self.home = torch.device("meta")  # whose tensors take no memory of the card
+        super().load()
+
+    def load_denoiser(self) -> nn.Module:
+        if self.mesh is None:
+            return super().load_denoiser()  # type: ignore[safe-super]
+        with parameters_on_meta():
+            return super().load_denoiser()  # type: ignore[safe-super]
+
+    def _fill(self) -> None:
+        self.denoiser.to_empty(device=self.device)
 
 
 class Repeated:

@@ -432,13 +432,21 @@ class Backbone(ABC):
         if self.models.base_quant == "nf4":
             store_linears_in_nf4(self.blocks)
         if streamed:
-            stream(self.blocks, self.device, [module for module, _ in self.called_from_outside])
+            self._stream()
             self.denoiser.to(self.device)  # what is in no block
 
     def _fill(self) -> None:
         """Read this process's part of the networks that have been split without content."""
         for network, files in self.unfilled:
             sharding.fill(network, files, self.device)
+
+    @property
+    def _unstreamed(self) -> list[nn.Module]:
+        """Parts of blocks that run outside of them."""
+        return [module for module, _ in self.called_from_outside if module is not self.denoiser]
+
+    def _stream(self) -> None:
+        stream(self.blocks, self.device, self._unstreamed)
 
     def _place(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
         return module.to(device, dtype).eval().requires_grad_(False)

@@ -95,12 +95,11 @@ def machine_errors(config: Config, processes: int, device: str = "cuda") -> list
             "shard_frozen=True splits weights over processes, and there is one; start several, or set "
             "stream_blocks=True instead"
         )
-    if device == "cpu":
-        errors += [
-            f"{key}=True keeps in the CPU's memory what a GPU has no room for, and this machine has none; set {key}=False"
-            for key in ("stream_blocks", "activation_offloading")
-            if getattr(config.models, key)
-        ]
+    if config.models.stream_blocks and device == "cpu":
+        errors.append(
+            "stream_blocks=True brings weights from the CPU to a GPU, and this machine has none; set "
+            "stream_blocks=False"
+        )
     return errors
 
 

@@ -134,7 +134,7 @@ def fake_run(
         distributed = AgreeingProcesses(config.optimizer.mixed_precision, processes)
         built = config if whole else shortened(config)
         repeats = config.optimizer.gradient_accumulation_steps // built.optimizer.gradient_accumulation_steps
-        backbone = weightless_backbone(built, meter.work)
+        backbone = weightless_backbone(built, live, meter.work)
         backbone.mesh = distributed.mesh if config.models.shard_frozen else None
         gc.freeze()
         tell("text")

@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -35,6 +36,7 @@ class LiveBytes(TorchDispatchMode):
         self.sizes: dict[int, int] = {}  # of living storages
         self.made, self.patience = 0, COLLECT_EVERY
         self.workspace = workspace
+        self.counts = True
 
     def __enter__(self):
         # What is split over processes or streamed gives its memory up without an operator.
@@ -67,6 +69,15 @@ class LiveBytes(TorchDispatchMode):
         for tensor in (*module.parameters(), *module.buffers()):
             self._add(local_part(tensor).untyped_storage())
 
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """Within this context new tensors count as nothing, until their storage is given another size."""
+        self.counts = False
+        try:
+            yield
+        finally:
+            self.counts = True
+
     def lap(self, name: str) -> None:
         """The peak since the last lap is that of phase ``name``, or of an earlier one of that name if larger."""
         self.phases[name] = max(self.phases.get(name, 0), self.peak)
@@ -79,7 +90,7 @@ class LiveBytes(TorchDispatchMode):
         self.sizes[key] = 0
         self.made += 1
         weakref.finalize(storage, self._drop, key)
-        self._resize(key, storage.nbytes())
+        self._resize(key, storage.nbytes() if self.counts else 0)
 
     def _resize(self, key: int, size: int) -> None:
         if key in self.sizes:

@@ -1,6 +1,6 @@
 """What takes the place of files and of other processes: a tokenizer that counts letters, and processes that agree."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -103,6 +103,10 @@ class AgreeingProcesses(Distributed):
         _engine_run_backward(
             (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter], flags: Sequence[bool]) -> list[bool]:
+        super().average_gradients(parameters, flags)
+        return list(flags)  # those that come back have no values
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
         return float(nn.utils.clip_grad_norm_(parameters, max_norm))

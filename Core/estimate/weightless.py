@@ -19,6 +19,7 @@ from Core.backbones import Backbone, Features, TextEncoder
 from Core.backbones.diffusers_base import DiffusersBackbone
 from Core.backbones.opensora import OpenSora
 from Core.config import Config
+from Core.estimate.live_bytes import LiveBytes
 from Core.estimate.operations import Work, WorkCounter
 from Core.estimate.published import T5_XXL, write_pipeline
 from Core.estimate.stand_ins import StandInTokens
@@ -35,9 +36,11 @@ class Weightless(Backbone):
     """What sized families share: steps without a gradient that repeat one another are run once and counted.
 
     Attributes:
+        live: the counter of bytes, told of tensors that lie elsewhere than on the card.
         work: the counter of what is run, told of each step that is left out.
     """
 
+    live: LiveBytes
     work: WorkCounter
 
     def predictor(self, text: Sequence[Features], **settings: Any) -> Predict:
@@ -59,6 +62,14 @@ class Weightless(Backbone):
 
     def _fill(self) -> None:
         self.denoiser.to_empty(device=self.device)
+
+    def _stream(self) -> None:
+        for module in self._unstreamed:
+            module.to(self.device)
+        with self.live.elsewhere():
+            for block in self.blocks:
+                block.to(self.device)
+            super()._stream()
 
 
 class Repeated:
@@ -179,9 +190,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def weightless_backbone(config: Config, work: WorkCounter) -> Any:
-    """The model family that a configuration names, whose ``load`` reads no weights."""
+def weightless_backbone(config: Config, live: LiveBytes, work: WorkCounter) -> Any:
+    """The model family that a configuration names, whose ``load`` reads no weights; see ``Weightless``."""
     family = config.backbone
     mixin = WeightlessOpenSora if issubclass(family, OpenSora) else WeightlessDiffusers
-    kind = type(f"Weightless{family.__name__}", (mixin, family), {"work": work})
+    kind = type(f"Weightless{family.__name__}", (mixin, family), {"live": live, "work": work})
     return kind(config.family, config.models, config.video_spec, torch.device("cpu"))

@@ -8,6 +8,7 @@ import argparse
 import json
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +29,8 @@ GIB = 1 << 30
 OPENSORA = "Open-Sora/configs/opensora-v1-2/vader/vader_train.py"
 PICTURE = ROOT / "assets" / "before_after.png"
 FROM_A_PICTURE = f'a fox wakes up {{"reference_path": "{PICTURE}"}}'
+# Row → processes, of those that need several.
+PROCESSES = {"Wan 2.1 14B, 480p, 81 frames, each of 4 sharded": 4}
 # Row → config and flags.
 RUNS: dict[str, tuple[str, ...]] = {
     **{
@@ -37,6 +40,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "Wan 2.1 1.3B, 480p, 81 frames": ("configs/wan/t2v_1_3b.py",),
     "Wan 2.2 TI2V-5B, 704p, 121 frames": ("configs/wan/ti2v_5b.py",),
     "Wan 2.1 14B, 480p, 81 frames": ("configs/wan/t2v_14b.py",),
+    "Wan 2.1 14B, 480p, 81 frames, each of 4 sharded": ("configs/wan/t2v_14b.py", "--shard-frozen", "True"),
     "Wan 2.1 14B distilled, 480p, 81 frames": ("configs/wan/t2v_14b_4_steps.py", "--base-adapters", "[]"),
     "Wan 2.1 14B, 720p, 81 frames": ("configs/wan/t2v_14b_720p.py",),
     "Wan 2.2 A14B, 480p, 81 frames": ("configs/wan/t2v_a14b.py",),
@@ -109,12 +113,16 @@ def main() -> None:
         "names", nargs="*", metavar="RUN", help="rows to renew (default: all; `none` for no row)"
     )
     names = parser.parse_args().names
-    found = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
     for name in [name for name in RUNS if not names or name in names]:
         config, *flags = RUNS[name]
-        found[name] = figures(fake_run(load_config([str(ROOT / config), *flags])))
-        print(row(name, found[name]), flush=True)
-        write_whole(FIGURES, json.dumps(found, indent=1) + "\n")
+        began = time.process_time()
+        new = figures(fake_run(load_config([str(ROOT / config), *flags]), PROCESSES.get(name, 1)))
+        print(row(name, new), f"estimated in {time.process_time() - began:.0f} s", flush=True)
+        # Read again for every row, since another process may have added to it.
+        found = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+        found[name] = new
+        ordered = {name: found[name] for name in RUNS if name in found}
+        write_whole(FIGURES, json.dumps(ordered, indent=1) + "\n")
     write_page()
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.initialization import no_init_weights
 
 from Core.backbones import EncodedPrompt, Features, Prompt
 from Core.config import Config, ConfigError
@@ -142,7 +143,8 @@ def fake_run(
         gc.collect()
         meter.lap("text")
         tell("load")
-        backbone.load()
+        with no_init_weights():
+            backbone.load()
         fakes = {name: part and without_content(mode, part) for name, part in scorers.items()}
         reward = joined(
             config.reward.reward_fn, fakes, scorer_dtype(backbone.dtype, config.optimizer.mixed_precision)
@@ -155,7 +157,7 @@ def fake_run(
             built, {}, distributed, backbone, reward, prompts, validation, NO_FOLDER, Trackers({})
         )
         fill_text_caches(trainer, reward)
-        begin_optimizer(trainer)
+        begin_optimizer(trainer, on_card)
         if repeats == 1:
             trainer.optimizer.zero_grad()  # else those of the backward passes before are there
         gc.collect()
@@ -220,8 +222,11 @@ def encode_used(
     return every, [encoded(prompt) for prompt in validated]
 
 
-def begin_optimizer(trainer: Trainer) -> None:
+def begin_optimizer(trainer: Trainer, on_card: bool) -> None:
     """Make the optimiser's state, which is there from the second step on."""
+    if on_card and isinstance(trainer.optimizer, torch.optim.AdamW):
+        for group in trainer.optimizer.param_groups:
+            group["foreach"] = True  # PyTorch's choice on a card
     for parameter in trainer.parameters:
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()

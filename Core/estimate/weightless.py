@@ -30,6 +30,7 @@ from Core.utils.damage import read_settings
 from Core.utils.hub import present
 
 REPEATED_AFTER = 2  # sampling steps: the first also makes what all share
+REPEATED_CHUNKS = 3  # of a video: the first ones see less of those before
 
 
 class Weightless(Backbone):
@@ -49,6 +50,11 @@ class Weightless(Backbone):
     @contextmanager
     def loading(self, what: str, keys: Any) -> Iterator[None]:
         yield
+
+    @property
+    def decode_step(self) -> Any:
+        """Of a family whose VAE decodes chunk by chunk."""
+        return RepeatedChunk(super().decode_step, self.work)  # type: ignore[misc]
 
     def load(self) -> None:
         self.home = torch.device("meta")  # whose tensors take no memory of the card
@@ -90,6 +96,29 @@ class Repeated:
         prediction = self.predict(z, t, generated)
         self.cost, self.calls = self.work.now - before, self.calls + 1
         return prediction
+
+
+class RepeatedChunk:
+    """A step of a decoder, likewise: from the fourth chunk of a video on it is counted where it keeps no graph.
+
+    A cache that grows with the video is then counted as after the third.
+    """
+
+    def __init__(self, step: Any, work: WorkCounter):
+        self.step, self.work = step, work
+        self.calls = 0
+
+    def __call__(self, z: Tensor, cache: Any, last: bool = False) -> tuple[Tensor, Any]:
+        if torch.is_grad_enabled():
+            return self.step(z, cache, last=last)
+        self.calls = 0 if cache is None else self.calls + 1
+        if self.calls > REPEATED_CHUNKS:
+            self.work.now.update(self.cost)
+            return torch.empty(self.shape, dtype=z.dtype), cache
+        before = Counter(self.work.now)
+        pixels, cache = self.step(z, cache, last=last)
+        self.cost, self.shape = self.work.now - before, pixels.shape
+        return pixels, cache
 
 
 class WeightlessOpenSora(Weightless, OpenSora):

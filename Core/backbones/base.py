@@ -424,9 +424,7 @@ class Backbone(ABC):
             self._fill()
         base_adapters.merge(self.denoiser, self.models.base_adapters, self.original_names)
         streamed = self.models.stream_blocks
-        self.denoiser = self._place(
-            self.denoiser, self.dtype, self.home if streamed else self.device
-        )
+        self.denoiser = self._place(self.denoiser, self.dtype, self.home if streamed else self.device)
         if self.models.dtype == "fp8":
             store_linears_in_fp8(self.blocks)
         if self.models.base_quant == "nf4":

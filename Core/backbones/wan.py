@@ -231,13 +231,16 @@ class Wan(CausalDecode):
 
     def load_vae(self) -> nn.Module:
         from diffusers import AutoencoderKLWan
+
+        return self.load_network(AutoencoderKLWan, "vae", self.vae_dtype)
+
+    def load(self) -> None:
         from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
 
-        vae = self.load_network(AutoencoderKLWan, "vae", self.vae_dtype)
-        for module in vae.modules():
+        super().load()
+        for module in self.vae.modules():
             if isinstance(module, WanCausalConv3d):
                 module.forward = functools.partial(_convolve, module)
-        return vae
 
     def text_encoder(self) -> TextEncoder:
         from transformers import UMT5EncoderModel

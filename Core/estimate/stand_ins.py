@@ -63,7 +63,9 @@ def absent_processes(count: int) -> Iterator[None]:
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     if torch.distributed.is_initialized():
-        raise ValueError("a run of several processes is not estimated within one; use `vader estimate --processes`")
+        raise ValueError(
+            "a run of several processes is not estimated within one; use `vader estimate --processes`"
+        )
     torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
     try:
         yield

@@ -114,7 +114,7 @@ def check(config: Config, distributed: "Distributed", folder: Path) -> None:
 
 
 def say_whether_it_fits(config: Config, memory: int, processes: int) -> None:
-    """Print the estimate for cards with so many bytes, one for each process; what cannot be estimated is no reason not to run."""
+    """Print the estimate for cards of so many bytes, one a process; where there is none, that is no reason to stop."""
     from Core.estimate.command import fits_sentence
 
     try:
@@ -157,8 +157,8 @@ def memory_advice(config: Config, error: str) -> str:
     failed = f", which tried to allocate {asked[1]} more" if asked else ""
     return (
         f"the device's memory is too small for this run{failed}; set {', '.join([*unused, 'a smaller resolution'])} "
-        "or fewer num_frames, one at a time: docs/troubleshooting.md says what each costs, and `vader estimate` with this "
-        "config and --gpu NAME finds those that make it fit"
+        "or fewer num_frames, one at a time: docs/troubleshooting.md says what each costs, and `vader estimate` with "
+        "this config and --gpu NAME finds those that make it fit"
     )
 
 

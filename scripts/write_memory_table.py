@@ -1,4 +1,6 @@
-"""Estimate every family at its sizes and write the tables of docs/memory.md: `python scripts/write_memory_table.py`.
+"""Estimate every family at its sizes, and write the tables of docs/memory.md and docs/families.
+
+`python scripts/write_memory_table.py` takes the names of rows to renew.
 
 Nothing is measured on a card: the figures are those of `vader estimate`. `docs/estimates/memory.json` keeps them,
 and `docs/estimates/check.json` the comparison with real steps (scripts/check_estimate.py --json).
@@ -84,6 +86,16 @@ def memory_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*lines, *(row(name, found[name]) for name in RUNS if name in found)])
 
 
+def family_table(family: str, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a card needs for each run of a family."""
+    lines = ["| run | a card needs, predicted |", "| --- | --- |"]
+    for name, (config, *_) in RUNS.items():
+        if Path(config).parent.name == family and name in found:
+            needed = device_bytes(max(found[name]["peaks"].values()))
+            lines.append(f"| {name} | {needed / GIB:.1f} GiB |")
+    return "\n".join(lines)
+
+
 def check_table(found: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| run | peak, estimated | measured | | operations |", "| --- | --- | --- | --- | --- |"]
     for one in found:
@@ -96,15 +108,23 @@ def check_table(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_page() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    tables = {"memory": memory_table(json.loads(FIGURES.read_text(encoding="utf-8")))}
+def write_pages() -> None:
+    found = json.loads(FIGURES.read_text(encoding="utf-8"))
+    tables = {"memory": memory_table(found)}
     if CHECK.exists():
         tables["check"] = check_table(json.loads(CHECK.read_text(encoding="utf-8")))
+    write_tables(PAGE, tables)
+    for page in (ROOT / "docs" / "families").glob("*.md"):
+        write_tables(page, {page.stem: family_table(page.stem, found)})
+
+
+def write_tables(path: Path, tables: Mapping[str, str]) -> None:
+    """Replace the tables of a page, each between its own comment and the end."""
+    page = path.read_text(encoding="utf-8")
     for name, table in tables.items():
         pattern = re.compile(TABLE.format(name), re.DOTALL)
         page = pattern.sub(lambda m, table=table: f"{m[1]}\n{table}\n\n{m[3]}", page)  # type: ignore[misc]
-    write_whole(PAGE, page)
+    write_whole(path, page)
 
 
 def main() -> None:
@@ -123,7 +143,7 @@ def main() -> None:
         found[name] = new
         ordered = {name: found[name] for name in RUNS if name in found}
         write_whole(FIGURES, json.dumps(ordered, indent=1) + "\n")
-    write_page()
+    write_pages()
 
 
 if __name__ == "__main__":

@@ -67,7 +67,11 @@ class Weightless(Backbone):
             return super().load_denoiser()  # type: ignore[safe-super]
 
     def _fill(self) -> None:
-        self.denoiser.to_empty(device=self.device)
+        for module in self.denoiser.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    here = torch.empty_like(weight, device=self.device)
+                    module._parameters[name] = nn.Parameter(here, requires_grad=False)
 
     def _stream(self) -> None:
         for module in self._unstreamed:

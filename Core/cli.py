@@ -107,15 +107,18 @@ def check(config: Config, distributed: "Distributed", folder: Path) -> None:
     if errors:
         raise ConfigError(errors)
     if distributed.device.type == "cuda" and distributed.is_main and config.run.is_vader_training:
-        say_whether_it_fits(config, torch.cuda.get_device_properties(distributed.device).total_memory)
+        asked = config.run.check_only
+        processes = distributed.num_processes if asked is True else int(asked)
+        memory = torch.cuda.get_device_properties(distributed.device).total_memory
+        say_whether_it_fits(config, memory, processes)
 
 
-def say_whether_it_fits(config: Config, memory: int) -> None:
-    """Print the estimate for a card with so many bytes; what cannot be estimated is no reason not to run."""
+def say_whether_it_fits(config: Config, memory: int, processes: int) -> None:
+    """Print the estimate for cards of so many bytes, one a process; where there is none, that is no reason to stop."""
     from Core.estimate.command import fits_sentence
 
     try:
-        print(fits_sentence(config, memory))
+        print(fits_sentence(config, memory, processes))
     except ValueError as error:
         print(f"no estimate of the memory: {error}")
 
@@ -154,7 +157,8 @@ def memory_advice(config: Config, error: str) -> str:
     failed = f", which tried to allocate {asked[1]} more" if asked else ""
     return (
         f"the device's memory is too small for this run{failed}; set {', '.join([*unused, 'a smaller resolution'])} "
-        "or fewer num_frames, one at a time: docs/troubleshooting.md says what each costs"
+        "or fewer num_frames, one at a time: docs/troubleshooting.md says what each costs, and `vader estimate` with "
+        "this config and --gpu NAME finds those that make it fit"
     )
 
 

@@ -7,6 +7,9 @@ ten settings; operations by the operators that ran.
 import argparse
 import gc
 import json
+import os
+import socket
+import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping
@@ -27,6 +30,7 @@ from Core.utils.distributed import Distributed  # noqa: E402
 from Core.utils.files import write_whole  # noqa: E402
 
 DEMO = ROOT / "Open-Sora/configs/opensora-v1-2/vader/vader_demo.py"
+PROCESSES = {"demo, each of 2 sharded": 2}
 # Name → what is changed; the first word says of what.
 SETTINGS: dict[str, dict[str, Any]] = {
     "demo": {},
@@ -37,6 +41,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "demo, rank 128": {"lora_rank": 128, "train_batch_size": 2},
     "demo, all frames": {"decode_frame": "all", "train_batch_size": 4},
     "demo, causal decoding": {"decode_context": "causal", "decode_frame": 2, "train_batch_size": 2},
+    "demo, each of 2 sharded": {"shard_frozen": True, "train_batch_size": 2},
     "twin": {},
     "twin, recomputed, both branches": {"grad_checkpoint": True, "gradient_accumulation_steps": 2},
 }
@@ -70,12 +75,37 @@ def measure(config: Config, folder: Path) -> tuple[int, float]:
     return standing + peak_allocated(profiler), operations_in(counter.phases["step"])
 
 
+def measure_together(name: str, folder: Path, processes: int) -> tuple[int, float]:
+    """``measure`` in so many processes at once; the figures are the first one's."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    joined = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(processes)}
+    started = []
+    for rank in map(str, range(processes)):
+        own = {"RANK": rank, "LOCAL_RANK": rank, "ACCELERATE_USE_CPU": "true"}
+        command = [sys.executable, __file__, name, "--as-one-of", str(folder)]
+        started.append(subprocess.Popen(command, env=os.environ | joined | own))
+    if any([process.wait() for process in started]):
+        raise RuntimeError(f"{name}: a process failed")
+    peak, operations = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
+    return peak, operations
+
+
+def measure_as_one(name: str, folder: Path) -> None:
+    measured = measure(config_of(name, folder), folder / "run")
+    if os.environ["RANK"] == "0":
+        write_whole(folder / "measured.json", json.dumps(measured))
+
+
 def bytes_alive() -> int:
     """Of all tensors that Python knows of."""
     storages = {
         id(storage): storage.nbytes()
         for tensor in gc.get_objects()
-        if isinstance(tensor, torch.Tensor) and tensor.device.type == "cpu"
+        # What is split over processes shows beside the part that is here.
+        if isinstance(tensor, torch.Tensor) and not hasattr(tensor, "_local_tensor")
+        if tensor.device.type == "cpu"
         for storage in [tensor.untyped_storage()]
     }
     return sum(storages.values())
@@ -93,9 +123,12 @@ def peak_allocated(profiler: profile) -> int:
 
 def compare(name: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
-        config = config_of(name, Path(folder))
-        estimated = fake_run(config, on_card=False, whole=True, validate=False)
-        peak, operations = measure(config, Path(folder) / "run")
+        config, processes = config_of(name, Path(folder)), PROCESSES.get(name, 1)
+        estimated = fake_run(config, processes, on_card=False, whole=True, validate=False)
+        if processes > 1:
+            peak, operations = measure_together(name, Path(folder), processes)
+        else:
+            peak, operations = measure(config, Path(folder) / "run")
     return {
         "name": name,
         "estimated_peak": max(phase.peak for phase in estimated.step.values()),
@@ -120,7 +153,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(SETTINGS)}")
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures")
+    parser.add_argument("--as-one-of", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.as_one_of:
+        measure_as_one(args.names[0], args.as_one_of)
+        return
     found = []
     for name in args.names or SETTINGS:
         found.append(compare(name))

@@ -1,4 +1,6 @@
-"""Estimate every family at its sizes and write the tables of docs/memory.md: `python scripts/write_memory_table.py`.
+"""Estimate every family at its sizes, and write the tables of docs/memory.md and docs/families.
+
+`python scripts/write_memory_table.py` takes the names of rows to renew.
 
 Nothing is measured on a card: the figures are those of `vader estimate`. `docs/estimates/memory.json` keeps them,
 and `docs/estimates/check.json` the comparison with real steps (scripts/check_estimate.py --json).
@@ -8,6 +10,7 @@ import argparse
 import json
 import re
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -28,6 +31,8 @@ GIB = 1 << 30
 OPENSORA = "Open-Sora/configs/opensora-v1-2/vader/vader_train.py"
 PICTURE = ROOT / "assets" / "before_after.png"
 FROM_A_PICTURE = f'a fox wakes up {{"reference_path": "{PICTURE}"}}'
+# Row → processes, of those that need several.
+PROCESSES = {"Wan 2.1 14B, 480p, 81 frames, each of 4 sharded": 4}
 # Row → config and flags.
 RUNS: dict[str, tuple[str, ...]] = {
     **{
@@ -37,6 +42,7 @@ RUNS: dict[str, tuple[str, ...]] = {
     "Wan 2.1 1.3B, 480p, 81 frames": ("configs/wan/t2v_1_3b.py",),
     "Wan 2.2 TI2V-5B, 704p, 121 frames": ("configs/wan/ti2v_5b.py",),
     "Wan 2.1 14B, 480p, 81 frames": ("configs/wan/t2v_14b.py",),
+    "Wan 2.1 14B, 480p, 81 frames, each of 4 sharded": ("configs/wan/t2v_14b.py", "--shard-frozen", "True"),
     "Wan 2.1 14B distilled, 480p, 81 frames": ("configs/wan/t2v_14b_4_steps.py", "--base-adapters", "[]"),
     "Wan 2.1 14B, 720p, 81 frames": ("configs/wan/t2v_14b_720p.py",),
     "Wan 2.2 A14B, 480p, 81 frames": ("configs/wan/t2v_a14b.py",),
@@ -80,6 +86,16 @@ def memory_table(found: Mapping[str, Mapping[str, Any]]) -> str:
     return "\n".join([*lines, *(row(name, found[name]) for name in RUNS if name in found)])
 
 
+def family_table(family: str, found: Mapping[str, Mapping[str, Any]]) -> str:
+    """What a card needs for each run of a family."""
+    lines = ["| run | a card needs, predicted |", "| --- | --- |"]
+    for name, (config, *_) in RUNS.items():
+        if Path(config).parent.name == family and name in found:
+            needed = device_bytes(max(found[name]["peaks"].values()))
+            lines.append(f"| {name} | {needed / GIB:.1f} GiB |")
+    return "\n".join(lines)
+
+
 def check_table(found: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| run | peak, estimated | measured | | operations |", "| --- | --- | --- | --- | --- |"]
     for one in found:
@@ -92,15 +108,23 @@ def check_table(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def write_page() -> None:
-    page = PAGE.read_text(encoding="utf-8")
-    tables = {"memory": memory_table(json.loads(FIGURES.read_text(encoding="utf-8")))}
+def write_pages() -> None:
+    found = json.loads(FIGURES.read_text(encoding="utf-8"))
+    tables = {"memory": memory_table(found)}
     if CHECK.exists():
         tables["check"] = check_table(json.loads(CHECK.read_text(encoding="utf-8")))
+    write_tables(PAGE, tables)
+    for page in (ROOT / "docs" / "families").glob("*.md"):
+        write_tables(page, {page.stem: family_table(page.stem, found)})
+
+
+def write_tables(path: Path, tables: Mapping[str, str]) -> None:
+    """Replace the tables of a page, each between its own comment and the end."""
+    page = path.read_text(encoding="utf-8")
     for name, table in tables.items():
         pattern = re.compile(TABLE.format(name), re.DOTALL)
         page = pattern.sub(lambda m, table=table: f"{m[1]}\n{table}\n\n{m[3]}", page)  # type: ignore[misc]
-    write_whole(PAGE, page)
+    write_whole(path, page)
 
 
 def main() -> None:
@@ -109,13 +133,17 @@ def main() -> None:
         "names", nargs="*", metavar="RUN", help="rows to renew (default: all; `none` for no row)"
     )
     names = parser.parse_args().names
-    found = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
     for name in [name for name in RUNS if not names or name in names]:
         config, *flags = RUNS[name]
-        found[name] = figures(fake_run(load_config([str(ROOT / config), *flags])))
-        print(row(name, found[name]), flush=True)
-        write_whole(FIGURES, json.dumps(found, indent=1) + "\n")
-    write_page()
+        began = time.process_time()
+        new = figures(fake_run(load_config([str(ROOT / config), *flags]), PROCESSES.get(name, 1)))
+        print(row(name, new), f"estimated in {time.process_time() - began:.0f} s", flush=True)
+        # Read again for every row, since another process may have added to it.
+        found = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}
+        found[name] = new
+        ordered = {name: found[name] for name in RUNS if name in found}
+        write_whole(FIGURES, json.dumps(ordered, indent=1) + "\n")
+    write_pages()
 
 
 if __name__ == "__main__":

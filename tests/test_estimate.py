@@ -1,5 +1,6 @@
 """The estimate: a training step without weights is the real one, operator by operator and byte by byte."""
 
+import json
 from collections import Counter
 from dataclasses import replace
 
@@ -8,10 +9,11 @@ import torch
 import torch.nn.functional as F
 import twins
 from torch import nn
+from transformers.initialization import no_init_weights
 from twin_runs import built_trainer
 
 from Core.commands.estimate import main
-from Core.config import build_config
+from Core.config import ConfigError, build_config
 from Core.estimate import advice, command
 from Core.estimate.card_kernels import IN_FLOAT32, CudaArithmetic, attention_workspace
 from Core.estimate.cards import CARDS, EFFICIENCY, device_bytes
@@ -182,6 +184,51 @@ def test_published_pipelines_have_all_files_a_family_reads(tmp_path):
         write_pipeline("a/b", tmp_path)
 
 
+def test_published_networks_have_the_size_of_their_downloads(tmp_path):
+    """In 16 or 32 bits, as the files are."""
+    import diffusers
+
+    from Core.backbones import BACKBONES
+
+    for name in ("wan", "cogvideox", "ltx", "hunyuan_video15", "modelscope"):
+        for source, known in BACKBONES.resolve(name).published.items():
+            folder = tmp_path / source.replace("/", "--")
+            folder.mkdir()
+            write_pipeline(source, folder)
+            parameters = 0
+            for part in ("transformer", "transformer_2", "unet", "vae"):
+                if (file := folder / part / "config.json").is_file():
+                    config = json.loads(file.read_text())
+                    with torch.device("meta"), no_init_weights():
+                        network = getattr(diffusers, config.pop("_class_name")).from_config(config)
+                    parameters += sum(p.numel() for p in network.parameters())
+            assert min(abs(known.size / (size * parameters) - 1) for size in (2, 4)) < 0.02, source
+
+
+def parts_of_a_step(config, processes: int = 1) -> FakeRun:
+    return fake_run(config, processes, on_card=False, validate=False)
+
+
+def test_frozen_weights_that_are_elsewhere_take_no_memory(twin_config):
+    """Split over processes a part of them is here; streamed, two blocks at most."""
+    whole, pair = parts_of_a_step(twin_config), parts_of_a_step(twin_config, 2)
+    assert whole.networks <= pair.networks < 1.01 * whole.networks
+    sharded = build_config({**twin_config.flat(), "shard_frozen": True})
+    halves, quarters = parts_of_a_step(sharded, 2), parts_of_a_step(sharded, 4)
+    assert whole.networks - halves.networks == pytest.approx(
+        2 * (halves.networks - quarters.networks), rel=0.05
+    )
+    streamed = parts_of_a_step(build_config({**twin_config.flat(), "stream_blocks": True}))
+    assert streamed.networks < halves.networks and streamed.peak < whole.peak
+    assert operations(halves) == operations(streamed) == operations(whole)
+    with pytest.raises(ConfigError, match="start several"):
+        fake_run(sharded)
+
+
+def operations(run: FakeRun) -> float:
+    return sum(phase.operations for phase in run.step.values())
+
+
 def smallest_video(family):
     from Core.backbones import VideoSpec
 
@@ -207,15 +254,22 @@ def test_every_config_has_a_row_in_the_table():
 def test_a_card_that_is_there_is_compared_with_the_need(twin_config, monkeypatch, capsys):
     from Core import cli
 
-    monkeypatch.setattr(command, "fake_run", lambda config: a_run(50))
-    cli.say_whether_it_fits(twin_config, 80 * GIB)
-    cli.say_whether_it_fits(twin_config, 50 * GIB)
+    asked = []
+    monkeypatch.setattr(
+        command, "fake_run", lambda config, processes: asked.append(processes) or a_run(50 // processes)
+    )
+    cli.say_whether_it_fits(twin_config, 80 * GIB, 2)
+    cli.say_whether_it_fits(twin_config, 50 * GIB, 2)
+    sharded = build_config({**twin_config.flat(), "shard_frozen": True})
+    cli.say_whether_it_fits(sharded, 50 * GIB, 2)
+    assert asked == [1, 1, 2]
 
-    def refuse(config):
+    def refuse(config, processes):
         raise ValueError("sizes are not known")
 
     monkeypatch.setattr(command, "fake_run", refuse)
-    cli.say_whether_it_fits(twin_config, 50 * GIB)
-    fits, not_fits, unknown = capsys.readouterr().out.splitlines()
+    cli.say_whether_it_fits(twin_config, 50 * GIB, 1)
+    fits, not_fits, shared, unknown = capsys.readouterr().out.splitlines()
+    assert shared == "predicted need 26.8 GiB: fits the card's 50.0 GiB"
     assert fits == "predicted need 53.0 GiB: fits the card's 80.0 GiB"
     assert "does not fit" in not_fits and unknown == "no estimate of the memory: sizes are not known"

@@ -108,6 +108,10 @@ class ModelSettings:
         False,
         "keep the frozen denoiser's blocks in the CPU's memory, and bring each to the GPU shortly before it runs",
     )
+    activation_offloading: bool = free_option(
+        False,
+        "keep what `grad_checkpoint` saves of the denoiser in the CPU's memory until the backward pass",
+    )
     grad_checkpoint: bool | Literal["keep_attention"] = option(
         True,
         "recompute activations in the backward pass to save memory; `keep_attention` keeps those of attention",
@@ -230,6 +234,7 @@ class Backbone(ABC):
         negative: features of ``negative_prompt``; set when captions are encoded.
         compiled: whether the denoiser's blocks are compiled.
         mesh: the processes that the denoiser is split over, to be set before ``load``; None where it is whole.
+        home: where lies what waits for the device, such as streamed blocks.
         unfilled: networks whose parameters are on the meta device, with the files that hold them, until ``load`` has
             split them and each process reads its own part.
     """
@@ -257,6 +262,7 @@ class Backbone(ABC):
         self.process: Process = RectifiedFlow()
         self.compiled = False
         self.mesh: Any = None
+        self.home = torch.device("cpu")
         self.unfilled: list[tuple[nn.Module, Sequence[Path]]] = []
 
     # Before anything loads
@@ -415,20 +421,30 @@ class Backbone(ABC):
         if self.mesh is not None:
             parts = [*self.called_from_outside, *((block, "") for block in self.blocks)]
             sharding.shard(self.denoiser, parts, self.mesh)
-            for network, files in self.unfilled:
-                sharding.fill(network, files, self.device)
+            self._fill()
         base_adapters.merge(self.denoiser, self.models.base_adapters, self.original_names)
         streamed = self.models.stream_blocks
-        self.denoiser = self._place(
-            self.denoiser, self.dtype, torch.device("cpu") if streamed else self.device
-        )
+        self.denoiser = self._place(self.denoiser, self.dtype, self.home if streamed else self.device)
         if self.models.dtype == "fp8":
             store_linears_in_fp8(self.blocks)
         if self.models.base_quant == "nf4":
             store_linears_in_nf4(self.blocks)
         if streamed:
-            stream(self.blocks, self.device, [module for module, _ in self.called_from_outside])
+            self._stream()
             self.denoiser.to(self.device)  # what is in no block
+
+    def _fill(self) -> None:
+        """Read this process's part of the networks that have been split without content."""
+        for network, files in self.unfilled:
+            sharding.fill(network, files, self.device)
+
+    @property
+    def _unstreamed(self) -> list[nn.Module]:
+        """Parts of blocks that run outside of them."""
+        return [module for module, _ in self.called_from_outside if module is not self.denoiser]
+
+    def _stream(self) -> None:
+        stream(self.blocks, self.device, self._unstreamed)
 
     def _place(self, module: nn.Module, dtype: torch.dtype, device: torch.device) -> nn.Module:
         return module.to(device, dtype).eval().requires_grad_(False)

@@ -36,8 +36,8 @@ class CausalDecode(DiffusersBackbone):
     decode_contexts = ("isolated", "causal", "whole")
 
     @abstractmethod
-    def _decode_step(self, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        """One chunk's pixels, before ``_to_pixels``, and the cache for the next."""
+    def _decode_step(self, z: Tensor, cache: Cache, last: bool = False) -> tuple[Tensor, Cache]:
+        """One chunk's pixels, before ``_to_pixels``, and the cache for the next; a ``DecodeStep``."""
 
     def _chunks(self, frames: int) -> list[int]:
         """How many of ``frames`` latent frames the VAE decodes at once, in order."""
@@ -71,7 +71,7 @@ class CausalDecode(DiffusersBackbone):
 
     def _decode_clip(self, z: Tensor) -> Tensor:
         made = decode_clip(self.decode_step, z, self._chunks(z.shape[2]))
-        return torch.cat([pixels for pixels, _ in made], dim=2)
+        return torch.cat(list(made), dim=2)
 
     def decode(self, z: Tensor) -> Tensor:
         return self._decode(z, self._decode_clip)
@@ -102,7 +102,7 @@ class CausalDecode(DiffusersBackbone):
         last = max(chosen) + 1
         if reach >= z.shape[2]:
             made = decode_clip(self.decode_step, z[:, :, : sum(sizes[:last])], sizes[:last])
-            pixels = {chunk: frames for chunk, (frames, _) in enumerate(made)}
+            pixels = dict(enumerate(made))
         else:
             # All latent frames that are asked for, wherever in its chunk the last of them lies.
             chunks = 1 + math.ceil((reach - 1) / sizes[-1])

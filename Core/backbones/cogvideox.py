@@ -198,9 +198,9 @@ class CogVideoX(DdimFamily, CausalDecode):
         height, width = (int(side * (1 - factor)) for side, factor in zip(tile, factors, strict=True))
         return tile, (height, width)
 
-    def _decode_step(self, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+    def _decode_step(self, z: Tensor, cache: Cache, last: bool = False) -> tuple[Tensor, Cache]:
         pixels, cache = self.vae.decoder(z, conv_cache=cache)
-        return pixels, _read_later(cache)
+        return pixels, None if last else _read_later(cache)
 
 
 def _read_later(cache: Mapping[str, Any]) -> dict[str, Any]:

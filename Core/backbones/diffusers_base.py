@@ -113,6 +113,7 @@ class DiffusersBackbone(Backbone):
     obeys = frozenset(
         ["dtype", "base_quant", "text_encoding", "compile_blocks", "grad_checkpoint"]
         + ["guidance_grad", "decode_context", "shard_frozen", "stream_blocks"]
+        + ["activation_offloading"]
     )
 
     settings: Any

@@ -233,8 +233,8 @@ class HunyuanVideo15(CausalDecode):
         tile = self.vae.tile_latent_min_height
         return tile, int(tile * (1 - self.vae.tile_overlap_factor))
 
-    def _decode_step(self, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
-        return hunyuan_video15_vae.decode_step(self.vae.decoder, z, cache)
+    def _decode_step(self, z: Tensor, cache: Cache, last: bool = False) -> tuple[Tensor, Cache]:
+        return hunyuan_video15_vae.decode_step(self.vae.decoder, z, cache, last)
 
 
 def _in_dtype_of_weights(embedder: Any, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

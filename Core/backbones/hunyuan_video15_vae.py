@@ -16,18 +16,19 @@ from torch import Tensor, nn
 from Core.modules.video_decode import Cache
 
 
-def decode_step(decoder: nn.Module, z: Tensor, cache: Cache) -> tuple[Tensor, Cache]:
+def decode_step(decoder: nn.Module, z: Tensor, cache: Cache, last: bool = False) -> tuple[Tensor, Cache]:
     """One latent frame through ``AutoencoderKLHunyuanVideo15.decoder``.
 
     Args:
         z: latent frame [B, C, 1, h, w].
         cache: from the latent frame before; None at the first of a video.
+        last: nothing is kept, for no latent frame follows.
 
     Returns:
         Pixels [B, 3, f, H, W], f = 1 at the first latent frame and 4 at others, and the cache for the next.
     """
     net: Any = decoder
-    frame = _Frame(cache)
+    frame = _Frame(cache, last)
     x = frame.convolve(net.conv_in, z) + z.repeat_interleave(net.repeat, dim=1)
     x = frame.residual(net.mid_block.resnets[0], x)
     for attention, block in zip(net.mid_block.attentions, net.mid_block.resnets[1:], strict=True):
@@ -43,8 +44,8 @@ def decode_step(decoder: nn.Module, z: Tensor, cache: Cache) -> tuple[Tensor, Ca
 class _Frame:
     """The layers that look back in time, for one latent frame; each takes its part of the cache in turn."""
 
-    def __init__(self, cache: Cache):
-        self.is_first = cache is None
+    def __init__(self, cache: Cache, is_last: bool):
+        self.is_first, self.is_last = cache is None, is_last
         self.before = iter(cache or ())
         self.kept: list[Any] = []
 
@@ -53,7 +54,8 @@ class _Frame:
         *sides, past, _ = layer.time_causal_padding
         before = x[:, :, :1].expand(-1, -1, past, -1, -1) if self.is_first else next(self.before)
         x = torch.cat([before, x], dim=2)
-        self.kept.append(x[:, :, -past:].contiguous())
+        if not self.is_last:
+            self.kept.append(x[:, :, -past:].contiguous())
         return layer.conv(F.pad(x, (*sides, 0, 0), mode=layer.pad_mode))
 
     def residual(self, block: Any, x: Tensor) -> Tensor:
@@ -70,7 +72,8 @@ class _Frame:
         )
         keys, values = ((), ()) if self.is_first else next(self.before)
         keys, values = (*keys, key), (*values, value)
-        self.kept.append((keys, values))
+        if not self.is_last:
+            self.kept.append((keys, values))
         out = F.scaled_dot_product_attention(query, torch.cat(keys, dim=2), torch.cat(values, dim=2))
         return x + layer.proj_out(out[:, 0].transpose(1, 2).reshape(x.shape))
 

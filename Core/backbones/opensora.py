@@ -212,6 +212,7 @@ class OpenSora(Backbone):
     obeys = frozenset(
         ["dtype", "base_quant", "text_encoding", "compile_blocks", "grad_checkpoint"]
         + ["guidance_grad", "decode_context", "pairs", "shard_frozen", "stream_blocks"]
+        + ["activation_offloading"]
     )
     decode_contexts = ("isolated", "causal")
 

@@ -14,9 +14,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from Core.modules import lora, lora_names
+from Core.modules.frozen_conv import convolve_input
 from Core.modules.sharding import raised_anywhere
 from Core.modules.video_decode import recomputed
 from Core.sampling import guidance
@@ -232,6 +234,14 @@ class Wan(CausalDecode):
 
         return self.load_network(AutoencoderKLWan, "vae", self.vae_dtype)
 
+    def load(self) -> None:
+        from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
+
+        super().load()
+        for module in self.vae.modules():
+            if isinstance(module, WanCausalConv3d):
+                module.forward = functools.partial(_convolve, module)
+
     def text_encoder(self) -> TextEncoder:
         from transformers import UMT5EncoderModel
 
@@ -339,7 +349,7 @@ class Wan(CausalDecode):
         image = first_frame(picture, (self.video.height, self.video.width)).to(self.device)
         frames = image[None, :, None]
         if not self.expands_timesteps:
-            frames = torch.nn.functional.pad(frames, (0, 0, 0, 0, 0, self.video.num_frames - 1))
+            frames = F.pad(frames, (0, 0, 0, 0, 0, self.video.num_frames - 1))
         with torch.autocast(self.device.type, enabled=False):
             z = self.vae.encode(frames.to(self.vae.dtype)).latent_dist.mode().float()
         mean, std = self._latent_statistics(z)
@@ -412,14 +422,35 @@ class Wan(CausalDecode):
 
         return unpatchify(decoded, self.vae.config.patch_size or 1)
 
-    def _decode_step(self, z: Tensor, cache: Any) -> tuple[Tensor, Any]:
+    def _decode_step(self, z: Tensor, cache: Any, last: bool = False) -> tuple[Tensor, Any]:
         """One latent frame's pixels, in the VAE's own patches, and the cache for the next."""
         # The decoder writes into the list it is given; a copy leaves the caller's cache as it was.
-        kept = list(cache or [None] * self.vae._cached_conv_counts["decoder"])
+        given = cache or [None] * self.vae._cached_conv_counts["decoder"]
+        kept = _Unwritten(given) if last else list(given)
         pixels = self.vae.decoder(
             self.vae.post_quant_conv(z), feat_cache=kept, feat_idx=[0], first_chunk=cache is None
         )
-        return pixels, tuple(kept)
+        return pixels, None if last else tuple(kept)
+
+
+def _convolve(conv: Any, x: Tensor, cache_x: Tensor | None = None) -> Tensor:
+    """A causal convolution of the VAE over [B, C, T, h, w], and over the frames before where they are given.
+
+    diffusers pads rows and columns beforehand, which copies every frame once more.
+    """
+    columns, _, rows, _, past, _ = conv._padding
+    if cache_x is not None and past:
+        x, past = torch.cat([cache_x, x], dim=2), past - cache_x.shape[2]
+    if past:
+        x = F.pad(x, (0, 0, 0, 0, past, 0))
+    return convolve_input(conv, x, (0, rows, columns))
+
+
+class _Unwritten(list):
+    """The cache of a latent frame that none follows: the decoder reads it, and what it writes is let go."""
+
+    def __setitem__(self, place: Any, value: Any) -> None:
+        """Keep nothing."""
 
 
 def _recomputed_block(

@@ -28,11 +28,12 @@ OPTIONAL_KEYS = (
     "decode_context",
     "shard_frozen",
     "stream_blocks",
+    "activation_offloading",
     "decode_reach",
 )
 # What these keep or widen inside a block is not compiled with it, or fails to be recomputed: key → its other value.
 UNCOMPILED: dict[str, Any] = {"grad_checkpoint": True, "dtype": "bf16", "base_quant": "none"}
-# Keys that shard_frozen and stream_blocks do not go together with: value refused, value to set.
+# Keys that those which place tensors do not go together with: value refused, value to set.
 UNSHARDED: dict[str, tuple[Any, Any]] = {
     "stream_blocks": (True, False),
     "compile_blocks": (True, False),
@@ -40,6 +41,13 @@ UNSHARDED: dict[str, tuple[Any, Any]] = {
     "base_quant": ("nf4", "none"),
 }
 UNSTREAMED: dict[str, tuple[Any, Any]] = {"compile_blocks": (True, False)}
+# Without checkpointing a block saves its weights too.
+UNOFFLOADED: dict[str, tuple[Any, Any]] = {"compile_blocks": (True, False), "grad_checkpoint": (False, True)}
+PLACEMENTS = {
+    "shard_frozen": UNSHARDED,
+    "stream_blocks": UNSTREAMED,
+    "activation_offloading": UNOFFLOADED,
+}
 
 
 def config_errors(config: Config) -> list[str]:
@@ -69,11 +77,11 @@ def _obeyed_errors(config: Config) -> list[str]:
 
 
 def _placement_errors(config: Config) -> list[str]:
-    """What does not go together with a denoiser that is split over processes, or streamed from the CPU."""
+    """What does not go together with a denoiser that is split, streamed, or keeps its activations on the CPU."""
     values = config.flat()
     return [
         f"{key}=True and {other}={refused!r} do not go together; set {key}=False or {other}={instead!r}"
-        for key, table in (("shard_frozen", UNSHARDED), ("stream_blocks", UNSTREAMED))
+        for key, table in PLACEMENTS.items()
         for other, (refused, instead) in table.items()
         if values[key] and values[other] == refused
     ]

@@ -8,7 +8,7 @@ from typing import Any
 from Core.config import Config
 from Core.config.load import build_config
 from Core.estimate.cards import Card, device_bytes
-from Core.estimate.fake_run import UNMODELLED, FakeRun, fake_run
+from Core.estimate.fake_run import FakeRun, fake_run
 from Core.estimate.memory_savers import unused_savers
 
 
@@ -38,8 +38,7 @@ def trials(config: Config, first: Trial, processes: int, tell: Callable[[str], N
         first: the configuration as it is.
     """
     best = first
-    savers = {key: value for key, value in unused_savers(config).items() if key not in UNMODELLED}
-    for key, value in savers.items():
+    for key, value in unused_savers(config).items():
         changes = {**best.changes, key: value}
         tell(f"{key}={value!r}")
         # A batch that is cut is made up for by more backward passes: the step stays the same.

@@ -1,7 +1,8 @@
 """Cards and their published rates: what fits, and a lower bound of the time.
 
 Rates are those of matrix products without sparsity, half precision summed in float32, from NVIDIA's data sheets and
-architecture white papers; memory is what ``nvidia-smi`` gives as total.
+architecture white papers, half of it where only the rate with sparsity is printed; memory is what ``nvidia-smi`` gives
+as total.
 """
 
 from collections import Counter

@@ -122,8 +122,9 @@ def verdict(card: Card, first: Trial, found: Sequence[Trial]) -> str:
     )
 
 
-def fits_sentence(config: Config, memory: int) -> str:
-    """What the estimate says of a card with so many bytes."""
-    needed = device_bytes(fake_run(config).peak)
+def fits_sentence(config: Config, memory: int, processes: int = 1) -> str:
+    """What the estimate says of cards with so many bytes, one for each process."""
+    # Processes that share no weights differ from a single one by a buffer of the adapter's size.
+    needed = device_bytes(fake_run(config, processes if config.models.shard_frozen else 1).peak)
     does = "fits" if needed <= memory else "does not fit"
     return f"predicted need {needed / GIB:.1f} GiB: {does} the card's {memory / GIB:.1f} GiB"

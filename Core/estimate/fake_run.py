@@ -13,14 +13,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers.initialization import no_init_weights
 
 from Core.backbones import EncodedPrompt, Features, Prompt
-from Core.config import Config
+from Core.config import Config, ConfigError
+from Core.config.checks import machine_errors
 from Core.estimate.card_kernels import CudaArithmetic, attention_workspace
 from Core.estimate.live_bytes import LiveBytes
 from Core.estimate.operations import Work, WorkCounter, operations_in
 from Core.estimate.scorers import joined, real_scorers
-from Core.estimate.stand_ins import AgreeingProcesses
+from Core.estimate.stand_ins import AgreeingProcesses, absent_processes
 from Core.estimate.values import tensors_without_content, without_content
 from Core.estimate.weightless import weightless_backbone
 from Core.evaluation.metrics import score_videos
@@ -39,7 +41,6 @@ from Core.utils.timing import Stopwatch
 OF_MICRO_STEPS = ("prefix", "gradient_steps", "decode", "reward", "backward")
 OUTSIDE_STEPS = ("text", "load", "validation")
 ENCODE_BATCH = 8
-UNMODELLED = ("shard_frozen", "stream_blocks")
 NO_FOLDER = Path("/nonexistent")
 
 
@@ -121,9 +122,11 @@ def fake_run(
     Raises:
         ValueError: sizes that are not known, or code that reads what tensors without content do not have.
     """
-    refuse_unmodelled(config)
+    if errors := machine_errors(config, processes):
+        raise ConfigError(errors)
     scorers = real_scorers(config.reward.reward_fn, config.reward.arguments)
     with ExitStack() as stack:
+        stack.enter_context(absent_processes(processes))
         mode = stack.enter_context(tensors_without_content())
         live = LiveBytes(attention_workspace if on_card else None)
         meter = Meter(stack.enter_context(live), stack.enter_context(WorkCounter()))
@@ -132,14 +135,16 @@ def fake_run(
         distributed = AgreeingProcesses(config.optimizer.mixed_precision, processes)
         built = config if whole else shortened(config)
         repeats = config.optimizer.gradient_accumulation_steps // built.optimizer.gradient_accumulation_steps
-        backbone = weightless_backbone(built, meter.work)
+        backbone = weightless_backbone(built, live, meter.work)
+        backbone.mesh = distributed.mesh if config.models.shard_frozen else None
         gc.freeze()
         tell("text")
         prompts, validation_prompts = encode_used(built, backbone, processes)
         gc.collect()
         meter.lap("text")
         tell("load")
-        backbone.load()
+        with no_init_weights():
+            backbone.load()
         fakes = {name: part and without_content(mode, part) for name, part in scorers.items()}
         reward = joined(
             config.reward.reward_fn, fakes, scorer_dtype(backbone.dtype, config.optimizer.mixed_precision)
@@ -152,7 +157,7 @@ def fake_run(
             built, {}, distributed, backbone, reward, prompts, validation, NO_FOLDER, Trackers({})
         )
         fill_text_caches(trainer, reward)
-        begin_optimizer(trainer)
+        begin_optimizer(trainer, on_card)
         if repeats == 1:
             trainer.optimizer.zero_grad()  # else those of the backward passes before are there
         gc.collect()
@@ -168,14 +173,6 @@ def fake_run(
             meter.lap("validation")
         gc.unfreeze()
     return FakeRun(repeated(meter.phases(), repeats), networks)
-
-
-def refuse_unmodelled(config: Config) -> None:
-    """Raise ValueError where the frozen weights lie elsewhere than on one card."""
-    if keys := [key for key in UNMODELLED if config.flat()[key]]:
-        raise ValueError(
-            f"{keys[0]}=True is not estimated, which counts frozen weights on one card; estimate without it"
-        )
 
 
 def repeated(phases: dict[str, Phase], times: int) -> dict[str, Phase]:
@@ -225,8 +222,11 @@ def encode_used(
     return every, [encoded(prompt) for prompt in validated]
 
 
-def begin_optimizer(trainer: Trainer) -> None:
+def begin_optimizer(trainer: Trainer, on_card: bool) -> None:
     """Make the optimiser's state, which is there from the second step on."""
+    if on_card and isinstance(trainer.optimizer, torch.optim.AdamW):
+        for group in trainer.optimizer.param_groups:
+            group["foreach"] = True  # PyTorch's choice on a card
     for parameter in trainer.parameters:
         parameter.grad = torch.zeros_like(parameter)
     trainer.optimizer.step()

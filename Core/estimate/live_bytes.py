@@ -3,6 +3,7 @@
 import gc
 import weakref
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -32,14 +33,31 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.now = self.peak = 0
         self.phases: dict[str, int] = {}
-        self.known: set[int] = set()
+        self.sizes: dict[int, int] = {}  # of living storages
         self.made, self.patience = 0, COLLECT_EVERY
         self.workspace = workspace
+        self.counts = True
+
+    def __enter__(self):
+        # What is split over processes or streamed gives its memory up without an operator.
+        self.resize = torch.UntypedStorage.resize_
+
+        def resized(storage: torch.UntypedStorage, size: int) -> Any:
+            done = self.resize(storage, size)
+            self._resize(id(storage), size)
+            return done
+
+        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self.resize  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         given = {id(t.untyped_storage()) for t in tensors_in((args, kwargs or {}))}
         out = func(*args, **(kwargs or {}))
-        for tensor in tensors_in(out):
+        for tensor in map(local_part, tensors_in(out)):
             if tensor.device.type != "meta" and id(tensor.untyped_storage()) not in given:
                 self._add(tensor.untyped_storage())
         if self.workspace and (extra := self.workspace(func, args)):
@@ -49,7 +67,16 @@ class LiveBytes(TorchDispatchMode):
     def add(self, module: nn.Module) -> None:
         """Count parameters and buffers that were made elsewhere."""
         for tensor in (*module.parameters(), *module.buffers()):
-            self._add(tensor.untyped_storage())
+            self._add(local_part(tensor).untyped_storage())
+
+    @contextmanager
+    def elsewhere(self) -> Iterator[None]:
+        """Within this context new tensors count as nothing, until their storage is given another size."""
+        self.counts = False
+        try:
+            yield
+        finally:
+            self.counts = True
 
     def lap(self, name: str) -> None:
         """The peak since the last lap is that of phase ``name``, or of an earlier one of that name if larger."""
@@ -57,14 +84,19 @@ class LiveBytes(TorchDispatchMode):
         self.peak = self.now
 
     def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = id(storage), storage.nbytes()
-        if key in self.known:
+        key = id(storage)
+        if key in self.sizes:
             return
-        self.known.add(key)
-        self.now += size
+        self.sizes[key] = 0
         self.made += 1
-        weakref.finalize(storage, self._drop, key, size)
-        self._raise_peak(self.now)
+        weakref.finalize(storage, self._drop, key)
+        self._resize(key, storage.nbytes() if self.counts else 0)
+
+    def _resize(self, key: int, size: int) -> None:
+        if key in self.sizes:
+            self.now += size - self.sizes[key]
+            self.sizes[key] = size
+            self._raise_peak(self.now)
 
     def _raise_peak(self, wanted: int) -> None:
         if wanted > self.peak and self.made >= self.patience:
@@ -76,9 +108,13 @@ class LiveBytes(TorchDispatchMode):
             self.made, wanted = 0, wanted - freed
         self.peak = max(self.peak, wanted)
 
-    def _drop(self, key: int, size: int) -> None:
-        self.known.discard(key)
-        self.now -= size
+    def _drop(self, key: int) -> None:
+        self.now -= self.sizes.pop(key)
+
+
+def local_part(tensor: Any) -> Tensor:
+    """What this process holds of a tensor that may be split over several."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:

@@ -14,6 +14,7 @@ MEMORY_SAVERS: dict[str, Any] = {
     "levels_per_video": 1,
     "trajectory_device": "cpu",
     "decode_frame": -1,
+    "activation_offloading": True,
     "stream_blocks": True,
     "dtype": "fp8",
     "use_AdamW8bit": True,
@@ -35,6 +36,8 @@ def unused_savers(config: Config) -> dict[str, Any]:
         same.add("dtype")  # would be refused beside them, and so would streaming
     if models.compile_blocks or models.shard_frozen:
         same.add("stream_blocks")
+    if models.compile_blocks:
+        same.add("activation_offloading")
     same |= set(OPTIONAL_KEYS) - config.backbone.obeys
     return {
         key: value

@@ -1,7 +1,8 @@
 """Sizes of the published networks, by hub id, where their files are not on this machine.
 
 A pipeline's are those that its classes in diffusers default to, but for what is listed here; the text encoders' are
-from their ``config.json`` on the hub. ``tests/test_estimate.py`` compares the resulting sizes with the downloads'.
+from their ``config.json`` on the hub. ``tests/test_estimate.py`` compares the sizes of denoisers and VAEs with those of
+the downloads that the families state; those of text encoders are not compared.
 """
 
 import inspect
@@ -36,15 +37,15 @@ WAN_SCHEDULER = {
     "prediction_type": "flow_prediction",
     "use_flow_sigmas": True,
 }
-WAN_SMALL = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
-WAN_MIDDLE = {
+WAN_1_3B = {"num_attention_heads": 12, "num_layers": 30, "ffn_dim": 8960}
+WAN_5B = {
     "num_attention_heads": 24,
     "num_layers": 30,
     "ffn_dim": 14336,
     "in_channels": 48,
     "out_channels": 48,
 }
-WAN_FINE_VAE = {
+WAN_5B_VAE = {
     "class": "AutoencoderKLWan",
     **{"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2},
     **{"in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16},
@@ -81,9 +82,9 @@ def hunyuan_video15() -> dict[str, Any]:
 
 A14B = {"class": "WanTransformer3DModel"}
 PIPELINES: dict[str, dict[str, Any]] = {
-    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": wan(WAN_SMALL),
+    "Wan-AI/Wan2.1-T2V-1.3B-Diffusers": wan(WAN_1_3B),
     "Wan-AI/Wan2.1-T2V-14B-Diffusers": wan({}),
-    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": wan(WAN_MIDDLE, vae=WAN_FINE_VAE, index={"expand_timesteps": True}),
+    "Wan-AI/Wan2.2-TI2V-5B-Diffusers": wan(WAN_5B, vae=WAN_5B_VAE, index={"expand_timesteps": True}),
     "Wan-AI/Wan2.2-T2V-A14B-Diffusers": wan({}, transformer_2=A14B, index={"boundary_ratio": 0.875}),
     "Wan-AI/Wan2.2-I2V-A14B-Diffusers": wan(
         {"in_channels": 36}, transformer_2={**A14B, "in_channels": 36}, index={"boundary_ratio": 0.9}
@@ -118,6 +119,11 @@ PIPELINES: dict[str, dict[str, Any]] = {
         "scheduler": {"class": "DDIMScheduler", "beta_schedule": "scaled_linear", "clip_sample": False},
     },
 }
+
+
+def settings_of(source: str, component: str) -> dict[str, Any]:
+    """What a network of a published pipeline sets apart from its class's defaults."""
+    return {key: value for key, value in PIPELINES[source][component].items() if key != "class"}
 
 
 def write_pipeline(source: str, folder: Path) -> None:

@@ -149,7 +149,7 @@ SIZES: dict[str, Callable[[], Real]] = {
     "subject_consistency": dino,
     "background_consistency": lambda: clip_vision(12, 768, 12, 32),
 }
-# Bytes in float32 of what lies on the device beside them and runs once a prompt: CLIP's text halves.
+# Of what lies on the device beside them and runs once a prompt: CLIP's text halves.
 TEXT_PARAMETERS = {"clip_score": 123_000_000, "hps": 354_000_000, "pick_score": 354_000_000}
 
 
@@ -162,7 +162,8 @@ class SizedScorer(ImageReward):
         super().__init__()
         self.real = SIZES[name]()
         self.network = self.real.build()
-        self.register_buffer("text", torch.empty(TEXT_PARAMETERS.get(name, 0)))
+        self.text = nn.Module()  # a child, which is cast as the network is
+        self.text.register_buffer("weights", torch.empty(TEXT_PARAMETERS.get(name, 0)))
         *_, height, width = self.real.shape if self.real.shape[1] == 3 else (224, 224)
         self.transform = ImageTransform(height=height, width=width, fit="pad")
 

@@ -1,7 +1,7 @@
 """What takes the place of files and of other processes: a tokenizer that counts letters, and processes that agree."""
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -50,6 +50,29 @@ def tokens_of(text: str) -> int:
     return len(text) // LETTERS_PER_TOKEN + 2  # and the end
 
 
+@contextmanager
+def absent_processes(count: int) -> Iterator[None]:
+    """Within this context this process is the first of so many, and what it sends to the others goes nowhere.
+
+    Raises:
+        ValueError: processes are joined already.
+    """
+    if count == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if torch.distributed.is_initialized():
+        raise ValueError(
+            "a run of several processes is not estimated within one; use `vader estimate --processes`"
+        )
+    torch.distributed.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    try:
+        yield
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 class AgreeingProcesses(Distributed):
     """This process of so many that all do the same; none of the others exists.
 
@@ -82,6 +105,10 @@ class AgreeingProcesses(Distributed):
         _engine_run_backward(
             (loss,), (torch.ones_like(loss),), False, False, (), allow_unreachable=True, accumulate_grad=True
         )
+
+    def average_gradients(self, parameters: Iterable[nn.Parameter], flags: Sequence[bool]) -> list[bool]:
+        super().average_gradients(parameters, flags)
+        return list(flags)  # those that come back have no values
 
     def clip(self, parameters: Sequence[nn.Parameter], max_norm: float) -> float:
         return float(nn.utils.clip_grad_norm_(parameters, max_norm))

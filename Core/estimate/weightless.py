@@ -19,24 +19,29 @@ from Core.backbones import Backbone, Features, TextEncoder
 from Core.backbones.diffusers_base import DiffusersBackbone
 from Core.backbones.opensora import OpenSora
 from Core.config import Config
+from Core.estimate.live_bytes import LiveBytes
 from Core.estimate.operations import Work, WorkCounter
 from Core.estimate.published import T5_XXL, write_pipeline
 from Core.estimate.stand_ins import StandInTokens
 from Core.modules.autocast import keep_out_of_autocast
+from Core.modules.sharding import parameters_on_meta
 from Core.sampling.euler import Predict
 from Core.utils.damage import read_settings
 from Core.utils.hub import present
 
 REPEATED_AFTER = 2  # sampling steps: the first also makes what all share
+REPEATED_CHUNKS = 3  # of a video: the first ones see less of those before
 
 
 class Weightless(Backbone):
     """What sized families share: steps without a gradient that repeat one another are run once and counted.
 
     Attributes:
+        live: the counter of bytes, told of tensors that lie elsewhere than on the card.
         work: the counter of what is run, told of each step that is left out.
     """
 
+    live: LiveBytes
     work: WorkCounter
 
     def predictor(self, text: Sequence[Features], **settings: Any) -> Predict:
@@ -45,6 +50,36 @@ class Weightless(Backbone):
     @contextmanager
     def loading(self, what: str, keys: Any) -> Iterator[None]:
         yield
+
+    @property
+    def decode_step(self) -> Any:
+        """Of a family whose VAE decodes chunk by chunk."""
+        return RepeatedChunk(super().decode_step, self.work)  # type: ignore[misc]
+
+    def load(self) -> None:
+        self.home = torch.device("meta")  # whose tensors take no memory of the card
+        super().load()
+
+    def load_denoiser(self) -> nn.Module:
+        if self.mesh is None:
+            return super().load_denoiser()  # type: ignore[safe-super]
+        with parameters_on_meta():
+            return super().load_denoiser()  # type: ignore[safe-super]
+
+    def _fill(self) -> None:
+        for module in self.denoiser.modules():
+            for name, weight in module._parameters.items():
+                if weight is not None:
+                    here = torch.empty_like(weight, device=self.device)
+                    module._parameters[name] = nn.Parameter(here, requires_grad=False)
+
+    def _stream(self) -> None:
+        for module in self._unstreamed:
+            module.to(self.device)
+        with self.live.elsewhere():
+            for block in self.blocks:
+                block.to(self.device)
+            super()._stream()
 
 
 class Repeated:
@@ -65,6 +100,29 @@ class Repeated:
         prediction = self.predict(z, t, generated)
         self.cost, self.calls = self.work.now - before, self.calls + 1
         return prediction
+
+
+class RepeatedChunk:
+    """A step of a decoder, likewise: from the fourth chunk of a video on it is counted where it keeps no graph.
+
+    A cache that grows with the video is then counted as after the third.
+    """
+
+    def __init__(self, step: Any, work: WorkCounter):
+        self.step, self.work = step, work
+        self.calls = 0
+
+    def __call__(self, z: Tensor, cache: Any, last: bool = False) -> tuple[Tensor, Any]:
+        if torch.is_grad_enabled():
+            return self.step(z, cache, last=last)
+        self.calls = 0 if cache is None else self.calls + 1
+        if self.calls > REPEATED_CHUNKS:
+            self.work.now.update(self.cost)
+            return torch.empty(self.shape, dtype=z.dtype), cache
+        before = Counter(self.work.now)
+        pixels, cache = self.step(z, cache, last=last)
+        self.cost, self.shape = self.work.now - before, pixels.shape
+        return pixels, cache
 
 
 class WeightlessOpenSora(Weightless, OpenSora):
@@ -165,9 +223,9 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
         torch.set_default_dtype(before)
 
 
-def weightless_backbone(config: Config, work: WorkCounter) -> Any:
-    """The model family that a configuration names, whose ``load`` reads no weights."""
+def weightless_backbone(config: Config, live: LiveBytes, work: WorkCounter) -> Any:
+    """The model family that a configuration names, whose ``load`` reads no weights; see ``Weightless``."""
     family = config.backbone
     mixin = WeightlessOpenSora if issubclass(family, OpenSora) else WeightlessDiffusers
-    kind = type(f"Weightless{family.__name__}", (mixin, family), {"work": work})
+    kind = type(f"Weightless{family.__name__}", (mixin, family), {"live": live, "work": work})
     return kind(config.family, config.models, config.video_spec, torch.device("cpu"))

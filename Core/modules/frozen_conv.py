@@ -5,24 +5,23 @@ input's gradient will be asked for, which takes the weight alone. Linear layers 
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-CONVOLVE = {
-    nn.Conv2d: (F.conv2d, torch.nn.grad.conv2d_input),
-    nn.Conv3d: (F.conv3d, torch.nn.grad.conv3d_input),
-}
+CONV2D = F.conv2d, torch.nn.grad.conv2d_input
+CONV3D = F.conv3d, torch.nn.grad.conv3d_input
 
 
 def forget_conv_inputs(model: nn.Module) -> None:
     """Let the frozen 2-D and 3-D convolutions of ``model`` keep no input for the backward pass."""
     for module in model.modules():
-        if type(module) in CONVOLVE and _replaceable(module):
+        if type(module) in (nn.Conv2d, nn.Conv3d) and _replaceable(module):
             # On the instance, so that the module stays of its own class for whoever looks.
-            module.forward = partial(_forward, module)
+            module.forward = partial(convolve_input, module)
 
 
 def _replaceable(conv: nn.Module) -> bool:
@@ -31,9 +30,15 @@ def _replaceable(conv: nn.Module) -> bool:
     return frozen and conv.padding_mode == "zeros" and not isinstance(conv.padding, str)
 
 
-def _forward(conv: nn.Module, x: Tensor) -> Tensor:
-    settings = (conv.stride, conv.padding, conv.dilation, conv.groups)
-    return _InputGradient.apply(x, conv.weight, conv.bias, settings, *CONVOLVE[type(conv)])
+def convolve_input(conv: Any, x: Tensor, padding: tuple[int, ...] | None = None) -> Tensor:
+    """What the frozen ``conv`` makes of ``x``, with a gradient to ``x`` alone.
+
+    Args:
+        padding: zeros on either side of each axis; None = the convolution's own.
+    """
+    settings = (conv.stride, conv.padding if padding is None else padding, conv.dilation, conv.groups)
+    functions = CONV2D if isinstance(conv, nn.Conv2d) else CONV3D
+    return _InputGradient.apply(x, conv.weight, conv.bias, settings, *functions)
 
 
 class _InputGradient(torch.autograd.Function):

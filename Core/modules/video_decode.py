@@ -9,7 +9,7 @@ Axes: B batch, C channels, T latent frames, h, w latent rows and columns, f fram
 
 import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -21,8 +21,17 @@ Cache = Any
 ChunkSizes = int | list[int]
 # Of a tile or a stride, in latents: rows and columns, or both in one number.
 Size = int | tuple[int, int]
-# (chunk [B, C, T, h, w], cache) → pixels [B, 3, f, H, W] and the cache for the next
-DecodeStep = Callable[[Tensor, Cache], tuple[Tensor, Cache]]
+
+
+class DecodeStep(Protocol):
+    """(chunk [B, C, T, h, w], cache) → pixels [B, 3, f, H, W], and the cache for the next chunk.
+
+    ``last`` says that none follows: what the step keeps for it may then be anything, and should take no memory.
+    """
+
+    def __call__(self, z: Tensor, cache: Cache, last: bool = False) -> tuple[Tensor, Cache]: ...
+
+
 # latents [B, C, T, h, w] → pixels [B, 3, F, H, W]
 Decode = Callable[[Tensor], Tensor]
 Run = TypeVar("Run", bound=Callable[..., Any])
@@ -40,15 +49,15 @@ def recomputed(function: Run) -> Run:
     return run  # type: ignore[return-value]
 
 
-def decode_clip(step: DecodeStep, z: Tensor, sizes: ChunkSizes = 1) -> Iterator[tuple[Tensor, Cache]]:
-    """Each chunk's pixels [B, 3, f, H, W] and cache, in order; gradients reach all chunks before."""
+def decode_clip(step: DecodeStep, z: Tensor, sizes: ChunkSizes = 1) -> Iterator[Tensor]:
+    """Each chunk's pixels [B, 3, f, H, W], in order; gradients reach all chunks before."""
     return _run(step, z.split(sizes, dim=2), None)
 
 
-def _run(step: DecodeStep, chunks: Sequence[Tensor], cache: Cache) -> Iterator[tuple[Tensor, Cache]]:
-    for chunk in chunks:
-        pixels, cache = step(chunk, cache)
-        yield pixels, cache
+def _run(step: DecodeStep, chunks: Sequence[Tensor], cache: Cache) -> Iterator[Tensor]:
+    for number, chunk in enumerate(chunks, 1):
+        pixels, cache = step(chunk, cache, last=number == len(chunks))
+        yield pixels
 
 
 def decode_chosen(
@@ -69,7 +78,7 @@ def decode_chosen(
     cache: Cache = None
     for number in range(max(chosen) + 1):
         for last in starts.get(number, []):
-            *_, (pixels[last], _) = _run(step, chunks[number : last + 1], cache)
+            *_, pixels[last] = _run(step, chunks[number : last + 1], cache)
         if number < max(starts):
             with torch.no_grad():
                 _, cache = step(chunks[number], cache)

@@ -15,6 +15,7 @@ from Core.backbones import Backbone, Prompt
 from Core.build import build_backbone, commits_of_weights, scorers_of
 from Core.config import Config, ConfigError
 from Core.modules import lora
+from Core.modules.offloading import offload_activations
 from Core.rewards import Reward, build_reward, prompt_errors
 from Core.rewards.user_files import try_scorer
 from Core.training.metric_logging import Trackers, build_trackers
@@ -202,5 +203,7 @@ def adapt_for_training(config: Config, backbone: Backbone) -> None:
         lora.load(backbone.denoiser, adapter, path)
     if config.models.grad_checkpoint:
         backbone.enable_checkpointing(keep_attention=config.models.grad_checkpoint == "keep_attention")
+    if config.models.activation_offloading and backbone.device != backbone.home:
+        offload_activations(backbone.denoiser, backbone.home)
     if config.models.compile_blocks:
         backbone.compile_blocks()

@@ -5,13 +5,14 @@ and a VAE with about a fifth of the width and a fiftieth of the operations. Vide
 steps. Depth is reduced rather than width: layers are alike, while the width sets the cost of matrix products relative
 to elementwise operations.
 
-Wan's sizes are those of the configurations published with its weights. Its presets take four sampling steps: the
+Wan's sizes are those in ``Core.estimate.published``. Its presets take four sampling steps: the
 others before the gradient window cost the same each.
 """
 
 from dataclasses import dataclass, field
 from typing import Any
 
+from Core.estimate.published import settings_of
 from Core.utils.options import parse_literal
 
 XL2 = dict(type="benchmark-stdit3", depth=28, hidden_size=1152, num_heads=16, caption_channels=4096)
@@ -55,29 +56,6 @@ TWIN_VAE = dict(
     vae_temporal=dict(filters=24, num_groups=8, num_res_blocks=1),
     micro_frame_size=17,
     micro_batch_size=4,
-)
-WAN_1_3B = dict(num_attention_heads=12, attention_head_dim=128, ffn_dim=8960, num_layers=30, text_dim=4096)
-WAN_5B = dict(
-    num_attention_heads=24,
-    attention_head_dim=128,
-    in_channels=48,
-    out_channels=48,
-    ffn_dim=14336,
-    num_layers=30,
-    text_dim=4096,
-)
-WAN_VAE: dict[str, Any] = dict(z_dim=16)  # diffusers' defaults are Wan 2.1's
-WAN_5B_VAE = dict(
-    base_dim=160,
-    decoder_base_dim=256,
-    z_dim=48,
-    is_residual=True,
-    in_channels=12,
-    out_channels=12,
-    patch_size=2,
-    scale_factor_spatial=16,
-    latents_mean=[0.0] * 48,
-    latents_std=[1.0] * 48,
 )
 WAN_TWIN = dict(num_attention_heads=2, attention_head_dim=16, ffn_dim=32, num_layers=2, text_dim=16)
 WAN_TWIN_VAE = dict(base_dim=4, z_dim=16, num_res_blocks=1)
@@ -130,6 +108,11 @@ def _full_size(resolution: str) -> Preset:
     return Preset({**COMMON, **entries, "resolution": resolution}, vit_text=VIT_H_TEXT)
 
 
+def _published_wan(source: str, index: dict, **changes: Any) -> Preset:
+    transformer, vae = (settings_of(source, component) for component in ("transformer", "vae"))
+    return _wan(transformer, {"z_dim": 16, **vae}, index, **changes)
+
+
 def _wan(transformer: dict, vae: dict, index: dict, vit: dict = VIT_H, **changes: Any) -> Preset:
     components = {
         "index": {"_class_name": "WanPipeline", **index},
@@ -157,8 +140,10 @@ PRESETS = {
         },
         TWIN_VIT,
     ),
-    "wan-1.3b-480p": _wan(WAN_1_3B, WAN_VAE, {}),
-    "wan-ti2v-5b-480p": _wan(WAN_5B, WAN_5B_VAE, {"expand_timesteps": True}, fps=24, shift=5.0),
+    "wan-1.3b-480p": _published_wan("Wan-AI/Wan2.1-T2V-1.3B-Diffusers", {}),
+    "wan-ti2v-5b-480p": _published_wan(
+        "Wan-AI/Wan2.2-TI2V-5B-Diffusers", {"expand_timesteps": True}, fps=24, shift=5.0
+    ),
     "wan-twin": _wan(WAN_TWIN, WAN_TWIN_VAE, {}, TWIN_VIT, image_size=(32, 32), num_frames=5),
 }
 # Config keys that `plain` changes; plain.py does the rest.

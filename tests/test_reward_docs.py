@@ -161,7 +161,7 @@ def test_why_the_hub_gives_nothing_is_said_with_what_to_do(monkeypatch, error, c
     message = str(raised.value)
     assert "owner/name@main, about 7.0 MB, named by model_path" in message and sentence in message
     elsewhere = not isinstance(error, errors.HfHubHTTPError)  # another network would not help
-    assert ("download_weights.py" in message) == elsewhere and "Got:" not in message
+    assert ("vader download" in message) == elsewhere and "Got:" not in message
 
 
 def test_what_is_fetched_is_named_with_its_licence(hub, tmp_path, caplog):

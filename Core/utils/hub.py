@@ -214,8 +214,8 @@ def _missing_words(missing: Mapping[Weight, FileNotFoundError]) -> str:
     if not any(isinstance(error, UnreachableError) for error in missing.values()):
         return sentence
     return (
-        f"{sentence}. Where the network is open run `python scripts/download_weights.py --to DIR` with --reward NAME "
-        "or --model NAME, copy DIR here and use the config lines it prints"
+        f"{sentence}. Where the network is open run `vader download --to DIR` with --reward NAME or --model NAME, copy "
+        "DIR here and use the config lines it prints"
     )
 
 

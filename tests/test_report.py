@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report_runs
 from browsers import wait_until
 from report_runs import PROMPTS, evaluation, training_run, write_manifest
 from sampling_runs import picture
@@ -213,6 +214,19 @@ def test_labels_stand_beside_their_lines_and_clear_of_each_other():
     heights = sorted((places[name][1] for name in ("low", "high", "same")), reverse=True)
     assert heights[0] == places["low"][1] and heights[1] - heights[2] > 8  # units of a picture 169 high
     assert height > heights[0] > heights[2] > 0
+
+
+def test_a_single_step_stands_between_whole_steps():
+    """As the page of a run shows it until the second validation."""
+    plot = line_chart("name", [Line("validation", [40], [2.0], dots=True)], "score")
+    low, high = plot.data["range"]
+    assert low <= 39 and high >= 41 and {"39", "40", "41"} <= set(places_of_text(plot.svg))
+
+
+def test_few_prompts_are_shown_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_runs, "PROMPTS", report_runs.PROMPTS[:2])
+    page = write_report(evaluation(tmp_path / "evaluation")).read_text()
+    assert "First prompts of the list" in page and "Most improved" not in page
 
 
 def test_a_noisy_line_is_smoothed_over_its_values():

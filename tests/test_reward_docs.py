@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import errors
 from reward_twins import clip_folder, open_clip_state
 
-from Core.rewards import build_reward, check_reward_config
+from Core.rewards import REGISTRY, build_reward, check_reward_config
 from Core.rewards.aesthetic import LAION_HEAD
 from Core.rewards.aesthetic_v2_5 import HEAD
 from Core.utils import hub as weights_module
@@ -209,3 +209,9 @@ def test_mistakes_and_unreachable_weights_exit_with_2_and_one_sentence(hub, tmp_
         assert part in message
     with pytest.raises(SystemExit):
         download_weights.main([])
+
+
+def test_the_readme_names_every_reward():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Rewards")[2].partition("## ")[0]
+    assert set(REGISTRY) <= set(re.findall(r"`(\w+)`", table))
+    assert f"and {len(REGISTRY)} rewards" in (ROOT / "README.md").read_text(encoding="utf-8")

@@ -109,8 +109,10 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 path.chmod(_ordinary_mode())
             _sync(path)
         _swap(partial, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename and Path(error.filename) == partial:
+            raise type(error)(error.errno, error.strerror, str(folder)) from error
         raise
 
 

@@ -202,7 +202,9 @@ def with_a_run(small_run, repository, monkeypatch):
 def write_wan_run(folder: Path) -> None:
     """What exporting reads of a run of Wan: its family, and an adapter of one layer."""
     folder.mkdir()
-    (folder / "config.json").write_text('{"backbone": "wan"}', encoding="utf-8")
+    (folder / "config.json").write_text(
+        '{"backbone": "wan", "resolution": "480p", "aspect_ratio": "9:16"}', encoding="utf-8"
+    )
     layer = "base_model.model.blocks.0.attn1.to_q.lora_{}.weight"
     state = {layer.format("A"): torch.ones(2, 8), layer.format("B"): torch.ones(8, 2)}
     (folder / "adapter").mkdir()

@@ -354,6 +354,12 @@ def test_files_are_shown_as_they_are(page):
         assert block == read(ROOT / name), name
 
 
+def test_the_quickstart_s_table_is_the_same_on_both_pages():
+    shown = re.compile(r"```text\n256 held-out.*?```", re.DOTALL)
+    tables = [shown.search(read(ROOT / page))[0] for page in ("README.md", "docs/quickstart.md")]
+    assert tables[0] == tables[1]
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
 def test_links_lead_somewhere(page):
     dead = []

@@ -54,6 +54,12 @@ def test_help_version_and_lists_do_without_pytorch(tmp_path):
     subprocess.run([sys.executable, "-c", LIGHT], env=environment, check=True, timeout=60)
 
 
+def test_help_of_a_command_is_also_asked_for_in_words(capsys):
+    assert main(["help", "train"]) == 0
+    assert capsys.readouterr().out.startswith("usage: vader train CONFIG")
+    assert main(["help", "trian"]) == 2
+
+
 def test_the_version_is_that_of_the_package():
     assert vader("--version").stdout == f"vader {Core.__version__}\n"
 

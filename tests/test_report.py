@@ -17,6 +17,7 @@ from sampling_runs import picture
 
 from Core.data.video import read_video
 from Core.evaluation.charts import Line, line_chart, moving_average, stack_chart
+from Core.evaluation.gallery import write_gallery
 from Core.evaluation.report import (
     VideoBudget,
     charts,
@@ -335,6 +336,29 @@ def test_readable_at_phone_width_in_both_schemes(visit, run, colors):
         "[...document.querySelectorAll('p, td, li, dd')].map(e => parseFloat(getComputedStyle(e).fontSize))"
     )
     assert page.evaluate(f"Math.min(...{sizes})") >= 12
+    assert complaints == []
+
+
+LONG = "a_rather_long_name-checkpoints-step_000100"
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+def test_a_long_name_breaks_and_covers_nothing(visit, tmp_path, monkeypatch, width):
+    monkeypatch.setattr(report_runs, "PROMPTS", report_runs.PROMPTS[:2])
+    folder = evaluation(tmp_path / "evaluation", ("fox", LONG))
+    open_page, complaints = visit
+    for file in (write_report(folder), write_gallery(folder)):
+        page = open_page(file, width, 800)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+    page = open_page(folder / "report.html", width, 800)
+    right = "e => e.getBoundingClientRect().right"
+    frame = page.locator("#gains .scroll").evaluate(right)
+    for row in page.locator("#gains tbody tr").all():
+        chip = row.locator(".verdict .chip")
+        assert chip.evaluate(right) <= frame
+        name = row.locator(".adapter").bounding_box()
+        box = chip.bounding_box()
+        assert name["x"] + name["width"] <= box["x"] or name["y"] >= box["y"] + box["height"]
     assert complaints == []
 
 

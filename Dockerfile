@@ -2,7 +2,7 @@
 #
 #   docker build --tag vader .
 #   docker run --rm --gpus all --volume "$PWD/runs:/vader/runs" --volume vader-cache:/cache vader \
-#       sh Open-Sora/script/run_text2video_train.sh
+#       vader train vader_train
 #
 # The wheels of torch bring CUDA; the host brings the driver and NVIDIA's container toolkit. Without --gpus, everything
 # runs on the CPU.
@@ -25,4 +25,4 @@ ENV HF_HOME=/cache/huggingface \
     PATH=/vader/.venv/bin:$PATH
 
 VOLUME ["/cache", "/vader/runs"]
-CMD ["python", "scripts/demo/quickstart.py"]
+CMD ["vader", "quickstart"]

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from mkdocs.config.defaults import MkDocsConfig
 from mkdocs.structure.files import File, Files
+from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).resolve().parents[1]
 OUTSIDE = re.compile(r"(!?)\[([^\]]*)\]\(\.\./([^)#\s]+)[^)]*\)")
-PICTURES = (".png", ".svg", ".jpg")
-
-
+PICTURES = (".png", ".svg", ".jpg", ".webp")
 SSH_REMOTE = re.compile(r"(?:ssh://)?git@([^:/]+)[:/](.+)")
 
 
@@ -44,13 +43,18 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
     return files
 
 
-def on_page_markdown(markdown: str, config: MkDocsConfig, **kwargs) -> str:
+def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, **kwargs) -> str:
     """Point links at these pictures, and links to other files outside the site at the repository."""
+    folder = (ROOT / "docs" / page.file.src_uri).parent
 
     def elsewhere(link: re.Match) -> str:
         mark, text, target = link.groups()
+        file = (folder.parent / target).resolve()
+        if file.is_relative_to(ROOT / "docs"):  # of a page in a folder
+            return link[0]
         if target.endswith(PICTURES):
             return f"{mark}[{text}]({target})"
-        return f"[{text}]({config.repo_url}/blob/HEAD/{target})" if config.repo_url else text
+        address = f"{config.repo_url}/blob/HEAD/{file.relative_to(ROOT)}"
+        return f"[{text}]({address})" if config.repo_url else text
 
     return OUTSIDE.sub(elsewhere, markdown)

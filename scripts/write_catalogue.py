@@ -1,10 +1,12 @@
 """Write Core/commands/catalogue.json from the registries and the shipped configs: write_catalogue.py [--check].
 
-The commands list models and rewards from it, since to import them all would take seconds.
+The commands list models and rewards from it, and the shells complete from it, since to import them all would take
+seconds.
 """
 
 import inspect
 import json
+import re
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict, fields
@@ -14,11 +16,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
+from Core.backbones import BACKBONES  # noqa: E402
 from Core.commands.catalogue import FILE  # noqa: E402
+from Core.commands.main import COMMANDS  # noqa: E402
 from Core.config import ConfigError, load_config  # noqa: E402
+from Core.config.schema import keys_of, sections_of  # noqa: E402
 from Core.needs import model_needs  # noqa: E402
 from Core.rewards import REGISTRY, Reward, Weight, resolve_reward  # noqa: E402
+from Core.training.objectives import OBJECTIVES  # noqa: E402
 from Core.utils.shipped import WITHOUT_USERS_FILES, shipped_configs  # noqa: E402
+from scripts.write_command_line import help_of  # noqa: E402
 
 
 def described(weights: Iterable[Weight]) -> list[dict[str, Any]]:
@@ -71,10 +78,25 @@ def required_arguments(cls: type[Reward]) -> list[str]:
     return [p.name for p in parameters if p.kind is p.KEYWORD_ONLY and p.default is p.empty]
 
 
+def config_keys() -> list[str]:
+    """Keys of the configuration, of every family and objective."""
+    schemas = [sections_of({"backbone": family}) for family in BACKBONES]
+    schemas += [sections_of({"objective": objective}) for objective in OBJECTIVES]
+    return list(dict.fromkeys(key for schema in schemas for key in keys_of(schema)))
+
+
+def own_flags(command: str) -> list[str]:
+    """The flags that the usage or the list in a command's help names."""
+    lines = [line for line in help_of(command).splitlines() if line.startswith(("usage:", "  -"))]
+    return list(dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][a-z-]*", "\n".join(lines))))
+
+
 def catalogue() -> str:
     content = {
         "models": {name: model(file) for name, file in shipped_configs().items()},
         "rewards": {name: reward(name) for name in REGISTRY},
+        "keys": config_keys(),
+        "flags": {command: own_flags(command) for command in COMMANDS},
     }
     return json.dumps(content, indent=1, ensure_ascii=False) + "\n"
 

@@ -33,12 +33,13 @@ VADER = [sys.executable, str(ROOT / "Core" / "__main__.py")]
 LIGHT = """
 import contextlib, io, sys
 from Core.commands.main import COMMANDS, main
-for words in (["--version"], ["--help"], ["rewards"], *([name, "--help"] for name in COMMANDS)):
+shells = [["completion", shell] for shell in ("bash", "zsh", "fish")]
+for words in (["--version"], ["--help"], ["rewards"], *shells, *([name, "--help"] for name in COMMANDS)):
     said = io.StringIO()
     with contextlib.suppress(SystemExit), contextlib.redirect_stdout(said):
         assert main(words) == 0, words
     assert said.getvalue().strip(), words
-    if words[1:]:
+    if words[1:] == ["--help"]:
         assert said.getvalue().startswith(f"usage: vader {words[0]}"), words
 assert "torch" not in sys.modules
 """
@@ -52,6 +53,12 @@ def vader(*words: str, **extra) -> subprocess.CompletedProcess:
 def test_help_version_and_lists_do_without_pytorch(tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_HOME": str(tmp_path)}
     subprocess.run([sys.executable, "-c", LIGHT], env=environment, check=True, timeout=60)
+
+
+def test_help_of_a_command_is_also_asked_for_in_words(capsys):
+    assert main(["help", "train"]) == 0
+    assert capsys.readouterr().out.startswith("usage: vader train CONFIG")
+    assert main(["help", "trian"]) == 2
 
 
 def test_the_version_is_that_of_the_package():
@@ -240,7 +247,7 @@ def test_suggestions_are_near_in_meaning(given, meant):
 
 
 def test_every_synonym_means_a_key():
-    keys = set(completion.config_keys())
+    keys = set(catalogue()["keys"])
     assert not {name for name, meant in SYNONYMS.items() if not keys & set(meant)}
     assert not keys & set(SYNONYMS), "a key is itself"
 
@@ -255,10 +262,10 @@ def test_rewards_are_listed_with_what_is_on_this_machine(capsys, tmp_path, monke
     pinned = Weight(
         source="https://example.org/head.pth", kind="file", file="head.pth", size=2_000_000, licence="MIT"
     )
-    assert listing.weight_words([pinned]) == "2.0 MB, licence MIT; not fetched"
+    assert listing.weight_words([pinned]) == "2.0 MB, MIT; not fetched"
     (tmp_path / "hub" / "checkpoints").mkdir(parents=True)
     (tmp_path / "hub" / "checkpoints" / "head.pth").touch()
-    assert listing.weight_words([pinned]) == "2.0 MB, licence MIT; on this machine"
+    assert listing.weight_words([pinned]) == "2.0 MB, MIT; on this machine"
     assert main(["rewards"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in catalogue()["rewards"])
@@ -269,7 +276,7 @@ def test_models_are_listed(capsys):
     assert main(["models"]) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in shipped_configs())
-    assert "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in printed and "28.9 GB, licence Apache-2.0" in printed
+    assert "Wan-AI/Wan2.1-T2V-1.3B-Diffusers" in printed and "28.9 GB, Apache-2.0" in printed
 
 
 @pytest.mark.parametrize("memory", [8, 24, 48, 80])
@@ -303,15 +310,22 @@ def test_init_writes_a_config_for_every_model_and_reward(tmp_path):
 def test_init_asks_for_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert main(["init", "--reward", "hps"]) == 2
-    assert (
-        capsys.readouterr().err == "error: --model is missing (vader models), such as --model vader_train\n"
-    )
-    answers = iter(["ltx/ltx_video", "", "24"])
+    missing = "error: --model is missing (vader models), such as --model vader_train\n"
+    assert capsys.readouterr().err == missing
+    answers = iter(["ltx/ltx_vidoe", "ltx/ltx_video", "", "many", "24"])
     monkeypatch.setattr("sys.stdin.isatty", lambda: True, raising=False)
     monkeypatch.setattr("builtins.input", lambda question: next(answers))
-    assert main(["init"]) == 0
-    assert '_base_ = "ltx/ltx_video"' in Path("my_train.py").read_text()
-    assert 'reward_fn = "hps"' in Path("my_train.py").read_text()
+    assert main(["init", "configs/my_train.py"]) == 0
+    told = capsys.readouterr().out
+    assert "there is no model 'ltx/ltx_vidoe'" in told and "got 'many'" in told, "it asks again"
+    assert '_base_ = "ltx/ltx_video"' in Path("configs/my_train.py").read_text()
+    assert 'reward_fn = "hps"' in Path("configs/my_train.py").read_text()
+
+    def close(question: str) -> str:  # Ctrl-D
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", close)
+    assert main(["init"]) == 2 and capsys.readouterr().err == missing
 
 
 @pytest.mark.parametrize(
@@ -326,12 +340,30 @@ def test_init_asks_for_what_is_missing(tmp_path, monkeypatch, capsys):
             ["--model", "vader_train", "--reward", "hinge"],
             "reward 'hinge' needs reward, target in reward_args",
         ),
+        (["my.yaml"], "give a name that ends in .py, not 'my.yaml'"),
+        (["--memory", "-3"], "memory must be a whole number of GB above 0, got '-3'"),
+        (["--memory", "0"], "memory must be a whole number of GB above 0, got '0'"),
+        (["--reward", "my_reward.py:Mine"], "there is no file 'my_reward.py' for --reward"),
+        (["--reward", "my_reward.py"], "lacks its class: write my_reward.py:CLASS"),
+        (["--prompts", "prompts.txt"], "there is no file 'prompts.txt' for --prompts"),
     ],
 )
 def test_init_refuses_what_does_not_exist(flags, sentence, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    assert main(["init", *flags, "--memory", "24"]) == 2
+    sound = ("--model", "vader_train", "--reward", "hps", "--memory", "24")
+    assert main(["init", *sound, *flags]) == 2
     assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+def test_what_cannot_be_written_is_said_without_numbers_and_hidden_names(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("taken").touch()
+    sound = ("--model", "vader_train", "--reward", "hps", "--memory", "24")
+    assert main(["init", "taken/my.py", *sound]) == 2
+    assert capsys.readouterr().err == "error: 'taken': file exists\n"
+    with pytest.raises(NotADirectoryError) as refused, replacing(Path("taken/my.py")) as partial:
+        partial.touch()
+    assert refused.value.filename == "taken/my.py"
 
 
 COMPLETE = """eval "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _vader; printf '%s\\n' "${COMPREPLY[@]}" """
@@ -357,13 +389,38 @@ def test_bash_completes_commands_configs_and_keys(tmp_path):
         "wandering.py",
     ]
     assert completed("train", "vader_demo", "--lora-r") == ["--lora-rank"]
+    assert completed("estimate", "vader_demo", "--gp") == ["--gpu"]
     assert completed("rewards", "--lora-r") == []
+    assert completed("train", "vader_demo", "--reward-fn", "hp") == ["hps", "hpsv3"]
+    assert completed("export", "A", "B", "--to", "com") == ["comfyui"]
+    (tmp_path / "my prompts.txt").touch()
+    done = subprocess.run(
+        ["bash", "-c", COMPLETE, "-", script, "vader", "score", "my"],
+        cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.stdout == "my prompts.txt\n"
 
 
 def test_other_shells_complete_the_same():
     assert completion.script("zsh").endswith(completion.script("bash"))
     fish = completion.script("fish")
     assert all(f"-a {name} " in fish for name in COMMANDS) and "-l lora-rank" in fish
+    assert [line for line in fish.splitlines() if line.replace(r"\'", "").count("'") % 2] == []
+
+
+@pytest.mark.skipif(not shutil.which("fish"), reason="fish is not installed")
+def test_fish_completes(tmp_path):
+    typed = {
+        "vader sc": "score",
+        "vader train x --reward-fn hpsv": "hpsv3",
+        "vader export a b --to com": "comfyui",
+    }
+    asked = "\n".join(f'complete -C "{line}"' for line in typed)
+    done = subprocess.run(
+        ["fish", "--no-config", "-c", f"{completion.script('fish')}\n{asked}"],
+        env=os.environ | {"HOME": str(tmp_path)}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    assert [line.partition("\t")[0] for line in done.stdout.splitlines()] == list(typed.values())
 
 
 @pytest.mark.parametrize(

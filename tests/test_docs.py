@@ -202,7 +202,9 @@ def with_a_run(small_run, repository, monkeypatch):
 def write_wan_run(folder: Path) -> None:
     """What exporting reads of a run of Wan: its family, and an adapter of one layer."""
     folder.mkdir()
-    (folder / "config.json").write_text('{"backbone": "wan"}', encoding="utf-8")
+    (folder / "config.json").write_text(
+        '{"backbone": "wan", "resolution": "480p", "aspect_ratio": "9:16"}', encoding="utf-8"
+    )
     layer = "base_model.model.blocks.0.attn1.to_q.lora_{}.weight"
     state = {layer.format("A"): torch.ones(2, 8), layer.format("B"): torch.ones(8, 2)}
     (folder / "adapter").mkdir()
@@ -350,6 +352,12 @@ def test_blocks_are_of_the_language_they_say(page):
 def test_files_are_shown_as_they_are(page):
     for name, block in SHOWN.findall(read(page)):
         assert block == read(ROOT / name), name
+
+
+def test_the_quickstart_s_table_is_the_same_on_both_pages():
+    shown = re.compile(r"```text\n256 held-out.*?```", re.DOTALL)
+    tables = [shown.search(read(ROOT / page))[0] for page in ("README.md", "docs/quickstart.md")]
+    assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)

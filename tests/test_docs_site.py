@@ -36,9 +36,14 @@ def test_the_repositorys_address_follows_from_the_remote(remote, address):
     [("https://x.org/o/n", "[code](https://x.org/o/n/blob/HEAD/Core/cli.py)"), (None, "code")],
 )
 def test_files_outside_the_site_are_linked_to_in_the_repository(repository, code):
+    config = SimpleNamespace(repo_url=repository)
+    page = SimpleNamespace(file=SimpleNamespace(src_uri="training.md"))
     text = "[code](../Core/cli.py) and ![picture](../assets/method.svg) and [page](training.md)"
-    shown = docs_hooks.on_page_markdown(text, config=SimpleNamespace(repo_url=repository))
+    shown = docs_hooks.on_page_markdown(text, page, config)
     assert shown == f"{code} and ![picture](assets/method.svg) and [page](training.md)"
+    page.file.src_uri = "families/wan.md"
+    text = "[code](../../Core/cli.py) and [page](../training.md#exporting)"
+    assert docs_hooks.on_page_markdown(text, page, config) == f"{code} and [page](../training.md#exporting)"
 
 
 @pytest.fixture(scope="module")

@@ -10,12 +10,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import report_runs
 from browsers import wait_until
 from report_runs import PROMPTS, evaluation, training_run, write_manifest
 from sampling_runs import picture
 
 from Core.data.video import read_video
 from Core.evaluation.charts import Line, line_chart, moving_average, stack_chart
+from Core.evaluation.gallery import write_gallery
 from Core.evaluation.report import (
     VideoBudget,
     charts,
@@ -215,6 +217,19 @@ def test_labels_stand_beside_their_lines_and_clear_of_each_other():
     assert height > heights[0] > heights[2] > 0
 
 
+def test_a_single_step_stands_between_whole_steps():
+    """As the page of a run shows it until the second validation."""
+    plot = line_chart("name", [Line("validation", [40], [2.0], dots=True)], "score")
+    low, high = plot.data["range"]
+    assert low <= 39 and high >= 41 and {"39", "40", "41"} <= set(places_of_text(plot.svg))
+
+
+def test_few_prompts_are_shown_once(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_runs, "PROMPTS", report_runs.PROMPTS[:2])
+    page = write_report(evaluation(tmp_path / "evaluation")).read_text()
+    assert "First prompts of the list" in page and "Most improved" not in page
+
+
 def test_a_noisy_line_is_smoothed_over_its_values():
     steps, values = list(range(8)), [0.0, 1.0] * 4
     plot = line_chart("name", [Line("training", steps, values, smooth=True)], "reward")
@@ -321,6 +336,29 @@ def test_readable_at_phone_width_in_both_schemes(visit, run, colors):
         "[...document.querySelectorAll('p, td, li, dd')].map(e => parseFloat(getComputedStyle(e).fontSize))"
     )
     assert page.evaluate(f"Math.min(...{sizes})") >= 12
+    assert complaints == []
+
+
+LONG = "a_rather_long_name-checkpoints-step_000100"
+
+
+@pytest.mark.parametrize("width", [375, 1280])
+def test_a_long_name_breaks_and_covers_nothing(visit, tmp_path, monkeypatch, width):
+    monkeypatch.setattr(report_runs, "PROMPTS", report_runs.PROMPTS[:2])
+    folder = evaluation(tmp_path / "evaluation", ("fox", LONG))
+    open_page, complaints = visit
+    for file in (write_report(folder), write_gallery(folder)):
+        page = open_page(file, width, 800)
+        assert page.evaluate("document.documentElement.scrollWidth") == width
+    page = open_page(folder / "report.html", width, 800)
+    right = "e => e.getBoundingClientRect().right"
+    frame = page.locator("#gains .scroll").evaluate(right)
+    for row in page.locator("#gains tbody tr").all():
+        chip = row.locator(".verdict .chip")
+        assert chip.evaluate(right) <= frame
+        name = row.locator(".adapter").bounding_box()
+        box = chip.bounding_box()
+        assert name["x"] + name["width"] <= box["x"] or name["y"] >= box["y"] + box["height"]
     assert complaints == []
 
 

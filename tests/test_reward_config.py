@@ -390,7 +390,9 @@ def test_a_hub_that_cannot_be_reached_names_repository_size_and_cure_and_is_not_
         with pytest.raises(FileNotFoundError) as raised:
             weights_module.locate(required_weights("pick_score")[0])
         message = str(raised.value)
-        assert "yuvalkirstain/PickScore_v1, about 3.9 GB" in message and "download_weights.py" in message
+        assert (
+            "yuvalkirstain/PickScore_v1, about 3.9 GB" in message and "`vader download --to DIR`" in message
+        )
         told = [word.strip(",;:().") for word in message.split()]
         cut = [word for word in told if word.startswith(("word", "HF_")) and word not in words]
         assert not cut and ("HF_HUB_OFFLINE=0" in told) == (reason == " ".join(words[-20:]))
@@ -411,7 +413,7 @@ def test_missing_weights_are_reported_together_with_size_and_command(monkeypatch
         "openai/clip-vit-large-patch14, about 1.7 GB",
         "linearMSE.pth",
         "no route to the hub",
-        "scripts/download_weights.py",
+        "`vader download --to DIR`",
     ):
         assert part in message
 

@@ -12,7 +12,7 @@ import torch
 from huggingface_hub import errors
 from reward_twins import clip_folder, open_clip_state
 
-from Core.rewards import build_reward, check_reward_config
+from Core.rewards import REGISTRY, build_reward, check_reward_config
 from Core.rewards.aesthetic import LAION_HEAD
 from Core.rewards.aesthetic_v2_5 import HEAD
 from Core.utils import hub as weights_module
@@ -161,7 +161,7 @@ def test_why_the_hub_gives_nothing_is_said_with_what_to_do(monkeypatch, error, c
     message = str(raised.value)
     assert "owner/name@main, about 7.0 MB, named by model_path" in message and sentence in message
     elsewhere = not isinstance(error, errors.HfHubHTTPError)  # another network would not help
-    assert ("download_weights.py" in message) == elsewhere and "Got:" not in message
+    assert ("vader download" in message) == elsewhere and "Got:" not in message
 
 
 def test_what_is_fetched_is_named_with_its_licence(hub, tmp_path, caplog):
@@ -209,3 +209,9 @@ def test_mistakes_and_unreachable_weights_exit_with_2_and_one_sentence(hub, tmp_
         assert part in message
     with pytest.raises(SystemExit):
         download_weights.main([])
+
+
+def test_the_readme_names_every_reward():
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("## Rewards")[2].partition("## ")[0]
+    assert set(REGISTRY) <= set(re.findall(r"`(\w+)`", table))
+    assert f"and {len(REGISTRY)} rewards" in (ROOT / "README.md").read_text(encoding="utf-8")

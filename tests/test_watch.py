@@ -100,6 +100,7 @@ def test_a_run_that_has_written_nothing_is_waited_for_and_shown_once_it_has(
     port = served(run)
     page = open_page(f"http://127.0.0.1:{port}/", 1200, 900)
     assert "Waiting for the first step" in page.inner_text("#live")
+    assert page.evaluate("document.querySelectorAll('h2').length") == 0, "no heading without content"
     shutil.copytree(finished, run, dirs_exist_ok=True)
     page.evaluate("refresh()")
     wait_until(page, "document.getElementById('validation') !== null")

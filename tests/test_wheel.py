@@ -1,6 +1,7 @@
 """The wheel in an empty environment and an empty folder: all that a newcomer has."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -121,3 +122,15 @@ def test_the_quickstart(installed):
         path.name for path in (installed.folder / "runs" / "quickstart").iterdir()
     }
     assert installed.files() == before
+
+
+def test_no_message_sends_a_reader_to_a_script_that_the_wheel_lacks():
+    scripts = "|".join(path.name for path in (ROOT / "scripts").glob("*.py"))
+    named = re.compile(rf"scripts/(?:{scripts})|run_text2video")
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in (ROOT / "Core").rglob("*.py")
+        for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1)
+        if named.search(line) and not line.lstrip().startswith(("#", '"""', "``"))
+    ]
+    assert not found

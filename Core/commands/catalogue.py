@@ -9,6 +9,6 @@ FILE = Path(__file__).with_name("catalogue.json")
 
 
 @functools.cache
-def catalogue() -> dict[str, dict[str, Any]]:
-    """``models`` and ``rewards``, by name."""
+def catalogue() -> dict[str, Any]:
+    """``models`` and ``rewards`` by name, the ``keys`` of configurations, and the ``flags`` of each command."""
     return json.loads(FILE.read_text(encoding="utf-8"))

@@ -3,8 +3,9 @@
 import json
 import sys
 from argparse import Namespace
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from Core.commands.catalogue import catalogue
 from Core.commands.startup import Parser
@@ -76,7 +77,7 @@ def main(argv: Sequence[str]) -> int:
     )
     parser.add_argument("--model", help="a config of `vader models`")
     parser.add_argument("--reward", help="a reward of `vader rewards`, or your own, FILE.py:CLASS")
-    parser.add_argument("--memory", type=int, metavar="GB", help="memory of one GPU")
+    parser.add_argument("--memory", metavar="GB", help="memory of one GPU")
     parser.add_argument(
         "--prompts", metavar="FILE", help="prompts, one per line (default: the base config's)"
     )
@@ -91,33 +92,61 @@ def write(flags: Namespace) -> None:
         ConfigError: a file is there already, or a choice does not exist.
     """
     file = Path(flags.file)
-    if file.exists():
-        raise ConfigError([f"{str(file)!r} exists already; remove it, or give another name"])
-    models = [name for name, model in catalogue()["models"].items() if model["for_init"]]
-    rewards = [name for name, reward in catalogue()["rewards"].items() if not reward["required"]]
-    model = flags.model or ask("model", "vader models", "vader_train")
-    reward = flags.reward or ask("reward", "vader rewards", "hps")
-    memory = flags.memory or whole_number(ask("memory", "GB of one GPU", "24"))
-    refuse([*choice_errors("model", model, models), *reward_errors(reward, rewards)])
-    write_whole(file, config_text(file, model, reward, memory, flags.prompts))
+    given = {name: getattr(flags, name) for name in QUESTIONS}
+    errors = file_errors(file, flags.prompts)
+    errors += [
+        error for name, text in given.items() if text is not None for error in QUESTIONS[name].errors(text)
+    ]
+    refuse(errors)
+    chosen = {name: ask(name) if text is None else text for name, text in given.items()}
+    text = config_text(file, chosen["model"], chosen["reward"], int(chosen["memory"]), flags.prompts)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_whole(file, text)
     print(f"wrote {file}: `vader check {file}` looks for what would stop it, `vader train {file}` starts it")
 
 
-def ask(name: str, hint: str, default: str) -> str:
-    """The answer to a question; an empty one takes the default.
+def file_errors(file: Path, prompts: str | None) -> list[str]:
+    """What is wrong with the paths that were given."""
+    errors = []
+    if file.suffix != ".py":
+        errors.append(f"the config is written in Python: give a name that ends in .py, not {str(file)!r}")
+    if file.exists():
+        errors.append(f"{str(file)!r} exists already; remove it, or give another name")
+    if prompts and not Path(prompts).expanduser().is_file():
+        errors.append(f"there is no file {prompts!r} for --prompts")
+    return errors
+
+
+def ask(name: str) -> str:
+    """The answer to a question, which is repeated until it can be used; an empty answer takes the default.
 
     Raises:
         ConfigError: nobody is there to answer.
     """
+    question = QUESTIONS[name]
+    missing = ConfigError([f"--{name} is missing ({question.hint}), such as --{name} {question.default}"])
     if not sys.stdin.isatty():
-        raise ConfigError([f"--{name} is missing ({hint}), such as --{name} {default}"])
-    return input(f"{name} ({hint}) [{default}]: ").strip() or default
+        raise missing
+    while True:
+        try:
+            answer = input(f"{name} ({question.hint}) [{question.default}]: ").strip() or question.default
+        except EOFError:
+            raise missing from None
+        errors = question.errors(answer)
+        if not errors:
+            return answer
+        print("\n".join(errors))
 
 
-def whole_number(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise ConfigError([f"memory must be a number of GB, got {text!r}"])
-    return int(text)
+def model_errors(given: str) -> list[str]:
+    models = [name for name, model in catalogue()["models"].items() if model["for_init"]]
+    return choice_errors("model", given, models)
+
+
+def memory_errors(given: str) -> list[str]:
+    if given.isdecimal() and int(given) > 0:
+        return []
+    return [f"memory must be a whole number of GB above 0, got {given!r}"]
 
 
 def choice_errors(name: str, given: str, known: Collection[str]) -> list[str]:
@@ -128,20 +157,42 @@ def choice_errors(name: str, given: str, known: Collection[str]) -> list[str]:
     return [f"there is no {name} {given!r}: {meant}"]
 
 
-def reward_errors(given: str, known: Collection[str]) -> list[str]:
-    if ".py:" in given:
-        return []
-    if given in catalogue()["rewards"] and given not in known:
-        needs = ", ".join(catalogue()["rewards"][given]["required"])
+def reward_errors(given: str) -> list[str]:
+    file, own, _ = given.rpartition(".py:")
+    if own:
+        file += ".py"
+        return [] if Path(file).expanduser().is_file() else [f"there is no file {file!r} for --reward"]
+    if given.endswith(".py"):
+        return [f"the reward {given!r} lacks its class: write {given}:CLASS"]
+    rewards = catalogue()["rewards"]
+    if given in rewards and (needs := rewards[given]["required"]):
         return [
-            f"reward {given!r} needs {needs} in reward_args: docs/rewards.md says how to write such a config"
+            f"reward {given!r} needs {', '.join(needs)} in reward_args; write these lines yourself, as the page on "
+            "rewards shows"
         ]
-    return choice_errors("reward", given, known)
+    return choice_errors(
+        "reward", given, [name for name, reward in rewards.items() if not reward["required"]]
+    )
 
 
 def refuse(errors: list[str]) -> None:
     if errors:
         raise ConfigError(errors)
+
+
+class Question(NamedTuple):
+    """What one is asked: where to find the answers, the one to an empty line, and what is wrong with an answer."""
+
+    hint: str
+    default: str
+    errors: Callable[[str], list[str]]
+
+
+QUESTIONS = {
+    "model": Question("vader models", "vader_train", model_errors),
+    "reward": Question("vader rewards", "hps", reward_errors),
+    "memory": Question("GB of one GPU", "24", memory_errors),
+}
 
 
 def config_text(file: Path, model: str, reward: str, memory: int, prompts: str | None) -> str:

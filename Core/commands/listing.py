@@ -75,10 +75,10 @@ def weight_words(weights: Sequence["Weight"]) -> str:
     published = [weight for weight in weights if not weight.is_local]
     if not published:
         return "no download"
-    licences = ", ".join(dict.fromkeys(weight.licence or "not stated" for weight in published))
+    licences = ", ".join(dict.fromkeys(weight.licence or "licence not stated" for weight in published))
     found = [is_here(weight) for weight in published]
     here = "on this machine" if all(found) else "in part on this machine" if any(found) else "not fetched"
-    return f"{human_size(sum(weight.size for weight in published))}, licence {licences}; {here}"
+    return f"{human_size(sum(weight.size for weight in published))}, {licences}; {here}"
 
 
 def is_here(weight: "Weight") -> bool:

@@ -180,6 +180,9 @@ def moving_average(values: np.ndarray, width: int) -> np.ndarray:
 def _finish(figure: Figure, axes, name: str, lines: Sequence[tuple[Line, str]]) -> Plot:
     axes.grid(axis="x", visible=False)
     axes.spines["left"].set_visible(False)
+    low, high = axes.get_xlim()
+    if high - low < 1:  # a single step, which matplotlib would show among hundredths of steps
+        axes.set_xlim(low - 1, high + 1)
     axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
     svg = _to_svg(figure, name)
     box, (low, high) = axes.get_position(), axes.get_xlim()

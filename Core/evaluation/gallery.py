@@ -107,7 +107,7 @@ def leave_gallery(folder: Path) -> None:
     try:
         logger.info("the gallery is %s", write_gallery(folder))
     except Exception as error:
-        logger.warning("no gallery: %s: %s; vader gallery writes it", type(error).__name__, error)
+        logger.warning("no gallery: %s: %s; `vader gallery` writes it", type(error).__name__, error)
 
 
 def read_evaluation(folder: Path) -> Content:
@@ -171,7 +171,7 @@ def label_of(place: Path, entry: Mapping[str, Any], several: bool) -> str:
 
 
 def read_scores(table: Path) -> dict[str, dict[str, float]]:
-    """Scores by file name, as ``scripts/score_videos.py`` leaves them; none where nothing was scored."""
+    """Scores by file name, as ``vader score`` leaves them; none where nothing was scored."""
     if not table.is_file():
         return {}
     return {

@@ -409,7 +409,10 @@ class VideoBudget:
 def evaluation_groups(
     folder: Path, result: Mapping[str, Any], videos: Media
 ) -> list[tuple[str, str, list[Pair]]]:
-    """Videos of the most improved, the most harmed and some unselected prompts: title, explanation, pairs."""
+    """Videos of the most improved, the most harmed and some unselected prompts: title, explanation, pairs.
+
+    Of so few prompts that all of them are shown unselected, none is selected.
+    """
     measure, adapter = main_measure(result), result["adapters"][0]["name"]
     lines = [line for line in result["per_prompt"] if line["adapter"] == adapter]
     sign = -1 if measure in result["lower_is_better"] else 1
@@ -422,9 +425,9 @@ def evaluation_groups(
     explained = f"by mean gain in {measure} over the seeds, {adapter} against the base model"
     groups = [
         ("First prompts of the list", "not selected by any score", first),
-        ("Most improved", explained, improved),
-        ("Most harmed", explained, harmed),
     ]
+    if len(lines) > UNSELECTED_PROMPTS:
+        groups += [("Most improved", explained, improved), ("Most harmed", explained, harmed)]
     made: dict[str, list[Pair]] = {title: [] for title, _, _ in groups}
     # Groups take turns, so that a tight budget takes from all of them.
     for title, line in interleave(*([(title, line) for line in own] for title, _, own in groups)):

@@ -75,7 +75,8 @@ class Scorers:
                 name: score_videos(reward, video[None], [clip.prompt], fps).score.item()
                 for name, reward in self.rewards.items()
             }
-            row = {MOTION: motion(video[None]).item(), **row, **of_group}
+            # The rewards asked for come first, as in the tables that are made of this.
+            row |= {MOTION: row.get(MOTION, motion(video[None]).item()), **of_group}
             rows.append({name: float(f"{value:.{DIGITS}g}") for name, value in row.items()})
         return rows
 

@@ -123,7 +123,7 @@ def _gains(source: str, adapter: lora.Adapter, results: Path | None) -> list[Gai
             return read_gains(found, digest)
     except ValueError as error:
         logger.info("%s", error)
-    logger.info("the card says that nothing was measured: evaluate the adapter by scripts/evaluate.py")
+    logger.info("the card says that nothing was measured: `vader evaluate` measures, then export again")
     return []
 
 

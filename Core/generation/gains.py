@@ -7,7 +7,7 @@ from typing import Any
 
 from Core.utils.files import read_object
 
-# Where a run's results lie, relative to its folder: those of scripts/evaluate.py, and of the quickstart.
+# Where a run's results lie, relative to its folder: those of ``vader evaluate``, and of the quickstart.
 PLACES = (Path("evaluation") / "evaluation.json", Path("before_after.json"))
 NUMBERS = ("before", "after", "gain", "low", "high")
 
@@ -48,7 +48,7 @@ def read_gains(file: Path, digest: str) -> list[Gain]:
         found = _of_evaluation(result, digest) if "summary" in result else _of_quickstart(result)
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(
-            f"{file} holds no results; give the evaluation.json that scripts/evaluate.py writes"
+            f"{file} holds no results; give the evaluation.json that `vader evaluate` writes"
         ) from error
     if not found:
         raise ValueError(

@@ -92,11 +92,8 @@ def _usage(name: str, config: Config, base: Weight, diffusers_folders: Mapping[s
     if diffusers_folders:
         yield "With diffusers:"
         yield f"```python\n{diffusers_example(name, config, base, diffusers_folders)}```"
-    yield "With VADER, from a folder that `hf download` has filled:"
-    yield (
-        f"```sh\nhf download {name} --local-dir adapter\n"
-        "sh Open-Sora/script/run_text2video_inference.sh CONFIG --is-vader-training False --lora-ckpt-path adapter\n```"
-    )
+    yield "With VADER, and the config CONFIG of the base model (`vader models` lists those that ship):"
+    yield f"```sh\nhf download {name} --local-dir adapter\nvader sample CONFIG --adapter adapter\n```"
     if merged := config.models.base_adapters:
         yield f"The base was trained with `base_adapters = {public(merged)}` merged into it; load them beside this one."
 

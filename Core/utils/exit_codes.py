@@ -26,7 +26,9 @@ def exit_code(action: Callable[[], object]) -> int:
         return answer(2, error.errors if _speaks() else [])
     except BrokenPipeError:
         raise
-    except (ValueError, OSError) as error:
+    except OSError as error:
+        return answer(2, [_in_words(error)])
+    except ValueError as error:
         return answer(2, [str(error)])
     except IncompleteError as error:
         return answer(1, [str(error)])
@@ -46,6 +48,13 @@ def answer(code: int, sentences: Sequence[str]) -> int:
     for sentence in sentences:
         print(f"error: {sentence}", file=sys.stderr)
     return code
+
+
+def _in_words(error: OSError) -> str:
+    """The sentence of an error; for one of the operating system's own, the path and what it says of that."""
+    if error.filename is None or not error.strerror:
+        return str(error)
+    return f"{os.fspath(error.filename)!r}: {error.strerror.lower()}"
 
 
 def _lost_a_process(error: RuntimeError) -> bool:

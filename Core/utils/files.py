@@ -1,5 +1,6 @@
 """Files and folders that appear under their name only when they are whole."""
 
+import contextlib
 import errno
 import json
 import os
@@ -33,15 +34,24 @@ def path_fault(text: str) -> str:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A hidden path beside ``path`` to write to; it takes the place of ``path`` unless the block raises."""
+    """A hidden path beside ``path`` to write to; it takes the place of ``path`` unless the block raises.
+
+    Raises:
+        OSError: it cannot be written; the error names ``path``.
+    """
     # Machines that share a folder may write the same file at once.
     partial = path.with_name(f".{path.stem}.{socket.gethostname()}.{os.getpid()}.partial{path.suffix}")
     try:
         yield partial
         partial.chmod(_ordinary_mode())
         os.replace(partial, path)
+    except OSError as error:
+        if error.filename and Path(error.filename) == partial:
+            raise type(error)(error.errno, error.strerror, str(path)) from error
+        raise
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _ordinary_mode() -> int:
@@ -99,8 +109,10 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
                 path.chmod(_ordinary_mode())
             _sync(path)
         _swap(partial, folder)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        if isinstance(error, OSError) and error.filename and Path(error.filename) == partial:
+            raise type(error)(error.errno, error.strerror, str(folder)) from error
         raise
 
 

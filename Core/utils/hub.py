@@ -206,16 +206,17 @@ class UnreachableError(FileNotFoundError):
 def _missing_words(missing: Mapping[Weight, FileNotFoundError]) -> str:
     """One sentence: what is missing, why, and what to do about it."""
     names, reasons = "; ".join(map(str, missing)), "; ".join(dict.fromkeys(map(str, missing.values())))
+    comma = "," if ", " in names else ""  # its size and what names it stand between commas
     sentence = (
-        f"{names} is not on this machine and cannot be fetched ({reasons})"
+        f"{names}{comma} is not on this machine and cannot be fetched ({reasons})"
         if len(missing) == 1
         else f"{len(missing)} of the weights are not on this machine and cannot be fetched: {names} ({reasons})"
     )
     if not any(isinstance(error, UnreachableError) for error in missing.values()):
         return sentence
     return (
-        f"{sentence}. Where the network is open run `python scripts/download_weights.py --to DIR` with --reward NAME "
-        "or --model NAME, copy DIR here and use the config lines it prints"
+        f"{sentence}. Where the network is open run `vader download --to DIR` with --reward NAME or --model NAME, copy "
+        "DIR here and use the config lines it prints"
     )
 
 

@@ -1,7 +1,7 @@
 """Compare the estimate with real steps on a CPU: `python scripts/check_estimate.py [NAME …] [--json FILE]`.
 
 Peak bytes are counted by PyTorch's allocator while a training step runs on the demo and on the tests' tiny twin, at
-ten settings; operations by the operators that ran.
+the settings below; operations by the operators that ran.
 """
 
 import argparse
@@ -152,18 +152,25 @@ def line(found: Mapping[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"default: all of {', '.join(SETTINGS)}")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="also write the figures into it")
     parser.add_argument("--as-one-of", type=Path, metavar="FOLDER", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.as_one_of:
         measure_as_one(args.names[0], args.as_one_of)
         return
-    found = []
     for name in args.names or SETTINGS:
-        found.append(compare(name))
-        print(line(found[-1]), flush=True)
+        found = compare(name)
+        print(line(found), flush=True)
         if args.json:
-            write_whole(args.json, json.dumps(found, indent=1) + "\n")
+            renew(args.json, found)
+
+
+def renew(file: Path, found: dict[str, Any]) -> None:
+    """Write the figures of one setting beside those of others that are in the file."""
+    before = json.loads(file.read_text(encoding="utf-8")) if file.exists() else []
+    rows = {row["name"]: row for row in [*before, found]}
+    kept = [rows[name] for name in SETTINGS if name in rows]
+    write_whole(file, json.dumps(kept, indent=1) + "\n")
 
 
 if __name__ == "__main__":

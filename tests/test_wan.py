@@ -246,6 +246,25 @@ def test_a_whole_clip_is_recomputed_by_latent_frame(kind):
     assert kept < 0.2 * plain
 
 
+def test_a_latent_frame_that_none_follows_makes_no_cache(monkeypatch):
+    """A causal frame of a long video costs the backward pass one cache, which it reads, and not a second one."""
+    backbone = channel_twin(9, "2.1")
+    backbone.denoiser = torch.nn.Identity()
+    backbone.enable_checkpointing()
+    z = torch.randn(1, 16, 3, 4, 4, generator=torch.Generator().manual_seed(1), requires_grad=True)
+    kept = backbone._decode_step(z[:, :, :1], None)[1]
+    cache = sum(t.nbytes for t in kept if isinstance(t, torch.Tensor))
+    step, peaks, pixels = backbone._decode_step, [], []
+    for forced in (False, True):
+        if forced:
+            monkeypatch.setattr(backbone, "_decode_step", lambda z, cache, last=False: step(z, cache))
+        with LiveBytes() as live:
+            pixels.append(backbone.decode_frames(z, torch.tensor([[2]]), "causal"))
+            pixels[-1].square().sum().backward()
+        peaks.append(live.peak)
+    assert torch.equal(*pixels) and peaks[1] - peaks[0] > 0.5 * cache
+
+
 @pytest.mark.parametrize(
     ("kind", "parameters", "size", "cache"),
     [("2.1", 126_892_531, (480, 832), 3_777_146_880), ("ti2v", 704_688_668, (704, 1280), 6_431_744_000)],

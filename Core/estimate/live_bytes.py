@@ -47,11 +47,11 @@ class LiveBytes(TorchDispatchMode):
             self._resize(id(storage), size)
             return done
 
-        torch.UntypedStorage.resize_ = resized  # type: ignore[method-assign,assignment]
+        torch.UntypedStorage.resize_ = resized
         return super().__enter__()
 
     def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self.resize  # type: ignore[method-assign]
+        torch.UntypedStorage.resize_ = self.resize
         super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):

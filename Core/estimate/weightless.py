@@ -111,6 +111,8 @@ class RepeatedChunk:
     def __init__(self, step: Any, work: WorkCounter):
         self.step, self.work = step, work
         self.calls = 0
+        self.cost: Counter[Work] = Counter()
+        self.shape: Sequence[int] = ()
 
     def __call__(self, z: Tensor, cache: Any, last: bool = False) -> tuple[Tensor, Any]:
         if torch.is_grad_enabled():

@@ -189,8 +189,8 @@ def with_a_run(small_run, repository, monkeypatch):
     shutil.copytree(small_run, repository / "runs" / "vader")
     shutil.copy(small_run.with_suffix(".config.py"), repository / "runs")
     (repository / "runs" / "mine").symlink_to("vader")
-    for name in ("wan", "wan_t2v_1_3b"):
-        write_wan_run(repository / "runs" / name)
+    for name, family in FAMILY_RUNS.items():
+        write_run(repository / "runs" / name, family)
     (repository / "videos").symlink_to(next((repository / "runs" / "vader" / "samples").iterdir()))
     train = DEMO.with_name("vader_train.py")
     (repository / "my_train.py").write_text(f"_base_ = [{str(train)!r}]\n", encoding="utf-8")
@@ -199,12 +199,16 @@ def with_a_run(small_run, repository, monkeypatch):
     return repository
 
 
-def write_wan_run(folder: Path) -> None:
-    """What exporting reads of a run of Wan: its family, and an adapter of one layer."""
+# Runs whose adapters the pages export, with their families.
+FAMILY_RUNS = {"wan": "wan", "wan_t2v_1_3b": "wan", "ltx_video": "ltx", "cogvideox_2b": "cogvideox"}
+FAMILY_RUNS |= {"hunyuan_video15_480p": "hunyuan_video15", "modelscope": "modelscope"}
+
+
+def write_run(folder: Path, family: str) -> None:
+    """What exporting reads of a run: its family, and an adapter of one layer, named as in Wan."""
     folder.mkdir()
-    (folder / "config.json").write_text(
-        '{"backbone": "wan", "resolution": "480p", "aspect_ratio": "9:16"}', encoding="utf-8"
-    )
+    said = {"backbone": family, "resolution": "480p", "aspect_ratio": "9:16"}
+    (folder / "config.json").write_text(json.dumps(said), encoding="utf-8")
     layer = "base_model.model.blocks.0.attn1.to_q.lora_{}.weight"
     state = {layer.format("A"): torch.ones(2, 8), layer.format("B"): torch.ones(8, 2)}
     (folder / "adapter").mkdir()

@@ -44,7 +44,7 @@ class HunyuanVideo15Settings(DiffusersSettings):
     )
     shift: float | None = video_option(
         None,
-        "how far timesteps lean to noise: 5 suits 480p, 9 suits 720p; None = the checkpoint's own",
+        "how far timesteps are shifted towards noise: 5 suits 480p, 9 suits 720p; None = the checkpoint's own",
         above=0,
     )
     guidance_scale: float = video_option(6.0, "classifier-free guidance scale; 1 = off", minimum=1)

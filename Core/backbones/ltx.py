@@ -37,7 +37,7 @@ class LtxSettings(DiffusersSettings):
     guidance_scale: float = video_option(3.0, "classifier-free guidance scale; 1 = off", minimum=1)
     guidance_rescale: float = video_option(
         0.0,
-        "how far the spread of the guided prediction is drawn to that of the caption's, against overexposure",
+        "how far the guided prediction's standard deviation is rescaled to the conditional one's, against overexposure",
         minimum=0,
         maximum=1,
     )

@@ -56,7 +56,7 @@ class WanSettings(DiffusersSettings):
     )
     shift: float | None = video_option(
         None,
-        "how far timesteps lean to noise: 3 suits 480p, 5 suits 720p; None = the checkpoint's own",
+        "how far timesteps are shifted towards noise: 3 suits 480p, 5 suits 720p; None = the checkpoint's own",
         above=0,
     )
     sampler: Literal["euler", "unipc"] = video_option(

@@ -19,8 +19,9 @@ an interrupted evaluation. Every key of the config is a flag too, such as --num-
   vader evaluate runs/demo --adapter runs/demo/adapter
   vader evaluate CONFIG --adapter A B --prompts FILE --rewards hps,aesthetic
 
-For VBench's own tool, give its list by --prompts VBench_full_info.json, or --vbench with any other prompts: the videos
-then also stand in OUT/vbench/<variant>/ under the names it expects, and the commands to run it are printed."""
+For VBench's own tool, give its list as --prompts VBench_full_info.json, or add --vbench to any other prompts: the
+videos are then also placed in OUT/vbench/<variant>/ under the names it expects, and the commands that run it are
+printed."""
 # VBench's dimensions that have a reward here, and that its tool takes for any prompts.
 MONITORS = ("subject_consistency", "background_consistency", "motion_smoothness", "dynamic_degree")
 

@@ -35,8 +35,8 @@ COMMANDS = {
     "check": Command("find what would stop a run, before it loads a model", "Core.commands.run:check"),
     "estimate": Command("predict memory and seconds of a run", "Core.commands.estimate:main"),
     "download": Command("list or fetch weights", "Core.commands.download:main"),
-    "models": Command("the models that can be trained", "Core.commands.listing:models"),
-    "rewards": Command("the rewards there are", "Core.commands.listing:rewards"),
+    "models": Command("list the models that can be trained", "Core.commands.listing:models"),
+    "rewards": Command("list the rewards that ship", "Core.commands.listing:rewards"),
     "init": Command("write a config for a model, a reward and a GPU", "Core.commands.init:main"),
     "completion": Command("print the shell's completion script", "Core.commands.completion:main"),
 }
@@ -80,6 +80,6 @@ def usage() -> str:
             "",
             *lines,
             "",
-            "`vader COMMAND --help` says more, `vader --version` which version this is.",
+            "`vader COMMAND --help` describes a command, `vader --version` prints the version.",
         ]
     )

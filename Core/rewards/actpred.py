@@ -106,7 +106,7 @@ class ActionPrediction(ClassProbability, VideoReward):
 
     Args:
         model: hub id or folder of a VideoMAE classifier.
-        action: the class for every prompt; by default the longest class whose words are in the prompt, in whatever
+        action: the class for every prompt; by default the longest class whose words are in the prompt, in any
             regular form ("a man rides a bike"; see ``find_action``).
     """
 

@@ -25,7 +25,7 @@ HEAD = Weight(
 class AestheticV25(ClipHead):
     """The head of aesthetic-predictor-v2-5 on the unit SigLIP feature; loss 0.1 · |score − 10|.
 
-    The head is under the AGPL-3.0 and has no hash to check it by, so it is not fetched by itself: download
+    The head is under the AGPL-3.0 and has no known hash to check it by, so it is not downloaded: fetch
     ``models/aesthetic_predictor_v2_5.pth`` from github.com/discus0434/aesthetic-predictor-v2-5 and give its path.
     Formula and layout are those of the package ``aesthetic-predictor-v2-5`` 2024.12.18; its weights have not been run
     here.

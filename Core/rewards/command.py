@@ -26,12 +26,12 @@ PROMPTS, SCORES_JSON, SCORES_CSV = "prompts.json", "scores.json", "scores.csv"
 class Command(VideoReward):
     """Scores that a program computes, outside Python if you like.
 
-    The program is started with a folder as its last argument. There it finds ``prompts.json``, {file: prompt}, and
-    the files it names, finished videos. It writes ``scores.json``, {file: number}, or ``scores.csv`` with the columns
-    ``file`` and ``score``, and exits with 0.
+    The program is started with a folder as its last argument. The folder holds finished videos and
+    ``prompts.json``, {file: prompt}. The program writes ``scores.json``, {file: number}, or ``scores.csv`` with the
+    columns ``file`` and ``score``, and exits with 0.
 
     Args:
-        command: the program and its first arguments, as in a shell, though none is started.
+        command: the program and its first arguments, written as for a shell; no shell is started.
         timeout: seconds it may take for one batch of videos.
         fps: frames per second of the files.
     """

@@ -108,8 +108,9 @@ def load_text(state: Mapping[str, Tensor], settings: Mapping[str, Any], width: i
 class ImageRewardV1(ImageReward):
     """Normalised score of an image for its prompt, whose first 35 tokens are read; loss −score.
 
-    ReFL, the authors' training, stops at 2: ``hinge`` around this with ``target=2.0``. Network, preprocessing and
-    constants are those of the package ``image-reward`` 1.5; its published weights have not been run here.
+    ReFL, the authors' training, stops at a score of 2; for the same, put ``hinge`` with ``target=2.0`` around this.
+    Network, preprocessing and constants are those of the package ``image-reward`` 1.5; its published weights have not
+    been run here.
 
     Args:
         model: hub id or folder with ``ImageReward.pt`` and ``med_config.json``.

@@ -68,7 +68,7 @@ class SubjectConsistency(Consistency):
 
     A still clip scores 1, so mix in ``dynamic_degree``. VBench's network, resizing (short side to 224, bilinear without
     antialiasing, not cropped) and formula; where a frame is not square the position table is interpolated by
-    transformers, which rounds otherwise than DINO's own code.
+    transformers, which rounds differently from DINO's own code.
 
     Args:
         model: DINO ViT in the transformers layout, as hub id or folder.
@@ -76,7 +76,7 @@ class SubjectConsistency(Consistency):
 
     info = RewardInfo(
         name="subject_consistency",
-        summary="how alike the frames are to DINO: does the subject stay itself",
+        summary="similarity of the frames, by DINO: whether the subject stays the same",
         range="0 to 1, usually above 0.8",
         paper=VBENCH,
         weights={"model": DINO_B16},
@@ -110,7 +110,7 @@ class BackgroundConsistency(Consistency):
 
     info = RewardInfo(
         name="background_consistency",
-        summary="how alike the frames are to CLIP: does the scene stay itself",
+        summary="similarity of the frames, by CLIP: whether the scene stays the same",
         range="0 to 1, usually above 0.9",
         paper=VBENCH,
         weights={"model": CLIP_B32},
@@ -148,13 +148,13 @@ class MotionSmoothness(EveryFrame):
     """1 − mean absolute error of predicting each inner frame from its two neighbours; loss −score.
 
     A frame is predicted by moving both neighbours half of the optical flow between them, and averaging. VBench
-    interpolates by a network (AMT-S) and predicts every second frame, so values differ from its. A still clip
+    interpolates by a network (AMT-S) and predicts every second frame, so the values differ. A still clip
     scores 1.
     """
 
     info = RewardInfo(
         name="motion_smoothness",
-        summary="how well a frame is predicted by its neighbours: does motion go on evenly",
+        summary="how well a frame is predicted by its neighbours: whether motion is even",
         range="0 to 1, usually above 0.9",
         paper=VBENCH,
     )
@@ -174,13 +174,13 @@ def prediction_errors(triples: Tensor, prompts: list[str]) -> Tensor:
 
 
 class DynamicDegree(VideoReward):
-    """How far things move: 1 is the motion from which on VBench counts two frames as moving; loss −score.
+    """How far things move: 1 is the motion from which VBench counts two frames as moving; loss −score.
 
-    Of each pair of neighbouring frames, the mean motion of the fastest 5% of pixels, over 6/256 of the short side; of a
-    clip, the mean over its pairs. The part ``dynamic`` is VBench's verdict on the clip, 0 or 1: whether at least a
-    quarter as many pairs as there are frames are above 1. VBench reports the share of such videos, measures motion
-    by a network (RAFT), and up to the frame's border, of which a sixteenth is left out here. Finished videos are
-    looked at 8 times a second, as in VBench. A still clip scores 0.
+    For a pair of neighbouring frames: the mean motion of the fastest 5% of pixels, divided by 6/256 of the short side.
+    For a clip: the mean over its pairs. The part ``dynamic`` is VBench's verdict on the clip: 1 if the pairs above 1
+    number at least a quarter of the frames, else 0. VBench reports the share of such videos, and measures motion with a
+    network (RAFT) up to the frame's border; here a sixteenth at the border is left out. Finished videos are scored at
+    8 frames per second, as in VBench. A still clip scores 0.
     """
 
     info = RewardInfo(

@@ -126,7 +126,7 @@ class VideoAlign(VideoReward):
     Each is normalised by the mean and deviation in the model's settings. All three are logged. The network
     was trained on frames evenly spaced over a whole video, 2 a second. Frames that ``decode_frame`` picks should be
     many and evenly spaced too (``"all"``); fewer than 4 are refused.
-    Watch a scorer of another kind as a monitor.
+    As a monitor, use a scorer of another kind.
 
     Args:
         model: hub id or folder with ``model_config.json`` and ``checkpoint-<n>``, of which the newest is taken.

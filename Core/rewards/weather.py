@@ -49,7 +49,7 @@ class Rainy(WeatherAmount):
 
     Args:
         model: CLIP folder or hub id.
-        head: file in the LAION layout, read out of the unit CLIP feature through a sigmoid; by default the
+        head: file in the LAION layout, applied to the unit CLIP feature and followed by a sigmoid; by default the
             published ``rainy_reward.pt``.
         target: score aimed at.
         resize: as in ``compression``.

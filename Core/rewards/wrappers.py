@@ -83,8 +83,8 @@ def own_arguments(args: Mapping[str, Any]) -> dict[str, Any]:
 class Relative(Wrapper):
     """Score and loss with ``positive`` words before the prompt, minus those with ``negative`` words.
 
-    What the reward inside likes whatever the prompt cancels out (SRPO's semantic-relative reward). It must read
-    the prompt, as ``hps``, ``pick_score`` and ``clip_score`` do. Costs two forward passes of it.
+    What the reward inside favours regardless of the prompt cancels out (SRPO's semantic-relative reward). That reward
+    must read the prompt, as ``hps``, ``pick_score`` and ``clip_score`` do. It runs forward twice.
 
     Args:
         reward: name of the reward inside, or path/to/file.py:Class.

@@ -31,7 +31,7 @@ class DirectAlignSettings(GradientSettings):
         0.1, "width of the denoising step, as a share of the time axis", above=0, below=1
     )
     level_decay: float = option(
-        1.0, "weigh noise level s, in [0, 1], by exp(−this × s); 0 weighs all alike", minimum=0
+        1.0, "weight noise level s, in [0, 1], by exp(−this × s); 0 weights all equally", minimum=0
     )
 
 

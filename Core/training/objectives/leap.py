@@ -34,7 +34,7 @@ class LeapSettings(GradientSettings):
     )
     leap_error_weight: float = option(
         1.0,
-        "weigh a video by exp(−this × relative squared error of its leaps); 0 weighs all videos alike",
+        "weight a video by exp(−this × relative squared error of its leaps); 0 weights all videos equally",
         minimum=0,
     )
 

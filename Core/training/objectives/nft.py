@@ -29,14 +29,16 @@ from .group import MAX_ADVANTAGE, GroupObjective, GroupSettings
 class NFTSettings(GroupSettings, KlSettings, NoisingSettings):
     """Keys of DiffusionNFT."""
 
-    nft_beta: float = option(1.0, "how far the two predictions lean to either side", above=0)
+    nft_beta: float = option(
+        1.0, "β of the loss: how far the two compared predictions are from the sampling policy's", above=0
+    )
     policy_decay: float = option(
         0.5,
         "decay of the sampling policy, the adapter's moving average; 0 = the adapter itself",
         minimum=0,
         below=1,
     )
-    guided_sampling: bool = option(False, "sample with guidance, which the loss knows nothing of")
+    guided_sampling: bool = option(False, "sample with guidance; the loss does not account for it")
 
 
 class NFT(GroupObjective):

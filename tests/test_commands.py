@@ -219,6 +219,7 @@ def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
 def test_every_shipped_config_is_listed():
     own = {path.stem for path in (ROOT / "configs").rglob("*.py")} | {
         "vader_demo",
+        "vader_quickstart",
         "vader_inference",
         "vader_train",
     }

@@ -30,3 +30,9 @@ def test_the_section_is_made_of_kept_results_alone(tmp_path, monkeypatch):
     assert page.startswith("# Quickstart\n\n<!-- study") and page.count("<!-- study") == 1
     assert "| mean of 2 | 120 | +5.5 | 55% | +550.0 | +550.0 | -5.0% | +5.0% | +0.0% |" in page
     assert "| half the rate | 120 | 45.0 | 60.0 |" in page and "cosine schedule |" not in page
+
+
+def test_the_readme_says_what_the_seeds_reached():
+    shares = [study.read_results()[f"seed {seed}"]["share_of_gap"] for seed in study.SEEDS]
+    readme = (study.ROOT / "README.md").read_text(encoding="utf-8")
+    assert f"Three other seeds closed {min(shares):.0%} to {max(shares):.0%} of the" in readme

@@ -45,7 +45,7 @@ SEARCH: dict[str, dict[str, Any]] = {
 SEEDS = (0, 1, 2)
 LONG_STEPS = 600
 LONG = {"max_train_steps": LONG_STEPS, "lr_schedule": "cosine"}
-LASTING = ("motion", "dynamic_degree", "diversity")
+SIDE_EFFECTS = ("motion", "dynamic_degree", "diversity")
 RUNS: dict[str, dict[str, Any]] = {
     f"search: {name}": keys | {"seed": SEARCH_SEED} for name, keys in SEARCH.items()
 }
@@ -76,14 +76,14 @@ def keep(name: str, result: Mapping[str, Any]) -> None:
         )
 
 
-def train(name: str) -> dict[str, Any]:
+def train(run_name: str) -> dict[str, Any]:
     """The course of a run on the validation prompts, by measure."""
-    config = config_of(name)
+    config = config_of(run_name)
     folder = run(config)
     table = read_table(folder / "validation.csv")
     if int(table[-1]["step"]) != config.optimizer.max_train_steps:
         raise SystemExit("stopped; the same command continues")
-    course = {measure: [row[measure] for row in table] for measure in ("reward", *LASTING)}
+    course = {name: [row[name] for row in table] for name in ("reward", *SIDE_EFFECTS)}
     return {"steps": [int(row["step"]) for row in table]} | course
 
 
@@ -114,8 +114,15 @@ def search_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def seeds_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     """A row per seed of the chosen settings and of the longer run, with means of three."""
-    header = ["run", "steps", "reward", "gap closed", "colour and shape, points", "motion, points"]
-    header += [f"{name.replace('_', ' ')}, change" for name in LASTING]
+    header = [
+        "run",
+        "steps",
+        "reward",
+        "gap closed",
+        "colour and shape right, points",
+        "motion right, points",
+    ]
+    header += [f"{name.replace('_', ' ')}, change" for name in SIDE_EFFECTS]
     lines = [header, ["---"] * len(header)]
     for prefix in ("seed", "long, seed"):
         known = {name: results[name] for seed in SEEDS if (name := f"{prefix} {seed}") in results}
@@ -133,7 +140,7 @@ def seeds_table(results: Mapping[str, Mapping[str, Any]]) -> str:
 
 def row_of(result: Mapping[str, Any]) -> list[float]:
     gains = [result["held_out"][name]["gain"] for name in ("reward", "colour_and_shape", "direction")]
-    changes = [result[name][-1] / result[name][0] - 1 for name in LASTING]
+    changes = [result[name][-1] / result[name][0] - 1 for name in SIDE_EFFECTS]
     return [result["steps"][-1], gains[0], result["share_of_gap"], *gains[1:], *changes]
 
 
@@ -160,18 +167,19 @@ def write_docs() -> None:
         [
             BEGIN,
             "## Several seeds, and a longer run",
-            f"Gains on {HELD_OUT} held-out prompts. Motion, dynamic degree and diversity of the videos are measured on "
-            "other held-out prompts with two seeds each, before and after. The long run is the quickstart with "
+            f"Gains on {HELD_OUT} held-out prompts. Motion, dynamic degree and diversity are measured on videos of\n"
+            "other held-out prompts with two seeds each, before and after. The long run is the quickstart with\n"
             f"`--max-train-steps {LONG_STEPS} --lr-schedule cosine`.",
             seeds_table(results),
-            "The settings of [`vader_quickstart.py`](config-files.md) are the best of these, each trained once and "
-            "judged on 32 further prompts with two seeds each:",
+            "The settings of the config `vader_quickstart` were compared with these, each trained once and judged on\n"
+            "32 further prompts with two seeds each:",
             search_table(results),
             END,
         ]
     )
     head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    write_whole(PAGE, f"{head.rstrip()}\n\n{section}{rest.partition(END)[2] or chr(10)}")
+    after = rest.partition(END)[2] or "\n"
+    write_whole(PAGE, f"{head.rstrip()}\n\n{section}{after}")
 
 
 def main() -> None:

@@ -1,4 +1,4 @@
-"""The quickstart: the demo with the settings that learned most in equal time, see docs/objectives.md."""
+"""The quickstart: the demo with the settings that learned most; docs/quickstart.md compares some."""
 
 _base_ = ["./vader_demo.py"]
 

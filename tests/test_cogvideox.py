@@ -169,10 +169,11 @@ def test_what_a_whole_clip_keeps_of_two_latent_frames(folders):
     assert held[1] == held[2] == 2_809_382_400
 
 
-# As published, where they differ from the classes' defaults, with the parameters of denoiser and adapter of rank 16.
+# As published, where they differ from the classes' defaults, with the keys and parameters of the denoiser,
+# and the parameters of an adapter of rank 16.
 PUBLISHED = {
-    "2b": ({}, 1_693_783_872, 16_588_800),
-    "5b": ({"num_attention_heads": 48, "num_layers": 42}, 5_570_283_072, 37_158_912),
+    "2b": ({}, 736, 1_693_783_872, 16_588_800),
+    "5b": ({"num_attention_heads": 48, "num_layers": 42}, 1024, 5_570_283_072, 37_158_912),
 }
 
 
@@ -182,14 +183,17 @@ def test_the_published_networks_have_their_size(size):
 
     from Core.modules import lora
 
-    config, parameters, adapter = PUBLISHED[size]
+    config, keys, parameters, adapter = PUBLISHED[size]
     rotary = SIZES[size]["use_rotary_positional_embeddings"]
     with torch.device("meta"):
         denoiser = CogVideoXTransformer3DModel(**config, use_rotary_positional_embeddings=rotary)
         vae = AutoencoderKLCogVideoX()
-        assert sum(p.numel() for p in denoiser.parameters()) == parameters
+        assert (len(denoiser.state_dict()), sum(p.numel() for p in denoiser.parameters())) == (
+            keys,
+            parameters,
+        )
         wrapped = lora.attach(denoiser, CogVideoX.lora_targets, rank=16, alpha=16)
-    assert sum(p.numel() for p in vae.parameters()) == 215_583_907
+    assert (len(vae.state_dict()), sum(p.numel() for p in vae.parameters())) == (436, 215_583_907)
     assert sum(p.numel() for p in lora.parameters(wrapped).values()) == adapter
 
 

@@ -178,6 +178,7 @@ def test_the_published_networks_have_their_size():
     with torch.device("meta"):
         denoiser, vae = LTXVideoTransformer3DModel(), AutoencoderKLLTXVideo()
         assert sum(p.numel() for p in denoiser.parameters()) == 1_923_385_472
+        assert (len(denoiser.state_dict()), len(vae.state_dict())) == (715, 190)
         wrapped = lora.attach(denoiser, Ltx.lora_targets, rank=16, alpha=16)
     assert sum(p.numel() for p in vae.parameters()) == 419_193_649
     assert sum(p.numel() for p in lora.parameters(wrapped).values()) == 23_855_104

@@ -151,9 +151,11 @@ def test_the_published_networks_have_their_size():
     }
     with torch.device("meta"):
         denoiser = UNet3DConditionModel(sample_size=32, cross_attention_dim=1024, attention_head_dim=64)
-        sizes = [sum(p.numel() for p in network.parameters()) for network in (denoiser, AutoencoderKL(**vae))]
+        networks = denoiser, AutoencoderKL(**vae)
+        keys = [len(network.state_dict()) for network in networks]
+        sizes = [sum(p.numel() for p in network.parameters()) for network in networks]
         adapted = lora.attach(denoiser, ModelScope.lora_targets, rank=16, alpha=16)
-    assert sizes == [1_411_233_860, 83_653_863]
+    assert (keys, sizes) == ([1480, 248], [1_411_233_860, 83_653_863])
     assert sum(p.numel() for p in lora.parameters(adapted).values()) == 12_351_488
 
 

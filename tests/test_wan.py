@@ -302,20 +302,28 @@ def test_a_latent_frame_is_recomputed_block_by_block():
 
 
 SIZES = {
-    # denoiser's configuration as published → parameters, and those of a rank-16 adapter
-    "Wan2.1-T2V-1.3B": (dict(num_attention_heads=12, ffn_dim=8960, num_layers=30), 1_418_996_800, 21_872_640),
+    # denoiser's configuration as published → keys, parameters, and those of a rank-16 adapter
+    "Wan2.1-T2V-1.3B": (
+        dict(num_attention_heads=12, ffn_dim=8960, num_layers=30),
+        825,
+        1_418_996_800,
+        21_872_640,
+    ),
     "Wan2.1-T2V-14B": (
         dict(num_attention_heads=40, ffn_dim=13824, num_layers=40),
+        1095,
         14_288_491_584,
         76_677_120,
     ),
     "Wan2.2-I2V-A14B": (  # each expert
         dict(num_attention_heads=40, ffn_dim=13824, num_layers=40, in_channels=36),
+        1095,
         14_288_901_184,
         76_677_120,
     ),
     "Wan2.2-TI2V-5B": (
         dict(num_attention_heads=24, ffn_dim=14336, num_layers=30, in_channels=48, out_channels=48),
+        825,
         4_999_787_712,
         40_304_640,
     ),
@@ -324,10 +332,10 @@ SIZES = {
 
 @pytest.mark.parametrize("name", SIZES)
 def test_full_sizes_on_the_meta_device(name):
-    config, parameters, adapter = SIZES[name]
+    config, keys, parameters, adapter = SIZES[name]
     with torch.device("meta"):
         network = WanTransformer3DModel(text_dim=4096, **config)
-        assert sum(p.numel() for p in network.parameters()) == parameters
+        assert (len(network.state_dict()), sum(p.numel() for p in network.parameters())) == (keys, parameters)
         wrapped = lora.attach(network, Wan.lora_targets, rank=16, alpha=16)
     assert sum(p.numel() for p in lora.parameters(wrapped).values()) == adapter
 

@@ -14,7 +14,7 @@ import torch
 
 from Core.config import Config, ConfigError, load_config
 from Core.config.checks import machine_errors
-from Core.estimate.memory_savers import unused_savers
+from Core.estimate.memory_savers import needed_beside, unused_savers
 from Core.utils.exit_codes import exit_code
 from Core.utils.folder_lock import folder_lock
 from Core.utils.terminal import ConsoleHandler
@@ -152,7 +152,11 @@ def resume_errors(config: Config, folder: Path) -> list[str]:
 
 def memory_advice(config: Config, error: str) -> str:
     """One sentence: what did not fit, and the settings that would still save memory."""
-    unused = [f"{key}={value!r}" for key, value in unused_savers(config).items()]
+    values = config.flat()
+    unused = [
+        " with ".join(f"{k}={v!r}" for k, v in {key: value, **needed_beside(key, values)}.items())
+        for key, value in unused_savers(config).items()
+    ]
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
     failed = f", which tried to allocate {asked[1]} more" if asked else ""
     return (

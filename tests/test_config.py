@@ -580,6 +580,15 @@ def test_what_does_not_compile_is_refused_of_compiled_blocks(values, key, value)
     assert sentence.startswith(f"compile_blocks=True and {key}={value!r} do not go together")
 
 
+@pytest.mark.parametrize("key, value", [("grad_checkpoint", False), ("grad_checkpoint", "keep_attention")])
+def test_offloading_is_refused_where_more_is_saved_than_the_inputs_of_blocks(values, key, value):
+    (sentence,) = errors_of(values, activation_offloading=True, **{key: value})
+    assert sentence == (
+        f"activation_offloading=True and {key}={value!r} do not go together; set activation_offloading=False or "
+        f"{key}=True"
+    )
+
+
 def test_what_upstreams_package_lacks_is_refused_before_anything_loads(values, monkeypatch):
     monkeypatch.setattr("opensora.acceleration.checkpoint.set_grad_checkpoint", lambda model: None)
     (sentence,) = errors_of(values, grad_checkpoint="keep_attention")

@@ -20,6 +20,7 @@ from same_run import adapter, checkpoint_state, largest_difference
 from torch import nn
 from twins import config_file, settings
 
+from Core.modules import offloading
 from scripts.bench.bench import Bench
 from scripts.bench.presets import Setting
 from scripts.gpu.checks import ON_CPU
@@ -166,6 +167,21 @@ def test_streamed_blocks_train_as_those_that_stay(tmp_path, record_property, pre
     for name, (there, streamed) in {"loss": losses, "gradient": norms}.items():
         record_property(f"{name}_difference", abs(streamed - there) / abs(there))
         assert streamed == pytest.approx(there, rel=1e-3)
+
+
+@needs_gpu
+def test_activations_in_the_cpus_memory_train_as_those_that_stay(tmp_path, monkeypatch):
+    monkeypatch.setattr(offloading, "SMALL", 1)
+    copies, copy = [], offloading.copy_pieces
+    monkeypatch.setattr(offloading, "copy_pieces", lambda *args: copies.append(copy(*args)))
+    found = []
+    for offloaded in (False, True):
+        change = f";activation_offloading={offloaded}"
+        found.append(small_bench(tmp_path / change, "wan-twin", change=change).trainer.train_step())
+        assert bool(copies) == offloaded
+    there, back = found
+    assert back.loss == pytest.approx(there.loss, rel=1e-3)
+    assert back.grad_norm == pytest.approx(there.grad_norm, rel=1e-3)
 
 
 @needs_gpu

@@ -12,6 +12,7 @@ from torch import nn
 from transformers.initialization import no_init_weights
 from twin_runs import built_trainer
 
+from Core.cli import memory_advice
 from Core.commands.estimate import main
 from Core.config import ConfigError, build_config
 from Core.estimate import advice, command
@@ -149,6 +150,26 @@ def test_savers_are_tried_in_order_until_one_fits(twin_config, monkeypatch):
         "grad_checkpoint": True, "train_batch_size": 1, "gradient_accumulation_steps": 2, "decode_frame": -1
     }  # fmt: skip
     assert advice.first_fitting(found, CARDS["a6000"]) is found[1]
+
+
+@pytest.mark.parametrize("flags", [["--grad-checkpoint", "False"], ["--compile-blocks", "True"]])
+def test_savers_are_tried_with_what_they_need_where_nothing_helps(monkeypatch, capsys, flags):
+    tried = []
+    monkeypatch.setattr(command, "fake_run", lambda config, processes, tell: a_run(50))
+    monkeypatch.setattr(
+        advice, "fake_run", lambda config, processes: tried.append(config.models) or a_run(50)
+    )
+    assert main(["vader_demo", "--gpu", "l4", *flags]) == 0
+    assert "l4 (22 GiB): does not fit" in capsys.readouterr().out
+    offloaded = [models for models in tried if models.activation_offloading]
+    assert len(offloaded) == (not tried[-1].compile_blocks)
+    assert all(models.grad_checkpoint is True for models in offloaded)
+
+
+def test_advice_names_what_has_to_be_set_beside_a_saver(twin_config):
+    advised = memory_advice(build_config({**twin_config.flat(), "grad_checkpoint": False}), "out of memory")
+    assert "set grad_checkpoint=True, " in advised
+    assert ", activation_offloading=True with grad_checkpoint=True, " in advised
 
 
 def test_the_command_prints_what_fits_and_what_would_make_it_fit(twin, tmp_path, monkeypatch, capsys):

@@ -6,13 +6,16 @@ import re
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pipelines
 import pytest
 import torch
 
+from Core.backbones.base import ModelSettings
 from Core.backbones.wan import Wan
+from Core.config.files import read_file
 from Core.rewards.hps import HPS
 from scripts.bench import page
 from scripts.bench.networks import RandomHPS, RandomWan
@@ -218,6 +221,18 @@ def test_wan_has_the_size_of_the_published_files(preset, published):
         ]
     size = sum(4 * p.numel() for network in networks for p in network.parameters())
     assert size == pytest.approx(Wan.published[published].size, rel=0.01)
+
+
+@pytest.mark.parametrize("part", ["wan-1.3b", "wan-ti2v-5b"])
+def test_wan_is_measured_with_the_keys_that_are_predicted(part):
+    config, changes = predictor.COMPARED[part]
+    predicted = {**read_file(str(config)), "gradient_accumulation_steps": 1, **changes}
+    measured = PRESETS[PRESET_OF[part]].values
+    apart = {"backbone", "components", "negative_prompt", "prompt", "reward_fn", "verbose"}
+    defaults = {field.name: field.default for field in fields(ModelSettings)}
+    for key in (measured.keys() | defaults.keys()) - apart:
+        default = defaults.get(key)
+        assert measured.get(key, default) == predicted.get(key, default), key
 
 
 def test_the_scorer_of_full_size_has_the_size_of_the_published_file():

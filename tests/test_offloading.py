@@ -1,5 +1,7 @@
 """Activations that wait in the CPU's memory: the same gradient, and nothing kept on the device."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -7,8 +9,8 @@ from torch.utils.checkpoint import checkpoint
 
 from Core.estimate.live_bytes import LiveBytes
 from Core.estimate.values import tensors_without_content
-from Core.modules import offloading
-from Core.modules.offloading import Offload, offload_activations
+from Core.modules import host_copy, offloading
+from Core.modules.offloading import Offload, OffloadedTensor, offload_activations
 
 
 class Blocks(nn.Module):
@@ -48,13 +50,13 @@ def test_what_blocks_share_is_copied_once_and_what_takes_its_place_is_copied_ane
     offload = Offload(torch.device("cpu"))
     shared = torch.ones(8)
     first, second = offload.pack(shared), offload.pack(shared.view(2, 4).view(8))
-    assert first[0] is second[0]
+    assert first is second
     shared += 1
     assert torch.equal(offload.unpack(offload.pack(shared)), shared)
     assert torch.equal(offload.unpack(first), torch.ones(8))
     for value in range(50):  # memory that is given up is soon another tensor's
         assert offload.unpack(offload.pack(torch.full((8,), float(value))))[0] == value
-    assert not offload.copies.keys() - {id(shared.untyped_storage())}
+    assert list(offload.copies) == [shared.untyped_storage()]
 
 
 def test_nothing_but_the_input_of_one_block_is_on_the_device():
@@ -69,6 +71,63 @@ def test_nothing_but_the_input_of_one_block_is_on_the_device():
             network(x, torch.empty(1 << 14, 64)).sum().backward()
             peaks[count] = live.peak - before
     assert peaks[32] == peaks[8]
+
+
+def test_what_blocks_share_comes_back_once_and_for_one_pass_at_a_time(monkeypatch):
+    """Two passes, as of the two branches of guidance, need the memory of one."""
+    peaks, copied = {}, []
+    copy = offloading.copy_pieces
+    monkeypatch.setattr(offloading, "copy_pieces", lambda *args: copied.append(copy(*args)))
+    for passes in (1, 2):
+        copied.clear()
+        with tensors_without_content(), LiveBytes() as live:
+            network = Blocks(8)
+            offload_activations(network, torch.device("meta"))
+            x = torch.empty(1 << 14, 64)
+            sum(network(x, torch.empty_like(x)).sum() for _ in range(passes)).backward()
+            peaks[passes] = live.peak
+        assert len(copied) == passes * (8 + 1)  # each block's own input, and what they share
+    assert peaks[2] - peaks[1] < x.nbytes
+
+
+class Projected(nn.Module):
+    """A frozen layer outside what is checkpointed, where autograd saves its weight, and a product."""
+
+    def __init__(self):
+        super().__init__()
+        self.proj_out = nn.Linear(64, 64).requires_grad_(False)
+
+    def forward(self, x, scale):
+        return self.proj_out(x) * scale
+
+
+def test_weights_stay_and_no_copy_outlives_the_backward_pass(small, monkeypatch):
+    """Not even of a tensor that does."""
+    copies, make = weakref.WeakSet(), OffloadedTensor.__init__
+
+    def made(self, tensor, *args):
+        make(self, tensor, *args)
+        copies.add(self)
+        shapes.append(tensor.shape)
+
+    monkeypatch.setattr(OffloadedTensor, "__init__", made)
+    network, scale = Projected(), torch.randn(8, 64)
+    offload_activations(network, torch.device("cpu"))
+    for _ in range(2):
+        shapes = []
+        network(torch.randn(8, 64, requires_grad=True), scale).sum().backward()
+        assert shapes == [scale.shape] and not copies
+
+
+def test_a_large_tensor_is_copied_in_pieces(monkeypatch):
+    """None is rounded up to a power of two; where there is a GPU they are pinned."""
+    monkeypatch.setattr(host_copy, "PIECE", 48)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensor = torch.randn(5, 7, dtype=torch.bfloat16, device=device).t()
+    offloaded = OffloadedTensor(tensor, torch.device("cpu"))
+    assert [piece.nbytes for piece in offloaded.pieces] == [48, 22]
+    assert all(piece.is_pinned() == tensor.is_cuda for piece in offloaded.pieces)
+    assert torch.equal(offloaded.load(), tensor)
 
 
 def test_small_tensors_and_passes_without_a_gradient_stay(monkeypatch):

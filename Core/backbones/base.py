@@ -234,7 +234,7 @@ class Backbone(ABC):
         negative: features of ``negative_prompt``; set when captions are encoded.
         compiled: whether the denoiser's blocks are compiled.
         mesh: the processes that the denoiser is split over, to be set before ``load``; None where it is whole.
-        home: where lies what waits for the device, such as streamed blocks.
+        offload_device: where streamed blocks and offloaded activations wait for the device.
         unfilled: networks whose parameters are on the meta device, with the files that hold them, until ``load`` has
             split them and each process reads its own part.
     """
@@ -262,7 +262,7 @@ class Backbone(ABC):
         self.process: Process = RectifiedFlow()
         self.compiled = False
         self.mesh: Any = None
-        self.home = torch.device("cpu")
+        self.offload_device = torch.device("cpu")
         self.unfilled: list[tuple[nn.Module, Sequence[Path]]] = []
 
     # Before anything loads
@@ -424,7 +424,9 @@ class Backbone(ABC):
             self._fill()
         base_adapters.merge(self.denoiser, self.models.base_adapters, self.original_names)
         streamed = self.models.stream_blocks
-        self.denoiser = self._place(self.denoiser, self.dtype, self.home if streamed else self.device)
+        self.denoiser = self._place(
+            self.denoiser, self.dtype, self.offload_device if streamed else self.device
+        )
         if self.models.dtype == "fp8":
             store_linears_in_fp8(self.blocks)
         if self.models.base_quant == "nf4":

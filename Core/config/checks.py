@@ -33,20 +33,22 @@ OPTIONAL_KEYS = (
 )
 # What these keep or widen inside a block is not compiled with it, or fails to be recomputed: key → its other value.
 UNCOMPILED: dict[str, Any] = {"grad_checkpoint": True, "dtype": "bf16", "base_quant": "none"}
-# Keys that those which place tensors do not go together with: value refused, value to set.
-UNSHARDED: dict[str, tuple[Any, Any]] = {
-    "stream_blocks": (True, False),
-    "compile_blocks": (True, False),
-    "dtype": ("fp8", "bf16"),
-    "base_quant": ("nf4", "none"),
-}
-UNSTREAMED: dict[str, tuple[Any, Any]] = {"compile_blocks": (True, False)}
-# Without checkpointing a block saves its weights too.
-UNOFFLOADED: dict[str, tuple[Any, Any]] = {"compile_blocks": (True, False), "grad_checkpoint": (False, True)}
-PLACEMENTS = {
-    "shard_frozen": UNSHARDED,
-    "stream_blocks": UNSTREAMED,
-    "activation_offloading": UNOFFLOADED,
+# Keys that place tensors → what each does not go together with: key, value refused, value to set.
+PLACEMENTS: dict[str, list[tuple[str, Any, Any]]] = {
+    "shard_frozen": [
+        ("stream_blocks", True, False),
+        ("compile_blocks", True, False),
+        ("dtype", "fp8", "bf16"),
+        ("base_quant", "nf4", "none"),
+    ],
+    "stream_blocks": [("compile_blocks", True, False)],
+    "activation_offloading": [
+        ("compile_blocks", True, False),
+        # A block would save all its activations, far more than its input.
+        ("grad_checkpoint", False, True),
+        # Selective checkpointing keeps attention's outputs itself, where no hook sees them.
+        ("grad_checkpoint", "keep_attention", True),
+    ],
 }
 
 
@@ -81,8 +83,8 @@ def _placement_errors(config: Config) -> list[str]:
     values = config.flat()
     return [
         f"{key}=True and {other}={refused!r} do not go together; set {key}=False or {other}={instead!r}"
-        for key, table in PLACEMENTS.items()
-        for other, (refused, instead) in table.items()
+        for key, rows in PLACEMENTS.items()
+        for other, refused, instead in rows
         if values[key] and values[other] == refused
     ]
 

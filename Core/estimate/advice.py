@@ -9,7 +9,7 @@ from Core.config import Config
 from Core.config.load import build_config
 from Core.estimate.cards import Card, device_bytes
 from Core.estimate.fake_run import FakeRun, fake_run
-from Core.estimate.memory_savers import unused_savers
+from Core.estimate.memory_savers import needed_beside, unused_savers
 
 
 @dataclass(frozen=True)
@@ -40,6 +40,7 @@ def trials(config: Config, first: Trial, processes: int, tell: Callable[[str], N
     best = first
     for key, value in unused_savers(config).items():
         changes = {**best.changes, key: value}
+        changes |= needed_beside(key, config.flat() | changes)
         tell(f"{key}={value!r}")
         # A batch that is cut is made up for by more backward passes: the step stays the same.
         values = config.flat() | changes

@@ -1,9 +1,10 @@
 """Settings of training that need less memory, those first that cost the least quality."""
 
+from collections.abc import Mapping
 from typing import Any
 
 from Core.config import Config
-from Core.config.checks import OPTIONAL_KEYS
+from Core.config.checks import OPTIONAL_KEYS, PLACEMENTS
 
 MEMORY_SAVERS: dict[str, Any] = {
     "grad_checkpoint": True,
@@ -43,4 +44,11 @@ def unused_savers(config: Config) -> dict[str, Any]:
         key: value
         for key, value in wanted.items()
         if key in values and key not in same and values[key] != value
+    }
+
+
+def needed_beside(saver: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    """What has to be set with a saver that these values would refuse."""
+    return {
+        other: instead for other, refused, instead in PLACEMENTS.get(saver, ()) if values[other] == refused
     }

@@ -30,7 +30,7 @@ from Core.utils.damage import read_settings
 from Core.utils.hub import present
 
 REPEATED_AFTER = 2  # sampling steps: the first also makes what all share
-REPEATED_CHUNKS = 3  # of a video: the first ones see less of those before
+CHUNKS_RUN = 4  # of a video: the first ones see less of those before
 
 
 class Weightless(Backbone):
@@ -57,7 +57,7 @@ class Weightless(Backbone):
         return RepeatedChunk(super().decode_step, self.work)  # type: ignore[misc]
 
     def load(self) -> None:
-        self.home = torch.device("meta")  # whose tensors take no memory of the card
+        self.offload_device = torch.device("meta")  # whose tensors take no memory of the card
         super().load()
 
     def load_denoiser(self) -> nn.Module:
@@ -103,9 +103,9 @@ class Repeated:
 
 
 class RepeatedChunk:
-    """A step of a decoder, likewise: from the fourth chunk of a video on it is counted where it keeps no graph.
+    """A step of a decoder, likewise: from the fifth chunk of a video on it is counted where it keeps no graph.
 
-    A cache that grows with the video is then counted as after the third.
+    A cache that grows with the video is then counted as after the fourth.
     """
 
     def __init__(self, step: Any, work: WorkCounter):
@@ -118,7 +118,7 @@ class RepeatedChunk:
         if torch.is_grad_enabled():
             return self.step(z, cache, last=last)
         self.calls = 0 if cache is None else self.calls + 1
-        if self.calls > REPEATED_CHUNKS:
+        if self.calls >= CHUNKS_RUN:
             self.work.now.update(self.cost)
             return torch.empty(self.shape, dtype=z.dtype), cache
         before = Counter(self.work.now)

@@ -15,14 +15,13 @@ from torch import Tensor, nn
 from torch.autograd.graph import register_multi_grad_hook
 from torch.utils._pytree import tree_leaves
 
+from Core.modules.host_copy import copy_pieces, pieces_of
+
 ALIGNMENT = 256  # bytes, as CUDA's allocator aligns a tensor
-# Bytes of one piece of pinned memory. PyTorch rounds each up to a power of two: 5120 × 13824 weights in bf16, which are
-# 135 MiB, would take 256.
-PIECE = 1 << 24
 
 
 class StreamedBlock:
-    """The weights of one block: at home in the CPU's memory, and together in one buffer on the device.
+    """The weights of one block: in the CPU's memory, and together in one buffer on the device.
 
     Args:
         tensors: parameters and buffers, on the CPU; they lie on ``device`` from then on, at first without content.
@@ -37,8 +36,7 @@ class StreamedBlock:
         for tensor, place in zip(tensors, places, strict=False):
             _cut(whole, place, tensor).copy_(tensor.detach())
             tensor.data = _cut(self.buffer, place, tensor)
-        pieces = whole.split(PIECE)
-        self.home = [piece.pin_memory() for piece in pieces] if device.type == "cuda" else list(pieces)
+        self.pieces = pieces_of(whole, whole.device, pinned=device.type == "cuda")
         self.resident = True
         self.arrival: Any = None  # event at the end of a copy that nothing has waited for yet
         self.leave()
@@ -51,18 +49,13 @@ class StreamedBlock:
         # Allocated and, in ``leave``, freed on the current stream, which waits for the copy in between.
         self.buffer.untyped_storage().resize_(self.size)
         if copying is None:
-            self._copy()
+            copy_pieces(self.pieces, self.buffer)
             return
-        copying.wait_stream(
-            torch.cuda.current_stream(self.buffer.device)
-        )  # what the memory was used for before
+        # Until what the memory was used for before is done.
+        copying.wait_stream(torch.cuda.current_stream(self.buffer.device))
         with torch.cuda.stream(copying):
-            self._copy()
+            copy_pieces(self.pieces, self.buffer)
             self.arrival = copying.record_event()
-
-    def _copy(self) -> None:
-        for piece, place in zip(self.home, self.buffer.split(PIECE), strict=True):
-            place.copy_(piece, non_blocking=True)
 
     def wait(self) -> None:
         """Have what the device does next wait for the copy."""

@@ -203,7 +203,7 @@ def adapt_for_training(config: Config, backbone: Backbone) -> None:
         lora.load(backbone.denoiser, adapter, path)
     if config.models.grad_checkpoint:
         backbone.enable_checkpointing(keep_attention=config.models.grad_checkpoint == "keep_attention")
-    if config.models.activation_offloading and backbone.device != backbone.home:
-        offload_activations(backbone.denoiser, backbone.home)
+    if config.models.activation_offloading and backbone.device != backbone.offload_device:
+        offload_activations(backbone.denoiser, backbone.offload_device)
     if config.models.compile_blocks:
         backbone.compile_blocks()

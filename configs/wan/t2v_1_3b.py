@@ -17,7 +17,7 @@ negative_prompt = (
 )
 
 decode_context = "causal"
-# Copies the inputs of all blocks to the CPU's memory and back, predicted about 1% of a step at 25 GB/s; they take 5 GiB
-# of it, and 25 GiB with the 14B model.
+# Copies the inputs of all blocks to the CPU's memory and back, predicted about 1% of a step at 25 GB/s. They take 5 GiB
+# of it for each gradient step, video of a batch and process, and 25 GiB with the 14B model.
 activation_offloading = True
 project_dir = "runs/wan_t2v_1_3b"

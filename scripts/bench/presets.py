@@ -89,6 +89,7 @@ WAN_COMMON: dict[str, Any] = dict(
     guidance_scale=5.0,
     negative_prompt="blurred, static",
     decode_context="causal",
+    activation_offloading=True,
     lora_rank=32,
     lora_alpha=32,
 )

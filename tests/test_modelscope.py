@@ -113,6 +113,11 @@ def test_grpo_leaves_out_a_step_that_draws_no_noise(folder, tmp_path):
     first, second = train(FAMILY, copy, tmp_path / "run", **keys)
     assert 0 < float(first["grad_norm"]) < math.inf and 0 < float(second["grad_norm"]) < math.inf
     assert 0.5 < float(second["ratio"]) < 2
+    with pytest.raises(
+        ValueError, match="is to train 3 of the sampling steps that draw noise, and 2 of 3 do"
+    ):
+        train(FAMILY, copy, tmp_path / "more", **keys, grad_steps=3)
+    train(FAMILY, copy, tmp_path / "as many", **keys, grad_steps=2)
 
 
 def test_memory_of_decoding_with_a_gradient(folder):

@@ -240,6 +240,7 @@ def test_every_shipped_config_is_listed():
     own = {path.stem for path in (ROOT / "configs").rglob("*.py")} | {
         "vader_demo",
         "vader_inference",
+        "vader_quickstart",
         "vader_train",
     }
     assert {name.rpartition("/")[2] for name in shipped_configs()} == own - {"training"}

@@ -4,8 +4,11 @@ import sys
 from pathlib import Path
 
 if __name__ == "__main__":
-    if not __package__:  # started by its path: the folder of Core takes the place of Core itself
-        sys.path[0] = str(Path(__file__).resolve().parents[1])
+    if (
+        not __package__
+    ):  # started by its path: the folder of Core in place of Core, absent with PYTHONSAFEPATH
+        own = Path(__file__).resolve().parent
+        sys.path[:] = [str(own.parent), *(path for path in sys.path if Path(path).resolve() != own)]
     from Core.commands.main import main
 
     sys.exit(main())

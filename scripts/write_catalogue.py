@@ -85,10 +85,13 @@ def config_keys() -> list[str]:
     return list(dict.fromkeys(key for schema in schemas for key in keys_of(schema)))
 
 
-def own_flags(command: str) -> list[str]:
-    """The flags that the usage or the list in a command's help names."""
+def own_flags(command: str) -> dict[str, bool]:
+    """The flags that the usage or the list in a command's help names → whether a name of a value follows there."""
     lines = [line for line in help_of(command).splitlines() if line.startswith(("usage:", "  -"))]
-    return list(dict.fromkeys(re.findall(r"(?<![\w-])--[a-z][a-z-]*", "\n".join(lines))))
+    flags: dict[str, bool] = {}
+    for name, value in re.findall(r"(?<![\w-])(--[a-z][a-z-]*)( [A-Z{])?", "\n".join(lines)):
+        flags[name] = flags.get(name, False) or bool(value)
+    return flags
 
 
 def catalogue() -> str:

@@ -1,6 +1,9 @@
 """The ``vader`` command: what each of its commands does before anything heavy is imported, and what it hands on."""
 
+import ast
+import errno
 import importlib.util
+import io
 import json
 import os
 import shutil
@@ -199,6 +202,23 @@ def test_of_several_exit_codes_that_of_a_process_that_has_spoken_counts(capsys):
     assert torchrun.explained([-signal.SIGTERM, 3]) == 3 and not capsys.readouterr().err
     assert torchrun.explained([-signal.SIGTERM, -signal.SIGSEGV]) == 4
     assert "SIGSEGV" in capsys.readouterr().err
+    assert torchrun.explained([-40]) == 4 and "ended by signal 40; " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("file", ["Core/__main__.py", "Core/commands/torchrun.py"])
+@pytest.mark.parametrize("safe", [{}, {"PYTHONSAFEPATH": "1"}], ids=["with its folder", "safe path"])
+def test_a_program_started_by_its_path_finds_core_alone(file, safe, tmp_path):
+    """Nothing of the paths is lost but its own folder, whose modules have common names."""
+    shown = "import atexit, sys; atexit.register(lambda: print(sys.path))"
+    (tmp_path / "sitecustomize.py").write_text(shown)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path), **safe}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / file), "--version"],
+        cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    paths = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert paths[0] == str(ROOT) and str(tmp_path) in paths and str((ROOT / file).parent) not in paths
+    assert "No module named" not in done.stderr
 
 
 def test_configs_are_found_by_path_and_by_name(tmp_path, monkeypatch):
@@ -221,6 +241,7 @@ def test_every_shipped_config_is_listed():
         "vader_demo",
         "vader_quickstart",
         "vader_inference",
+        "vader_quickstart",
         "vader_train",
     }
     assert {name.rpartition("/")[2] for name in shipped_configs()} == own - {"training"}
@@ -346,6 +367,7 @@ def test_init_asks_for_what_is_missing(tmp_path, monkeypatch, capsys):
         (["--memory", "0"], "memory must be a whole number of GB above 0, got '0'"),
         (["--reward", "my_reward.py:Mine"], "there is no file 'my_reward.py' for --reward"),
         (["--reward", "my_reward.py"], "lacks its class: write my_reward.py:CLASS"),
+        (["--reward", f"{__file__}:"], f"lacks its class: write {__file__}:CLASS"),
         (["--prompts", "prompts.txt"], "there is no file 'prompts.txt' for --prompts"),
     ],
 )
@@ -354,6 +376,13 @@ def test_init_refuses_what_does_not_exist(flags, sentence, tmp_path, monkeypatch
     sound = ("--model", "vader_train", "--reward", "hps", "--memory", "24")
     assert main(["init", *sound, *flags]) == 2
     assert sentence in capsys.readouterr().err and not list(tmp_path.iterdir())
+
+
+class Full(io.RawIOBase):
+    """A file on a full disk: writing to an open one fails without a name."""
+
+    def write(self, data):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def test_what_cannot_be_written_is_said_without_numbers_and_hidden_names(tmp_path, monkeypatch, capsys):
@@ -365,6 +394,9 @@ def test_what_cannot_be_written_is_said_without_numbers_and_hidden_names(tmp_pat
     with pytest.raises(NotADirectoryError) as refused, replacing(Path("taken/my.py")) as partial:
         partial.touch()
     assert refused.value.filename == "taken/my.py"
+    with pytest.raises(OSError, match="No space left") as full, replacing(Path("my.py")):
+        Full().write(b"")
+    assert full.value.filename == "my.py" and full.value.errno == errno.ENOSPC and not Path("my.py").exists()
 
 
 COMPLETE = """eval "$1"; shift; COMP_WORDS=("$@"); COMP_CWORD=$(($# - 1)); _vader; printf '%s\\n' "${COMPREPLY[@]}" """
@@ -392,6 +424,8 @@ def test_bash_completes_commands_configs_and_keys(tmp_path):
     assert completed("train", "vader_demo", "--lora-r") == ["--lora-rank"]
     assert completed("estimate", "vader_demo", "--gp") == ["--gpu"]
     assert completed("rewards", "--lora-r") == []
+    assert completed("quickstart", "--lora-r") == ["--lora-rank"]
+    assert completed("help", "tr") == ["train"] and completed("completion", "b") == ["bash"]
     assert completed("train", "vader_demo", "--reward-fn", "hp") == ["hps", "hpsv3"]
     assert completed("export", "A", "B", "--to", "com") == ["comfyui"]
     (tmp_path / "my prompts.txt").touch()
@@ -406,6 +440,9 @@ def test_other_shells_complete_the_same():
     assert completion.script("zsh").endswith(completion.script("bash"))
     fish = completion.script("fish")
     assert all(f"-a {name} " in fish for name in COMMANDS) and "-l lora-rank" in fish
+    download = [line for line in fish.splitlines() if "from download'" in line]
+    assert [line.rpartition(" -l ")[2] for line in download if " -r" not in line] == ["help", "list"]
+    assert any("from quickstart' -l lora-rank -r" in line for line in fish.splitlines())
     assert [line for line in fish.splitlines() if line.replace(r"\'", "").count("'") % 2] == []
 
 
@@ -415,6 +452,8 @@ def test_fish_completes(tmp_path):
         "vader sc": "score",
         "vader train x --reward-fn hpsv": "hpsv3",
         "vader export a b --to com": "comfyui",
+        "vader help tr": "train",
+        "vader completion b": "bash",
     }
     asked = "\n".join(f'complete -C "{line}"' for line in typed)
     done = subprocess.run(

@@ -102,7 +102,7 @@ def test_a_tiny_model_learns_and_resumes(folder, tmp_path):
     assert_learns_and_resumes(FAMILY, folder, tmp_path, gain=0.01, grad_checkpoint=False, **keys)
 
 
-def test_grpo_leaves_out_a_step_that_draws_no_noise(folder, tmp_path):
+def test_grpo_leaves_out_a_step_that_draws_no_noise(folder, tmp_path, capsys):
     """Without an offset the last timestep is the lowest level, from which the step to data is deterministic."""
     copy = shutil.copytree(folder, tmp_path / "copy")
     file = copy / "scheduler" / "scheduler_config.json"
@@ -113,6 +113,10 @@ def test_grpo_leaves_out_a_step_that_draws_no_noise(folder, tmp_path):
     first, second = train(FAMILY, copy, tmp_path / "run", **keys)
     assert 0 < float(first["grad_norm"]) < math.inf and 0 < float(second["grad_norm"]) < math.inf
     assert 0.5 < float(second["ratio"]) < 2
+    train(FAMILY, copy, tmp_path / "as_many", **keys, grad_steps=2)
+    with pytest.raises(AssertionError):
+        train(FAMILY, copy, tmp_path / "more", **keys, grad_steps=3)
+    assert "is to train 3 of the sampling steps that draw noise, and 2 of 3 do" in capsys.readouterr().err
 
 
 def test_memory_of_decoding_with_a_gradient(folder):

@@ -545,6 +545,32 @@ def test_no_stochastic_step_draws_more_than_pure_noise(folders, schedule):
     assert (std > 0).all() and (std < 1).all()
 
 
+@pytest.mark.parametrize("schedule", ["euler", "unipc"])
+@pytest.mark.parametrize("sampler", ["euler", "unipc"])
+def test_a_first_frame_is_led_to_from_the_noise_level_of_every_timestep(folders, picture, schedule, sampler):
+    """Of the schedule's steps, of timesteps between them, and of UniPC's, whose sampler rounds what it asks at."""
+    prompts = [f'a fox {{"reference_path": "{picture}"}}']
+    keys = {"schedule": schedule, "sampler": sampler, "num_sampling_steps": 30, "shift": 5.0}
+    backbone, encoded = loaded("wan", folders["ti2v"], prompt=prompts, guidance_scale=1.0, **keys)
+    predict = backbone.predictor([backbone.features(text) for text in encoded])
+    image = backbone.features(encoded[0])["image"]
+    z = noise_for(backbone, 1)
+
+    def levels(timesteps):
+        with torch.no_grad():
+            to_image = [predict(z, t)[:, :, :1] for t in timesteps]
+        return torch.stack([((image - z[:, :, :1]) / velocity).median() for velocity in to_image])
+
+    between = torch.tensor([[3.7], [24.4], [500.5], [999.9]])
+    for timesteps in (backbone.timesteps(1)[[0, 9, -1]], between):
+        torch.testing.assert_close(levels(timesteps), timesteps[:, 0] / 1000, rtol=1e-4, atol=0)
+    step = backbone.inference_step(predict, [torch.Generator()])
+    if sampler == "unipc":
+        rounded, exact = step.timesteps[[0, 9, -1]], step.scheduler.sigmas[[0, 9, -2]]
+        torch.testing.assert_close(levels(rounded), exact, rtol=1e-4, atol=0)
+        assert (rounded[-1, 0] / 1000 - exact[-1]).abs() > 1e-4
+
+
 def test_the_last_step_of_the_euler_schedule_is_short(folders):
     keys = {"num_sampling_steps": 30, "shift": 3.0}
     last = {

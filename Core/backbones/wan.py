@@ -383,15 +383,17 @@ class Wan(CausalDecode):
 
     def _noise_levels(self, t: Tensor) -> Tensor:
         """Noise levels in [0, 1] of the latents at timesteps ``t`` [B]."""
-        if self.settings.sampler == "euler":
-            return t / self.process.num_timesteps
-        # UniPC rounds the timesteps that the network is told, and steps from the levels that they were rounded from.
+        exact = t / self.process.num_timesteps
+        if t.is_floating_point():
+            return exact
+        # Integers are those of UniPC's sampler, which steps from the levels that they were rounded from.
         timesteps, levels = self._unipc_levels
-        return levels[(t[:, None] - timesteps).abs().argmin(1)]
+        own = t[:, None] == timesteps
+        return torch.where(own.any(1), levels[own.int().argmax(1)], exact)
 
     @functools.cached_property
     def _unipc_levels(self) -> tuple[Tensor, Tensor]:
-        """Timesteps and noise levels [N] of UniPC's steps."""
+        """Whole timesteps and exact noise levels [N] of UniPC's steps."""
         scheduler = self._unipc()
         return scheduler.timesteps, scheduler.sigmas[:-1].to(self.device)
 

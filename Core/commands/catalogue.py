@@ -10,5 +10,7 @@ FILE = Path(__file__).with_name("catalogue.json")
 
 @functools.cache
 def catalogue() -> dict[str, Any]:
-    """``models`` and ``rewards`` by name, the ``keys`` of configurations, and the ``flags`` of each command."""
+    """``models`` and ``rewards`` by name, the ``keys`` of configurations, and by command its ``flags``, each with
+    whether it takes a value.
+    """
     return json.loads(FILE.read_text(encoding="utf-8"))

@@ -16,8 +16,9 @@ HELP = """Prints a script that has the shell complete commands, configs, flags, 
   eval "$(vader completion bash)"          # in ~/.bashrc
   eval "$(vader completion zsh)"           # in ~/.zshrc, after compinit
   vader completion fish > ~/.config/fish/completions/vader.fish"""
-# Every key of the configuration is a flag of these, and a config their first argument.
+# A config is the first argument of these; every key of the configuration is a flag of theirs, and of the demo's.
 TAKE_CONFIG = ("train", "sample", "check", "evaluate", "estimate")
+TAKE_KEYS = (*TAKE_CONFIG, "quickstart")
 REWARD_FLAGS = ("--reward-fn", "--rewards", "--reward", "--monitors")
 CONFIG_FLAGS = ("--config", "--model")
 FORMAT_FLAGS = ("--to", "--format")
@@ -34,6 +35,8 @@ BASH = """_vader() {{
             {rewards}) words='{reward_names}' ;;
             {formats}) words='{format_names}' ;;
             {configs}) words='{config_names}' ;;
+            help:help:*) words='{commands}' ;;
+            completion:completion:*) words='{shells}' ;;
         esac
     fi
     COMPREPLY=()
@@ -68,10 +71,11 @@ def bash_script() -> str:
     known = catalogue()
     lines = []
     for command, own in known["flags"].items():
-        words = [*own, *(["$keys"] if command in TAKE_CONFIG else [])]
+        words = [*own, *(["$keys"] if command in TAKE_KEYS else [])]
         lines.append(f'            {command}:*:-*) words="{" ".join(words)}" ;;')
     return BASH.format(
         commands=" ".join(COMMANDS),
+        shells=" ".join(SHELLS),
         keys=" ".join(map(flag, known["keys"])),
         flags="\n".join(lines),
         rewards="|".join(f"*:{name}:*" for name in REWARD_FLAGS),
@@ -95,7 +99,10 @@ def fish_lines() -> Iterable[str]:
         seen = f"complete -c vader -n '__fish_seen_subcommand_from {name}'"
         if name in TAKE_CONFIG:
             yield f"{seen} -a '{' '.join(known['models'])}'"
-        for word in dict.fromkeys([*own, *(map(flag, known["keys"]) if name in TAKE_CONFIG else ())]):
+        keys = dict.fromkeys(map(flag, known["keys"]) if name in TAKE_KEYS else (), True)
+        for word, takes_value in (keys | own).items():
             taken = FORMATS if name == "export" and word in FORMAT_FLAGS else values.get(word, ())
             listed = f" -a '{' '.join(taken)}'" if taken else ""
-            yield f"{seen} -l {word.removeprefix('--')} -r{listed}"
+            yield f"{seen} -l {word.removeprefix('--')}{' -r' if takes_value else ''}{listed}"
+    yield f"complete -c vader -n '__fish_seen_subcommand_from help' -f -a '{' '.join(COMMANDS)}'"
+    yield f"complete -c vader -n '__fish_seen_subcommand_from completion' -f -a '{' '.join(SHELLS)}'"

@@ -89,7 +89,9 @@ def write(flags: Namespace) -> None:
     """Write the config, after asking for what is missing.
 
     Raises:
-        ConfigError: a file is there already, or a choice does not exist.
+        ConfigError: the name or the prompts' file will not do, a choice does not exist, or one is missing and nobody is
+            there to answer.
+        OSError: the file cannot be written.
     """
     file = Path(flags.file)
     given = {name: getattr(flags, name) for name in QUESTIONS}
@@ -143,7 +145,7 @@ def model_errors(given: str) -> list[str]:
     return choice_errors("model", given, models)
 
 
-def memory_errors(given: str) -> list[str]:
+def card_errors(given: str) -> list[str]:
     if given.isdecimal() and int(given) > 0:
         return []
     return [f"memory must be a whole number of GB above 0, got {given!r}"]
@@ -158,12 +160,12 @@ def choice_errors(name: str, given: str, known: Collection[str]) -> list[str]:
 
 
 def reward_errors(given: str) -> list[str]:
-    file, own, _ = given.rpartition(".py:")
-    if own:
+    file, own, name = given.rpartition(".py:")
+    if name and own:
         file += ".py"
         return [] if Path(file).expanduser().is_file() else [f"there is no file {file!r} for --reward"]
-    if given.endswith(".py"):
-        return [f"the reward {given!r} lacks its class: write {given}:CLASS"]
+    if given.endswith((".py", ".py:")):
+        return [f"the reward {given!r} lacks its class: write {given.removesuffix(':')}:CLASS"]
     rewards = catalogue()["rewards"]
     if given in rewards and (needs := rewards[given]["required"]):
         return [
@@ -191,7 +193,7 @@ class Question(NamedTuple):
 QUESTIONS = {
     "model": Question("vader models", "vader_train", model_errors),
     "reward": Question("vader rewards", "hps", reward_errors),
-    "memory": Question("GB of one GPU", "24", memory_errors),
+    "memory": Question("GB of one GPU", "24", card_errors),
 }
 
 

@@ -38,14 +38,18 @@ def explained(codes: Sequence[int]) -> int:
     for code in codes:
         if code > 0:
             return code
-    name = signal.Signals(-max(codes, key=lambda code: code != -signal.SIGTERM)).name
+    number = -max(codes, key=lambda code: code != -signal.SIGTERM)
+    names = {known.value: known.name for known in signal.Signals}  # most real-time signals have none
+    ended_by = names.get(number, f"signal {number}")
     sentence = (
-        f"a process of the run was ended by {name}; torchrun names it above, what it or its machine wrote last may say "
-        "why, and the same command continues from what is saved"
+        f"a process of the run was ended by {ended_by}; torchrun names it above, what it or its machine wrote last may "
+        "say why, and the same command continues from what is saved"
     )
     return answer(4, [sentence])
 
 
 if __name__ == "__main__":
-    sys.path[0] = str(PACKAGE.parent)  # in place of this folder
+    # The folder of Core in place of this one, which is absent with PYTHONSAFEPATH.
+    own = Path(__file__).resolve().parent
+    sys.path[:] = [str(PACKAGE.parent), *(path for path in sys.path if Path(path).resolve() != own)]
     sys.exit(main(sys.argv[1:]))

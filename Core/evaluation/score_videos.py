@@ -76,8 +76,9 @@ class Scorers:
                 for name, reward in self.rewards.items()
             }
             # The rewards asked for come first, as in the tables that are made of this.
-            row |= {MOTION: row.get(MOTION, motion(video[None]).item()), **of_group}
-            rows.append({name: float(f"{value:.{DIGITS}g}") for name, value in row.items()})
+            if MOTION not in row:
+                row[MOTION] = motion(video[None]).item()
+            rows.append({name: float(f"{value:.{DIGITS}g}") for name, value in {**row, **of_group}.items()})
         return rows
 
 

@@ -46,7 +46,9 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.chmod(_ordinary_mode())
         os.replace(partial, path)
     except OSError as error:
-        if error.filename and Path(error.filename) == partial:
+        # A write to an open file, as to a full disk, fails without a name.
+        named = error.filename and Path(error.filename) == partial
+        if named or (error.errno and error.filename is None):
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     finally:

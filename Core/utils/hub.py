@@ -206,12 +206,8 @@ class UnreachableError(FileNotFoundError):
 def _missing_words(missing: Mapping[Weight, FileNotFoundError]) -> str:
     """One sentence: what is missing, why, and what to do about it."""
     names, reasons = "; ".join(map(str, missing)), "; ".join(dict.fromkeys(map(str, missing.values())))
-    comma = "," if ", " in names else ""  # its size and what names it stand between commas
-    sentence = (
-        f"{names}{comma} is not on this machine and cannot be fetched ({reasons})"
-        if len(missing) == 1
-        else f"{len(missing)} of the weights are not on this machine and cannot be fetched: {names} ({reasons})"
-    )
+    count = "one of the weights is" if len(missing) == 1 else f"{len(missing)} of the weights are"
+    sentence = f"{count} not on this machine and cannot be fetched: {names} ({reasons})"
     if not any(isinstance(error, UnreachableError) for error in missing.values()):
         return sentence
     return (

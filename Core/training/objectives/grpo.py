@@ -34,7 +34,10 @@ class GRPOSettings(GroupSettings, GuidedSettings, KlSettings):
         above=0,
     )
     grad_steps: int | None = option(
-        None, "sampling steps that are trained, drawn anew for each training step; None = all", minimum=1
+        None,
+        "sampling steps that are trained, drawn anew for each training step among those that draw noise; None = all "
+        "of these",
+        minimum=1,
     )
     clip_range: float = option(
         1e-4, "clip the ratio of probabilities per latent element to 1 ± this", above=0, below=1
@@ -65,12 +68,23 @@ class GRPO(GroupObjective):
         return errors
 
     def begin_step(self, step: int) -> None:
+        """The draws of the step.
+
+        Raises:
+            ValueError: fewer sampling steps draw noise than are to be trained.
+        """
         super().begin_step(step)
         timesteps, process = self.backbone.timesteps(1), self.backbone.process
         std = process.step_std(timesteps, step_ends(process, timesteps), self.settings.noise_level).cpu()
         order = torch.randperm(len(std), generator=rng.generator(self.seed, "grpo", step))
         # A step that draws no noise has no probabilities, such as DDIM's from the lowest level.
         order = order[std[order, 0] > 0]
+        wanted = self.settings.grad_steps or 1
+        if len(order) < wanted:
+            raise ValueError(
+                f"objective='grpo' is to train {wanted} of the sampling steps that draw noise, and {len(order)} of "
+                f"{len(std)} do; set more sampling steps, or a smaller grad_steps"
+            )
         self.grad_steps = tuple(sorted(order[: self.settings.grad_steps].tolist()))
         # By first sample number and sampling step: the latents around it, and its log-probability when first trained.
         self.transitions: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}

@@ -241,7 +241,6 @@ def test_every_shipped_config_is_listed():
         "vader_demo",
         "vader_quickstart",
         "vader_inference",
-        "vader_quickstart",
         "vader_train",
     }
     assert {name.rpartition("/")[2] for name in shipped_configs()} == own - {"training"}

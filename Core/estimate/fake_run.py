@@ -6,7 +6,7 @@ The step is the trainer's own, on networks of full size; nothing is read, and no
 import dataclasses
 import gc
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,8 +133,7 @@ def fake_run(
         if on_card:
             stack.enter_context(CudaArithmetic())
         distributed = AgreeingProcesses(config.optimizer.mixed_precision, processes)
-        built = config if whole else shortened(config)
-        repeats = config.optimizer.gradient_accumulation_steps // built.optimizer.gradient_accumulation_steps
+        built, repeats = (config, 1) if whole else shortened(config)
         backbone = weightless_backbone(built, live, meter.work)
         backbone.mesh = distributed.mesh if config.models.shard_frozen else None
         gc.freeze()
@@ -145,18 +144,8 @@ def fake_run(
         tell("load")
         with no_init_weights():
             backbone.load()
-        fakes = {name: part and without_content(mode, part) for name, part in scorers.items()}
-        reward = joined(
-            config.reward.reward_fn, fakes, scorer_dtype(backbone.dtype, config.optimizer.mixed_precision)
-        )
-        for part in filter(None, fakes.values()):
-            meter.live.add(part)
-        adapt_for_training(built, backbone)
-        validation = Validation(built, distributed, backbone, reward, {}, validation_prompts)
-        trainer = Trainer(
-            built, {}, distributed, backbone, reward, prompts, validation, NO_FOLDER, Trackers({})
-        )
-        fill_text_caches(trainer, reward)
+        fakes = fake_scorers(scorers, mode, live)
+        trainer = assembled(built, distributed, backbone, fakes, prompts, validation_prompts)
         begin_optimizer(trainer, on_card)
         if repeats == 1:
             trainer.optimizer.zero_grad()  # else those of the backward passes before are there
@@ -169,10 +158,36 @@ def fake_run(
         trainer.train_step()
         if validate:
             tell("validation")
-            make_videos(built, backbone, reward, validation_prompts)
+            make_videos(built, backbone, trainer.objective.reward, validation_prompts)
             meter.lap("validation")
         gc.unfreeze()
     return FakeRun(repeated(meter.phases(), repeats), networks)
+
+
+def fake_scorers(scorers: Mapping[str, Any], mode: Any, live: LiveBytes) -> dict[str, Any]:
+    """The same scorers without content, whose bytes count; None where there is no real one."""
+    fakes = {name: part and without_content(mode, part) for name, part in scorers.items()}
+    for part in filter(None, fakes.values()):
+        live.add(part)
+    return fakes
+
+
+def assembled(
+    config: Config,
+    distributed: AgreeingProcesses,
+    backbone: Any,
+    scorers: Mapping[str, Any],
+    prompts: Sequence[EncodedPrompt],
+    validation_prompts: list[EncodedPrompt],
+) -> Trainer:
+    """The trainer of networks without content, as it is before its first step."""
+    dtype = scorer_dtype(backbone.dtype, config.optimizer.mixed_precision)
+    reward = joined(config.reward.reward_fn, scorers, dtype)
+    adapt_for_training(config, backbone)
+    validation = Validation(config, distributed, backbone, reward, {}, validation_prompts)
+    trainer = Trainer(config, {}, distributed, backbone, reward, prompts, validation, NO_FOLDER, Trackers({}))
+    fill_text_caches(trainer, reward)
+    return trainer
 
 
 def repeated(phases: dict[str, Phase], times: int) -> dict[str, Phase]:
@@ -183,15 +198,16 @@ def repeated(phases: dict[str, Phase], times: int) -> dict[str, Phase]:
     return phases
 
 
-def shortened(config: Config) -> Config:
-    """The same run with one backward pass a step, where its objective needs no group of videos."""
-    grouped = config.objective.videos_per_prompt > 1
-    count = config.optimizer.gradient_accumulation_steps if grouped else 1
-    return dataclasses.replace(
+def shortened(config: Config) -> tuple[Config, int]:
+    """The run with one backward pass a step, unless its objective needs groups of videos; and how many that stands for."""
+    grouped, asked = config.objective.videos_per_prompt > 1, config.optimizer.gradient_accumulation_steps
+    count = asked if grouped else 1
+    run = dataclasses.replace(
         config,
         models=dataclasses.replace(config.models, compile_blocks=False),
         optimizer=dataclasses.replace(config.optimizer, gradient_accumulation_steps=count),
     )
+    return run, asked // count
 
 
 def encode_used(

@@ -199,7 +199,10 @@ def repeated(phases: dict[str, Phase], times: int) -> dict[str, Phase]:
 
 
 def shortened(config: Config) -> tuple[Config, int]:
-    """The run with one backward pass a step, unless its objective needs groups of videos; and how many that stands for."""
+    """The run with one backward pass a step, and how many of the run's that stands for.
+
+    An objective that needs groups of videos keeps all of them.
+    """
     grouped, asked = config.objective.videos_per_prompt > 1, config.optimizer.gradient_accumulation_steps
     count = asked if grouped else 1
     run = dataclasses.replace(

@@ -155,7 +155,7 @@ def memory_advice(config: Config, error: str) -> str:
     values = config.flat()
     unused = [
         " with ".join(f"{k}={v!r}" for k, v in {key: value, **needed_beside(key, values)}.items())
-        for key, value in unused_savers(config).items()
+        for key, value in unused_savers(config)
     ]
     asked = re.search(r"[Tt]ried to allocate ([\d.]+ \w+)", error)
     failed = f", which tried to allocate {asked[1]} more" if asked else ""

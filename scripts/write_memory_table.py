@@ -42,7 +42,15 @@ RUNS: dict[str, tuple[str, ...]] = {
     "Wan 2.1 1.3B, 480p, 81 frames": ("configs/wan/t2v_1_3b.py",),
     "Wan 2.2 TI2V-5B, 704p, 121 frames": ("configs/wan/ti2v_5b.py",),
     "Wan 2.1 14B, 480p, 81 frames": ("configs/wan/t2v_14b.py",),
-    "Wan 2.1 14B, 480p, 81 frames, each of 4 sharded": ("configs/wan/t2v_14b.py", "--shard-frozen", "True"),
+    "Wan 2.1 14B, 480p, 81 frames, each of 4 sharded": (
+        "configs/wan/t2v_14b.py",
+        "--shard-frozen",
+        "True",
+        "--grad-checkpoint",
+        "parts",
+        "--vae-dtype",
+        "bf16",
+    ),  # fmt: skip
     "Wan 2.1 14B distilled, 480p, 81 frames": ("configs/wan/t2v_14b_4_steps.py", "--base-adapters", "[]"),
     "Wan 2.1 14B, 720p, 81 frames": ("configs/wan/t2v_14b_720p.py",),
     "Wan 2.2 A14B, 480p, 81 frames": ("configs/wan/t2v_a14b.py",),

@@ -15,6 +15,7 @@ from Core.build import new_backbone
 from Core.cli import main
 from Core.data.text_embeddings import encode_prompts
 from Core.modules import lora, sharding
+from Core.modules.recompute import recompute_parts
 from Core.rewards import build_reward
 from Core.sampling.euler import DenoisingStep, run_steps
 from Core.utils.distributed import Distributed
@@ -44,7 +45,9 @@ def compare_family(folder: str, family: str) -> None:
         share = sharding.held_bytes(split.denoiser) / sharding.held_bytes(whole.denoiser)
         assert share <= LARGEST_SHARE, share
         if dtype == "fp32" or family == "wan":  # of which some weights stay float32 beside those in bf16
-            close(*(adapter_gradient(backbone, encoded) for backbone in (whole, split)), TOLERANCE[dtype])
+            wanted = adapter_gradient(whole, encoded)
+            parts = "parts" if "parts" in whole.recomputations else True
+            close(wanted, adapter_gradient(split, encoded, parts), TOLERANCE[dtype])
 
 
 def compare_weights(whole: nn.Module, split: nn.Module) -> None:
@@ -134,10 +137,12 @@ def loaded(family: str, folder: str, mesh, dtype: str = "fp32") -> tuple[Backbon
     return backbone, encoded
 
 
-def adapter_gradient(backbone: Backbone, encoded: list, checkpointing: bool = True) -> Tensor:
+def adapter_gradient(backbone: Backbone, encoded: list, grad_checkpoint: bool | str = True) -> Tensor:
     """Through a step without and a step with a graph, which is recomputed block by block."""
     pipelines.with_adapter(backbone)
-    if checkpointing:
+    if grad_checkpoint == "parts":
+        recompute_parts(backbone.blocks)
+    if grad_checkpoint:
         backbone.enable_checkpointing()
     noise = torch.randn(len(encoded), *backbone.latent_shape(), generator=torch.Generator().manual_seed(1))
     predict = backbone.predictor([backbone.features(e) for e in encoded])

@@ -137,13 +137,13 @@ def test_savers_are_tried_in_order_until_one_fits(twin_config, monkeypatch):
 
     def run(config, processes):
         values = config.flat()
-        set_now = [key for key, value in MEMORY_SAVERS.items() if key in peaks and values[key] == value]
+        set_now = [key for key, value in MEMORY_SAVERS if key in peaks and values[key] == value]
         made.append(values)
         return a_run(min(peaks[key] for key in set_now) if set_now else 70)
 
     monkeypatch.setattr(advice, "fake_run", run)
     config = build_config({**twin_config.flat(), "grad_checkpoint": False, "decode_frame": "all"})
-    assert list(unused_savers(config))[:2] == ["grad_checkpoint", "train_batch_size"]
+    assert unused_savers(config)[:2] == [("grad_checkpoint", True), ("train_batch_size", 1)]
     found = list(advice.trials(config, advice.Trial({}, a_run(70)), 1, lambda what: None))
     assert [trial.run.peak // GIB for trial in found] == [60, 40, 22]
     assert found[-1].changes == {

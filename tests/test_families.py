@@ -16,8 +16,10 @@ from safetensors.torch import save_file
 from Core.backbones import BACKBONES
 from Core.build import new_backbone
 from Core.config import load_config
+from Core.estimate.live_bytes import LiveBytes
 from Core.generation.export import write_for_others
 from Core.modules import lora
+from Core.modules.recompute import recompute_parts
 from Core.training.objectives.reward_gradient import RewardGradientSettings, WindowRollout
 from Core.utils.timing import Stopwatch
 
@@ -52,6 +54,54 @@ def test_memory_grows_with_the_window_and_not_with_the_number_of_steps(folder_of
     few, many, three = kept(3, 1), kept(6, 1), kept(3, 3)
     assert many == pytest.approx(few, rel=0.05)
     assert 2 * few < three < 3.2 * few
+
+
+def gradient_of_a_step(backbone, encoded):
+    """The adapter's gradient through one prediction, and the peak bytes of its backward pass."""
+    predict = backbone.predictor([backbone.features(e) for e in encoded])
+    parameters = list(lora.parameters(backbone.denoiser).values())
+    with LiveBytes() as live:
+        loss = predict(noise_for(backbone), torch.full((2,), 600.0)).square().sum()
+        live.lap("forward")
+        gradients = torch.autograd.grad(loss, parameters, allow_unused=True, materialize_grads=True)
+    return torch.cat([gradient.flatten() for gradient in gradients]), live.peak
+
+
+@pytest.mark.parametrize("name", [n for n in FAMILIES if "parts" in BACKBONES.resolve(n).recomputations])
+def test_parts_that_are_recomputed_alone_have_the_same_gradient_in_less_memory(folder_of, name):
+    outcomes = []
+    for parts in (False, True):
+        backbone, encoded = tiny(name, folder_of(name), image_size=(128, 128))
+        with_adapter(backbone)
+        if parts:
+            recompute_parts(backbone.blocks)
+        backbone.enable_checkpointing()
+        outcomes.append(gradient_of_a_step(backbone, encoded))
+    (whole, peak), (by_parts, lower) = outcomes
+    assert torch.equal(by_parts, whole)
+    assert lower < 0.95 * peak
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_branches_of_guidance_run_in_turn_where_activations_are_recomputed(folder_of, name):
+    """In steps with a gradient, whose memory is a block's graph: of one branch, with the gradient of both at once."""
+    outcomes = []
+    for checkpointing in (False, True):
+        backbone, encoded = tiny(name, folder_of(name), guidance_scale=4.0, negative_prompt="blurred")
+        with_adapter(backbone)
+        if checkpointing:
+            backbone.enable_checkpointing()
+        sizes = []
+        backbone.predict = lambda z, t, condition, run=backbone.predict, sizes=sizes: (
+            sizes.append(len(z)) or run(z, t, condition)
+        )
+        gradient, _ = gradient_of_a_step(backbone, encoded)
+        sample(backbone, encoded, noise_for(backbone))
+        outcomes.append((gradient, sizes))
+    (together, sizes), (in_turn, sizes_in_turn) = outcomes
+    assert (in_turn - together).norm() < 1e-5 * together.norm()
+    assert set(sizes) == {4}
+    assert sizes_in_turn == [2, 2, *sizes[1:]]
 
 
 FORMATS = [("wan a14b", "diffusers"), ("wan a14b", "comfyui"), ("wan a14b", "kohya"), ("ltx", "diffusers")]

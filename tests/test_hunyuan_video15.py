@@ -25,7 +25,8 @@ from Core.backbones.hunyuan_video15_vae import decode_step
 from Core.config import ConfigError, load_config
 from Core.modules import lora
 from Core.modules.frozen_conv import forget_conv_inputs
-from Core.modules.video_decode import decode_chosen, decode_clip, recomputed
+from Core.modules.recompute import recomputed
+from Core.modules.video_decode import decode_chosen, decode_clip
 
 FAMILY = "hunyuan_video15"
 PROMPTS = [QUOTING, CAPTIONS[1]]
@@ -195,7 +196,7 @@ def test_the_configs_are_valid(size):
             {"compile_blocks": True},
             "compile_blocks=True has no effect on backbone='hunyuan_video15'; remove it",
         ),
-        ({"grad_checkpoint": "keep_attention"}, "grad_checkpoint='keep_attention' is for opensora"),
+        ({"grad_checkpoint": "keep_attention"}, "grad_checkpoint='keep_attention' has no meaning"),
     ],
     ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
 )

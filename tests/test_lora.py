@@ -9,6 +9,7 @@ import torch
 import twins
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from Core.backbones.opensora import OpenSora
 from Core.modules import lora
@@ -37,6 +38,20 @@ def output(model: torch.nn.Module) -> torch.Tensor:
     y = torch.randn(1, 1, 5, twins.TEXT_WIDTH, generator=generator)
     sizes = {key: torch.tensor([value]) for key, value in dict(fps=24.0, height=32.0, width=32.0).items()}
     return model(x, torch.tensor([500.0]), y, **sizes)
+
+
+class Casts(TorchDispatchMode):
+    """Dtype and shape of every cast's result."""
+
+    def __init__(self, made: list):
+        super().__init__()
+        self.made = made
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if func is torch.ops.aten._to_copy.default:
+            self.made.append((out.dtype, out.shape))
+        return out
 
 
 def assert_same(one: torch.nn.Module, other: torch.nn.Module) -> None:
@@ -71,6 +86,24 @@ def test_the_start_depends_on_the_seed_alone():
     downs = [key for key in first if "lora_A" in key]
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert not any(torch.equal(first[key], other[key]) for key in downs)
+
+
+def test_autocast_gets_a_layer_s_input_as_it_is():
+    """PEFT copies it to float32, which autocast undoes: the same bits, and no copy is made, let alone kept."""
+    ours = lora.attach(torch.nn.Sequential(torch.nn.Linear(8, 8)).bfloat16(), ["0"], rank=2, alpha=2)
+    theirs = copy.deepcopy(ours)
+    del theirs.base_model.model[0]._cast_input_dtype
+    x = torch.randn(4, 8, generator=torch.Generator().manual_seed(0)).bfloat16().requires_grad_()
+    outcomes = []
+    for model in (ours, theirs):
+        made = []
+        with torch.autocast("cpu", torch.bfloat16), Casts(made):
+            out = model(x)
+        outcomes.append((made.count((torch.float32, x.shape)), out, *torch.autograd.grad(out.sum(), x)))
+    (copies, *one), (copies_of_peft, *other) = outcomes
+    assert (copies, copies_of_peft) == (0, 1)
+    assert all(map(torch.equal, one, other))
+    assert ours(x).dtype == torch.bfloat16  # without autocast, where the copy is needed
 
 
 def test_adapters_of_half_precision_models_are_float32():

@@ -53,12 +53,12 @@ def loaded(config, **models):
     return backbone, encoded
 
 
-@pytest.mark.parametrize("checkpointing", [True, False])
+@pytest.mark.parametrize("grad_checkpoint", [True, False, "parts"])
 @pytest.mark.parametrize("family", ["opensora", *PIPELINES])
 def test_streamed_blocks_give_the_same_gradient_and_at_most_two_are_there(
-    configs, family, checkpointing, monkeypatch
+    configs, family, grad_checkpoint, monkeypatch
 ):
-    wanted = adapter_gradient(*loaded(configs(family)), checkpointing)
+    wanted = adapter_gradient(*loaded(configs(family)), bool(grad_checkpoint))
     there, enter = [], BlockStream.enter
 
     def watched(stream, number):
@@ -69,18 +69,20 @@ def test_streamed_blocks_give_the_same_gradient_and_at_most_two_are_there(
     monkeypatch.setattr(BlockStream, "enter", watched)
     backbone, encoded = loaded(configs(family), stream_blocks=True)
     blocks = backbone.blocks
-    assert torch.equal(adapter_gradient(backbone, encoded, checkpointing), wanted)
+    assert torch.equal(adapter_gradient(backbone, encoded, grad_checkpoint), wanted)
     assert max(map(len, there)) <= 2
     assert {number for numbers in there for number in numbers} == set(range(len(blocks)))
     # Nothing of a block stays but the adapter, and what also runs outside of it.
     outside = {id(p) for module in backbone._unstreamed for p in module.parameters()}
     held = [
-        p.untyped_storage().nbytes()
+        sum(
+            p.untyped_storage().nbytes()
+            for p in block.parameters()
+            if not p.requires_grad and id(p) not in outside
+        )
         for block in blocks
-        for p in block.parameters()
-        if not p.requires_grad and id(p) not in outside
     ]
-    assert sum(size > 0 for size in held) <= len(held) / len(blocks) * 2
+    assert sum(size > 0 for size in held) <= 2
 
 
 @pytest.mark.parametrize("models", [{"dtype": "fp8"}, {"base_quant": "nf4"}], ids=["fp8", "nf4"])

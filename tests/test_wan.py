@@ -350,7 +350,7 @@ REFUSALS = [
         dict(image_size=None, resolution="8k"),
         "resolution '8k' with aspect_ratio '3:4' is not in this family's table",
     ),
-    (dict(grad_checkpoint="keep_attention"), "grad_checkpoint='keep_attention' is for opensora"),
+    (dict(grad_checkpoint="keep_attention"), "grad_checkpoint='keep_attention' has no meaning"),
     (
         dict(sampler="unipc", is_vader_training=True, reward_fn="saturation"),
         "sampler='unipc' is for inference",

@@ -112,9 +112,10 @@ class ModelSettings:
         False,
         "keep what `grad_checkpoint` saves of the denoiser in the CPU's memory until the backward pass",
     )
-    grad_checkpoint: bool | Literal["keep_attention"] = option(
+    grad_checkpoint: bool | Literal["keep_attention", "parts"] = option(
         True,
-        "recompute activations in the backward pass to save memory; `keep_attention` keeps those of attention",
+        "recompute activations in the backward pass to save memory; `keep_attention` keeps those of attention, `parts` "
+        "recomputes a block's attention and feed-forward network once more, one at a time",
     )
 
     def base_adapter_contents(self) -> dict[str, list[str]]:
@@ -220,6 +221,7 @@ class Backbone(ABC):
         lora_targets: suffixes of the linear layers adapted by default.
         obeys: optional common keys that have an effect on it; others are refused by name.
         decode_contexts: values of ``decode_context`` that have a meaning for it.
+        recomputations: values of ``grad_checkpoint`` that have a meaning for it.
         original_names: the denoiser's layers by their original names, a table of ``Core.modules.lora_names``;
             without one its adapters are neither read nor written as ComfyUI and kohya do.
         diffusers_component: the denoiser's name in diffusers' pipeline, for adapters that diffusers loads.
@@ -245,6 +247,7 @@ class Backbone(ABC):
     lora_targets: ClassVar[tuple[str, ...]] = ()
     obeys: ClassVar[frozenset[str]] = frozenset()
     decode_contexts: ClassVar[tuple[str, ...]] = ("isolated",)
+    recomputations: ClassVar[tuple[bool | str, ...]] = (True, False)
     original_names: ClassVar[Mapping[str, str]] = {}
     diffusers_component: ClassVar[str] = ""
     experts: ClassVar[tuple[str, ...]] = ()

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from Core.modules.recompute import recomputed
 from Core.modules.video_decode import (
     Cache,
     Decode,
@@ -19,7 +20,6 @@ from Core.modules.video_decode import (
     decode_chosen,
     decode_clip,
     decode_tiled,
-    recomputed,
 )
 
 from .base import gather_frames

@@ -115,6 +115,7 @@ class DiffusersBackbone(Backbone):
         + ["guidance_grad", "decode_context", "shard_frozen", "stream_blocks"]
         + ["activation_offloading"]
     )
+    recomputations: ClassVar[tuple[bool | str, ...]] = (True, False, "parts")
 
     settings: Any
 
@@ -200,8 +201,6 @@ class DiffusersBackbone(Backbone):
         weight = cls.weights_of(settings)["model_path"]
         folder = None if errors else present(weight)
         errors += cls.sampler_errors(settings) if training else []
-        if models.grad_checkpoint == "keep_attention":
-            errors.append("grad_checkpoint='keep_attention' is for opensora; set True or False")
         try:
             spec = cls.video_spec(video)
         except ValueError:
@@ -468,7 +467,13 @@ class DiffusersBackbone(Backbone):
         null = {key: value[-len(text) :] for key, value in both.items()}
         text_branch, null_branch, both_branch = map(self._branch, (captions, null, both))
         return guidance.guided(
-            text_branch, null_branch, both_branch, combine, null_grad=null_grad, observe=observe
+            text_branch,
+            null_branch,
+            both_branch,
+            combine,
+            null_grad=null_grad,
+            in_turn=self.checkpointing,
+            observe=observe,
         )
 
     def _branch(self, condition: Mapping[str, Tensor]) -> Predict:

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from Core.modules.video_decode import decode_tiled, recomputed
+from Core.modules.recompute import recomputed
+from Core.modules.video_decode import decode_tiled
 from Core.utils.options import video_option
 
 from .base import Features, TextEncoder, gather_frames
@@ -49,6 +50,7 @@ class ModelScope(DdimFamily):
     time_factor = 1
     # Traced whole, with the right gradients (aot_eager); what inductor makes of it is yet to be checked.
     obeys = DdimFamily.obeys - {"compile_blocks"}
+    recomputations = (True, False)
     lora_targets = ("to_q", "to_k", "to_v", "to_out.0", "ff.net.0.proj", "ff.net.2")
 
     settings: ModelScopeSettings

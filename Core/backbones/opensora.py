@@ -215,6 +215,7 @@ class OpenSora(Backbone):
         + ["activation_offloading"]
     )
     decode_contexts = ("isolated", "causal")
+    recomputations = (True, False, "keep_attention", "parts")
 
     settings: OpenSoraSettings
 
@@ -443,6 +444,7 @@ class OpenSora(Backbone):
             info,
             guidance_scale=self.settings.scheduler["cfg_scale"] if guided else 1,
             null_grad=null_grad,
+            in_turn=self.checkpointing,
             observe=observe,
         )
 

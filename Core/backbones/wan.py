@@ -19,8 +19,8 @@ from torch import Tensor, nn
 
 from Core.modules import lora, lora_names
 from Core.modules.frozen_conv import convolve_input
+from Core.modules.recompute import recomputed
 from Core.modules.sharding import raised_anywhere
-from Core.modules.video_decode import recomputed
 from Core.sampling import guidance
 from Core.sampling.euler import Predict, per_video
 from Core.sampling.guidance import Combine

@@ -55,7 +55,7 @@ PLACEMENTS: dict[str, list[tuple[str, Any, Any]]] = {
 def config_errors(config: Config) -> list[str]:
     """Everything that is wrong with a configuration beyond the types and ranges of its keys."""
     training = config.run.is_vader_training
-    errors = _obeyed_errors(config) + _family_bounds_errors(config)
+    errors = _obeyed_errors(config) + _recompute_errors(config) + _family_bounds_errors(config)
     errors += _video_errors(config)
     errors += _pairs_errors(config)
     errors += config.backbone.config_errors(config.family, config.models, config.video, training)
@@ -75,6 +75,16 @@ def _obeyed_errors(config: Config) -> list[str]:
         f"{key}={values[key]!r} has no effect on backbone={config.models.backbone!r}; remove it"
         for key in OPTIONAL_KEYS
         if key in values and key not in config.backbone.obeys and values[key] != defaults[key]
+    ]
+
+
+def _recompute_errors(config: Config) -> list[str]:
+    asked, known = config.models.grad_checkpoint, config.backbone.recomputations
+    if asked in known:
+        return []
+    return [
+        f"grad_checkpoint={asked!r} has no meaning for backbone={config.models.backbone!r}; set it to "
+        f"{' or '.join(map(repr, known))}"
     ]
 
 
@@ -252,7 +262,7 @@ def _compile_errors(config: Config) -> list[str]:
     return [
         f"compile_blocks=True and {key}={values[key]!r} do not go together; set compile_blocks=False or {key}={other!r}"
         for key, other in UNCOMPILED.items()
-        if config.models.compile_blocks and values[key] in ("keep_attention", "fp8", "nf4")
+        if config.models.compile_blocks and values[key] in ("keep_attention", "parts", "fp8", "nf4")
     ]
 
 

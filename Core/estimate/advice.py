@@ -38,7 +38,7 @@ def trials(config: Config, first: Trial, processes: int, tell: Callable[[str], N
         first: the configuration as it is.
     """
     best = first
-    for key, value in unused_savers(config).items():
+    for key, value in unused_savers(config):
         changes = {**best.changes, key: value}
         changes |= needed_beside(key, config.flat() | changes)
         tell(f"{key}={value!r}")

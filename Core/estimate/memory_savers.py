@@ -1,50 +1,61 @@
 """Settings of training that need less memory, those first that cost the least quality."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from Core.config import Config
 from Core.config.checks import OPTIONAL_KEYS, PLACEMENTS
 
-MEMORY_SAVERS: dict[str, Any] = {
-    "grad_checkpoint": True,
-    "train_batch_size": 1,
-    "val_batch_size": 1,
-    "backprop_mode": "last",
-    "backprop_steps": 1,
-    "levels_per_video": 1,
-    "trajectory_device": "cpu",
-    "decode_frame": -1,
-    "activation_offloading": True,
-    "stream_blocks": True,
-    "dtype": "fp8",
-    "use_AdamW8bit": True,
-    "guidance_grad": "cond",
-}
+MEMORY_SAVERS: Sequence[tuple[str, Any]] = (
+    ("grad_checkpoint", True),
+    ("train_batch_size", 1),
+    ("val_batch_size", 1),
+    ("backprop_mode", "last"),
+    ("backprop_steps", 1),
+    ("levels_per_video", 1),
+    ("trajectory_device", "cpu"),
+    ("decode_frame", -1),
+    ("activation_offloading", True),
+    ("grad_checkpoint", "parts"),
+    ("stream_blocks", True),
+    ("dtype", "fp8"),
+    ("use_AdamW8bit", True),
+    ("guidance_grad", "cond"),
+)
 OF_INFERENCE = ("val_batch_size", "stream_blocks", "dtype")
 
 
-def unused_savers(config: Config) -> dict[str, Any]:
-    """Those that the configuration has a key for, and could still set."""
-    values = config.flat()
-    wanted = (
-        MEMORY_SAVERS if config.run.is_vader_training else {key: MEMORY_SAVERS[key] for key in OF_INFERENCE}
-    )
-    # Any one frame costs the same.
-    same = {"decode_frame"} if isinstance(values.get("decode_frame"), int) else set()
-    models = config.models
+def unused_savers(config: Config) -> list[tuple[str, Any]]:
+    """Keys and values of those that the configuration could still set, in order."""
+    values, training = config.flat(), config.run.is_vader_training
+    refused = _refused(config)
+    return [
+        (key, value)
+        for key, value in MEMORY_SAVERS
+        if key in values
+        and values[key] != value
+        and (training or key in OF_INFERENCE)
+        and key not in refused
+        and (key, value) not in refused
+    ]
+
+
+def _refused(config: Config) -> set[str | tuple[str, Any]]:
+    """Keys, or keys with a value, that would change nothing or be refused beside what is set."""
+    models, refused = config.models, set[str | tuple[str, Any]](set(OPTIONAL_KEYS) - config.backbone.obeys)
+    if isinstance(config.flat().get("decode_frame"), int):
+        refused.add("decode_frame")  # any one frame costs the same
+    if models.grad_checkpoint == "parts":
+        refused.add(("grad_checkpoint", True))
+    if models.compile_blocks or "parts" not in config.backbone.recomputations:
+        refused.add(("grad_checkpoint", "parts"))
     if models.compile_blocks or models.shard_frozen or models.base_quant != "none":
-        same.add("dtype")  # would be refused beside them, and so would streaming
+        refused.add("dtype")  # and so would streaming
     if models.compile_blocks or models.shard_frozen:
-        same.add("stream_blocks")
+        refused.add("stream_blocks")
     if models.compile_blocks:
-        same.add("activation_offloading")
-    same |= set(OPTIONAL_KEYS) - config.backbone.obeys
-    return {
-        key: value
-        for key, value in wanted.items()
-        if key in values and key not in same and values[key] != value
-    }
+        refused.add("activation_offloading")
+    return refused
 
 
 def needed_beside(saver: str, values: Mapping[str, Any]) -> dict[str, Any]:

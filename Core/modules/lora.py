@@ -114,12 +114,18 @@ def attach(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         wrapped = get_peft_model(model, settings)
-    if dropout:
-        for layer in lora_layers(wrapped).values():
+    for layer in lora_layers(wrapped).values():
+        layer._cast_input_dtype = _cast_input  # PEFT's own copies to float32 under autocast too
+        if dropout:
             weight = layer.lora_A[ADAPTER].weight
             shape = (weight.shape[1], *[1] * (weight.ndim - 2))
             layer.lora_dropout[ADAPTER] = StepDropout(dropout, shape).to(weight.device)
     return wrapped.eval()
+
+
+def _cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """A layer's input in the dtype of its adapter; autocast would undo that, but for the copy."""
+    return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
 
 def patterns(ranks: Mapping[str, int], alphas: Mapping[str, int]) -> dict[str, dict[str, int]]:

@@ -7,13 +7,11 @@ backward pass, and a frame in the middle of a video be decoded without a graph t
 Axes: B batch, C channels, T latent frames, h, w latent rows and columns, f frames of one chunk, H, W pixels.
 """
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 # What a decoder keeps of the chunks before; None before the first.
 Cache = Any
@@ -34,19 +32,6 @@ class DecodeStep(Protocol):
 
 # latents [B, C, T, h, w] → pixels [B, 3, F, H, W]
 Decode = Callable[[Tensor], Tensor]
-Run = TypeVar("Run", bound=Callable[..., Any])
-
-
-def recomputed(function: Run) -> Run:
-    """``function`` that keeps its inputs alone where there is a graph, and is run again in the backward pass."""
-
-    @functools.wraps(function)
-    def run(*args: Any, **kwargs: Any) -> Any:
-        if not torch.is_grad_enabled():
-            return function(*args, **kwargs)
-        return checkpoint(function, *args, use_reentrant=False, **kwargs)
-
-    return run  # type: ignore[return-value]
 
 
 def decode_clip(step: DecodeStep, z: Tensor, sizes: ChunkSizes = 1) -> Iterator[Tensor]:

@@ -45,6 +45,7 @@ def guided(
     combine: Combine | None,
     *,
     null_grad: bool = True,
+    in_turn: bool = False,
     observe: PredictionObserver | None = None,
 ) -> Predict:
     """The guided prediction.
@@ -54,6 +55,8 @@ def guided(
         both: of a doubled batch, captions first, which is one pass of the network.
         combine: None leaves the null branch out.
         null_grad: False keeps the null branch out of the graph: it runs by itself, without one.
+        in_turn: run the branches one after the other where they keep a graph, so that a backward pass that recomputes
+            has a block of one branch at a time in memory.
         observe: sees the captions' own prediction at every step that keeps its graph.
     """
 
@@ -61,9 +64,9 @@ def guided(
         if combine is None:
             v_text = text(z, t, generated)
             return v_text, v_text
-        if torch.is_grad_enabled() and not null_grad:
+        if torch.is_grad_enabled() and (in_turn or not null_grad):
             v_text = text(z, t, generated)
-            with torch.no_grad():
+            with torch.set_grad_enabled(null_grad):
                 return v_text, null(z, t, generated)
         frames = None if generated is None else generated.repeat(2, 1)
         v_text, v_null = both(torch.cat([z, z]), t.repeat(2), frames).chunk(2)

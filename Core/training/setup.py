@@ -16,6 +16,7 @@ from Core.build import build_backbone, commits_of_weights, scorers_of
 from Core.config import Config, ConfigError
 from Core.modules import lora
 from Core.modules.offloading import offload_activations
+from Core.modules.recompute import recompute_parts
 from Core.rewards import Reward, build_reward, prompt_errors
 from Core.rewards.user_files import try_scorer
 from Core.training.metric_logging import Trackers, build_trackers
@@ -202,6 +203,8 @@ def adapt_for_training(config: Config, backbone: Backbone) -> None:
     if adapter:
         lora.load(backbone.denoiser, adapter, path)
     if config.models.grad_checkpoint:
+        if config.models.grad_checkpoint == "parts":
+            recompute_parts(backbone.blocks)
         backbone.enable_checkpointing(keep_attention=config.models.grad_checkpoint == "keep_attention")
     if config.models.activation_offloading and backbone.device != backbone.offload_device:
         offload_activations(backbone.denoiser, backbone.offload_device)

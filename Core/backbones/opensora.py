@@ -444,7 +444,6 @@ class OpenSora(Backbone):
             info,
             guidance_scale=self.settings.scheduler["cfg_scale"] if guided else 1,
             null_grad=null_grad,
-            in_turn=self.checkpointing,
             observe=observe,
         )
 

@@ -88,7 +88,6 @@ def guided_velocity(
     guidance_scale: float,
     checkpoint_steps: bool = False,
     null_grad: bool = True,
-    in_turn: bool = False,
     observe: PredictionObserver | None = None,
 ) -> Predict:
     """v_null + scale · (v_text − v_null), both branches in one batch; the text branch alone at scale 1.
@@ -96,7 +95,7 @@ def guided_velocity(
     Args:
         y, y_null: text features [B, 1, L, D]; mask [B, L].
         info, checkpoint_steps: see ``Branch``.
-        null_grad, in_turn, observe: see ``guided``.
+        null_grad, observe: see ``guided``.
     """
     text = Branch(model, y, mask, info, checkpoint_steps)
     null = Branch(model, y_null, mask, info, checkpoint_steps)
@@ -104,7 +103,7 @@ def guided_velocity(
     both = Branch(model, torch.cat([y, y_null]), mask, doubled, checkpoint_steps)
 
     combine = guidance.linear(guidance_scale)
-    return guidance.guided(text, null, both, combine, null_grad=null_grad, in_turn=in_turn, observe=observe)
+    return guidance.guided(text, null, both, combine, null_grad=null_grad, observe=observe)
 
 
 @SCHEDULERS.register_module("rflow", force=True)

@@ -369,12 +369,12 @@ def query_ratios(reward: str) -> list[str]:
     gradient = next((row for row in rows if row["objective"] not in GRADIENT_FREE), None)
     if gradient is None:
         return []
-    trial = trial_of(gradient, reward)
+    trial, spent = trial_of(gradient, reward), min(QUERIES, gradient["queries"])
     target = statistics.mean(
-        reward_after(course, trial.cost["step_queries"], QUERIES) for course in trial.courses()
+        reward_after(course, trial.cost["step_queries"], spent) for course in trial.courses()
     )
     sentences = [
-        f"After {QUERIES} reward queries `{gradient['objective']}` scores {target:.1f} on held-out prompts."
+        f"After {spent:.0f} reward queries `{gradient['objective']}` scores {target:.1f} on the 32 prompts."
     ]
     for row in rows:
         if row["objective"] in GRADIENT_FREE:
@@ -382,13 +382,13 @@ def query_ratios(reward: str) -> list[str]:
             courses, queries = trial.courses("long") or trial.courses(), trial.cost["step_queries"]
             taken = [queries_to_reach(course, queries, target) for course in courses]
             asked = queries * min(course["steps"][-1] for course in courses)
-            sentences.append(f"`{row['objective']}` {said(taken, asked)}.")
+            sentences.append(f"`{row['objective']}` {said(taken, asked, spent)}.")
     return sentences
 
 
-def said(taken: Sequence[float | None], asked: float) -> str:
-    """What the seeds' numbers of queries say, in words."""
-    reached = [queries / QUERIES for queries in taken if queries is not None]
+def said(taken: Sequence[float | None], asked: float, spent: float) -> str:
+    """In words: the seeds' numbers of queries, of which ``asked`` were tried, against ``spent`` with the gradient."""
+    reached = [queries / spent for queries in taken if queries is not None]
     if len(reached) < len(taken):
         return f"reaches that with {len(reached)} of {len(taken)} seeds within {asked:.0f} queries"
     return f"takes {statistics.mean(reached):.1f} times as many ({min(reached):.1f} to {max(reached):.1f})"

@@ -7,6 +7,7 @@ import pytest
 from scripts.demo import study_objectives as study
 
 COURSE = {"steps": [0, 10, 20], "reward": [40.0, 44.0, 60.0], "diversity": [0.5, 0.5, 0.4]}
+COURSE |= {name: [1.0, 1.0, 1.1] for name in ("motion", "dynamic_degree")}
 
 
 def test_each_objective_is_tuned_at_the_same_cost():
@@ -26,8 +27,8 @@ def test_queries_are_interpolated_along_a_course():
     assert study.queries_to_reach(COURSE, 8, 39.0) == 0
     assert study.queries_to_reach(COURSE, 8, 61.0) is None
     assert study.reward_after(COURSE, 8, 40) == 42
-    assert study.said([1000.0, 2000.0], 4000) == "takes 3.0 times as many (2.0 to 4.0)"
-    assert study.said([1000.0, None], 4000) == "reaches that with 1 of 2 seeds within 4000 queries"
+    assert study.said([1000.0, 2000.0], 4000, 500) == "takes 3.0 times as many (2.0 to 4.0)"
+    assert study.said([1000.0, None], 4000, 500) == "reaches that with 1 of 2 seeds within 4000 queries"
 
 
 def test_the_table_is_made_of_kept_results_alone(tmp_path, monkeypatch):
@@ -41,9 +42,16 @@ def test_the_table_is_made_of_kept_results_alone(tmp_path, monkeypatch):
         trial.pilot.keep("pilot", cost)
         for seed in (0, 1):
             trial.keep(f"seed_{seed}", result)
+    study.Trial("leap", 2, "pick_score").keep("search", COURSE)
     first, second = study.rows_of("pick_score")
     assert (first["objective"], second["objective"], first["seeds"]) == ("leap", "grpo", 2)
     assert (first["queries"], first["evaluations"], first["seconds"]) == (160, 5760, 40)
-    assert "| `leap` | nested_grad=0.3, lr=0.002 | 2 | +12.0 |" in study.as_table([first])
-    assert study.query_ratios("pick_score")[1].startswith("`grpo` takes 0.3 times as many")
+    gains = study.gains_table([first]).splitlines()[-1]
+    assert gains.startswith("| `leap` | nested_grad=0.3, lr=0.003 | +12.0 | +12.0 to +12.0 | 40% | +10.0 |")
+    assert gains.endswith("| +10.0% | +10.0% | -20.0% |")
+    assert study.costs_table([first]).endswith("| `leap` | 20 | 160 | 5760 | 40 | 1.2 |")
+    assert study.search_table("pick_score").endswith(
+        "| `leap` | nested_grad=0.3, lr=0.003 | 20 | 40.0 | 60.0 |"
+    )
+    assert study.query_ratios("pick_score")[1].startswith("`grpo` takes 1.0 times as many")
     assert json.loads(json.dumps(first)) == first

@@ -21,7 +21,8 @@ COUNT = 12
 def scores(seed: int, reward: float, right: int) -> Scores:
     rng = np.random.default_rng(seed)
     verdict = np.array([1.0] * right + [0.0] * (COUNT - right))
-    return Scores(reward + rng.normal(size=COUNT), verdict, np.ones(COUNT), np.full(COUNT, 0.02))
+    ones = np.ones(COUNT)
+    return Scores(reward + rng.normal(size=COUNT), verdict, ones, ones, 0.02 * ones)
 
 
 @pytest.fixture(scope="module")

@@ -38,12 +38,17 @@ VERDICTS = {"colour_and_shape": "colour and shape right", "direction": "motion r
 
 @dataclass(frozen=True)
 class Scores:
-    """Per video [P]: the trained reward, whether the oracle agrees with the caption, and motion."""
+    """Per video [P]: the trained reward, whether the oracle agrees with the caption (0 or 1), and motion."""
 
     reward: np.ndarray
-    colour_and_shape: np.ndarray
+    colour: np.ndarray
+    shape: np.ndarray
     direction: np.ndarray
     motion: np.ndarray
+
+    @property
+    def colour_and_shape(self) -> np.ndarray:
+        return self.colour * self.shape
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,11 @@ def score(reward: Reward, videos: Tensor, prompts: Sequence[Prompt]) -> Scores:
     ]
     said = [world.parse_caption(prompt.reward_text) for prompt in prompts]
     seen = [oracle.read(clip) or {} for clip in to_uint8(videos.transpose(1, 2))]
-    hits = {
-        name: np.array([s.get(name) == t[name] for s, t in zip(seen, said, strict=True)])
+    right = {
+        name: np.array([float(s.get(name) == t[name]) for s, t in zip(seen, said, strict=True)])
         for name in ("colour", "shape", "direction")
     }
-    both = (hits["colour"] & hits["shape"]).astype(float)
-    return Scores(torch.cat(parts).numpy(), both, hits["direction"].astype(float), motion(videos).numpy())
+    return Scores(torch.cat(parts).numpy(), **right, motion=motion(videos).numpy())
 
 
 def generate_all(

@@ -25,14 +25,22 @@ from Core.utils.tables import read_table
 from scripts.demo.common import ROOT
 from scripts.demo.compare import HeldOut
 from scripts.demo.quickstart import CONFIG
-from scripts.demo.study_objectives import HELD_OUT, MEASURES, SEARCH_SEED, VALIDATED, validation_prompts
+from scripts.demo.study_objectives import (
+    HELD_OUT,
+    MEASURES,
+    SEARCH_SEED,
+    SIDE_EFFECTS,
+    VALIDATED,
+    as_table,
+    validation_prompts,
+)
 
 FOLDER = ROOT / "runs" / "study_quickstart"
 PAGE = ROOT / "docs" / "quickstart.md"
 RESULTS = ROOT / "docs" / "studies" / "quickstart.json"
 BEGIN, END = "<!-- study: written by scripts/demo/study_quickstart.py -->", "<!-- end of study -->"
 ATTENTION = '["qkv", "q_linear", "kv_linear"]'
-# What differs from the quickstart's settings, each with the same number of optimiser steps.
+# What differs from the quickstart's settings.
 SEARCH: dict[str, dict[str, Any]] = {
     "the quickstart's": {},
     "attention layers alone": {"lora_targets": ATTENTION},
@@ -41,11 +49,24 @@ SEARCH: dict[str, dict[str, Any]] = {
     "cosine schedule": {"lr_schedule": "cosine"},
     "twice the rate, cosine schedule": {"lr": 2e-3, "lr_schedule": "cosine"},
     "batch of 4": {"train_batch_size": 4},
+    # As many seconds as the quickstart's steps take, by the pilots of study_objectives.
+    "leap, three times the rate": {
+        "objective": "leap",
+        "lr": 3e-3,
+        "max_train_steps": 67,
+        "validation_steps": 22,
+    },
+    "drtune with 4 steps, three times the rate": {
+        "objective": "drtune",
+        "grad_steps": 4,
+        "lr": 3e-3,
+        "max_train_steps": 60,
+        "validation_steps": 20,
+    },
 }
 SEEDS = (0, 1, 2)
 LONG_STEPS = 600
 LONG = {"max_train_steps": LONG_STEPS, "lr_schedule": "cosine"}
-SIDE_EFFECTS = ("motion", "dynamic_degree", "diversity")
 RUNS: dict[str, dict[str, Any]] = {
     f"search: {name}": keys | {"seed": SEARCH_SEED} for name, keys in SEARCH.items()
 }
@@ -54,8 +75,8 @@ RUNS |= {f"long, seed {seed}": LONG | {"seed": seed} for seed in SEEDS}
 
 
 def config_of(name: str) -> Config:
-    values = {**RUNS[name], **VALIDATED, "val_prompt_path": validation_prompts(), "checkpointing_steps": 10}
-    values["validation_steps"] = LONG_STEPS // 4 if name.startswith("long") else 40
+    values = {"validation_steps": LONG_STEPS // 4 if name.startswith("long") else 40, **RUNS[name]}
+    values |= {**VALIDATED, "val_prompt_path": validation_prompts(), "checkpointing_steps": 10}
     values |= {"project_dir": FOLDER / name.replace(": ", "_").replace(" ", "_"), "verbose": 0}
     return load_config(
         [str(CONFIG), *(f"--{key.replace('_', '-')}={value}" for key, value in values.items())]
@@ -104,7 +125,7 @@ def measure(names: Sequence[str]) -> None:
 
 def search_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     header = ["settings", "optimiser steps", "reward before", "after"]
-    lines = [header, ["---"] * len(header)]
+    lines = [header]
     for name in SEARCH:
         if course := results.get(f"search: {name}"):
             rewards = [f"{course['reward'][place]:.1f}" for place in (0, -1)]
@@ -123,7 +144,7 @@ def seeds_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         "motion right, points",
     ]
     header += [f"{name.replace('_', ' ')}, change" for name in SIDE_EFFECTS]
-    lines = [header, ["---"] * len(header)]
+    lines = [header]
     for prefix in ("seed", "long, seed"):
         known = {name: results[name] for seed in SEEDS if (name := f"{prefix} {seed}") in results}
         rows = [row_of(result) for result in known.values()]
@@ -154,10 +175,6 @@ def said(row: Sequence[float]) -> list[str]:
         f"{100 * direction:+.1f}",
     ]
     return [*shown, *(f"{change:+.1%}" for change in changes)]
-
-
-def as_table(lines: Sequence[Sequence[str]]) -> str:
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
 
 
 def write_docs() -> None:

@@ -142,7 +142,8 @@ def test_an_exported_adapter_makes_the_same_video_in_diffusers(folder_of, name, 
     latents = [sample(one, encoded, noise_for(backbone)) for one in (backbone, theirs)]
     videos = [backbone.decode(z).detach().clamp(-1, 1) / 2 + 0.5 for z in latents]
     assert (latents[0] - plain).abs().max() > 1e-2
-    assert (videos[0] - videos[1]).abs().max() < 1e-5
+    # Sums depend on where in memory a weight lies, and both experts in a row magnify their rounding.
+    assert (videos[0] - videos[1]).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("name", [n for n in FAMILIES if "compile_blocks" in BACKBONES.resolve(n).obeys])

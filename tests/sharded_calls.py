@@ -139,9 +139,9 @@ def loaded(family: str, folder: str, mesh, dtype: str = "fp32") -> tuple[Backbon
 
 def adapter_gradient(backbone: Backbone, encoded: list, grad_checkpoint: bool | str = True) -> Tensor:
     """Through a step without and a step with a graph, which is recomputed block by block."""
-    pipelines.with_adapter(backbone)
     if grad_checkpoint == "parts":
         recompute_parts(backbone.blocks)
+    pipelines.with_adapter(backbone)
     if grad_checkpoint:
         backbone.enable_checkpointing()
     noise = torch.randn(len(encoded), *backbone.latent_shape(), generator=torch.Generator().manual_seed(1))

@@ -80,7 +80,7 @@ def _obeyed_errors(config: Config) -> list[str]:
 
 def _recompute_errors(config: Config) -> list[str]:
     asked, known = config.models.grad_checkpoint, config.backbone.recomputations
-    if asked in known:
+    if asked in known or "grad_checkpoint" not in config.backbone.obeys:
         return []
     return [
         f"grad_checkpoint={asked!r} has no meaning for backbone={config.models.backbone!r}; set it to "

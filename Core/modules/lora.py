@@ -124,7 +124,7 @@ def attach(
 
 
 def _cast_input(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A layer's input in the dtype of its adapter; autocast would undo that, but for the copy."""
+    """A layer's input in its adapter's dtype; as it is under autocast, which would cast it back and leave the copy."""
     return x if torch.is_autocast_enabled(x.device.type) else x.to(dtype)
 
 

@@ -34,7 +34,7 @@ def recompute_parts(blocks: Iterable[nn.Module]) -> None:
     """Have attention and feed-forward network of every block recomputed by themselves.
 
     Where the block is recomputed too, its backward pass holds the graph of one part at a time, and each part runs a
-    third time.
+    third time. A part is a child with several linear layers, to be told before adapters add theirs.
     """
     for block in blocks:
         for part in block.children():

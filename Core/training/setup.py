@@ -191,6 +191,8 @@ def adapt_for_training(config: Config, backbone: Backbone) -> None:
     settings = config.adapter
     path = str(settings.lora_ckpt_path or "")
     adapter = lora.read(path, backbone.original_names) if path else None
+    if config.models.grad_checkpoint == "parts":
+        recompute_parts(backbone.blocks)
     backbone.denoiser = lora.attach(
         backbone.denoiser,
         backbone.adapter_targets(
@@ -203,8 +205,6 @@ def adapt_for_training(config: Config, backbone: Backbone) -> None:
     if adapter:
         lora.load(backbone.denoiser, adapter, path)
     if config.models.grad_checkpoint:
-        if config.models.grad_checkpoint == "parts":
-            recompute_parts(backbone.blocks)
         backbone.enable_checkpointing(keep_attention=config.models.grad_checkpoint == "keep_attention")
     if config.models.activation_offloading and backbone.device != backbone.offload_device:
         offload_activations(backbone.denoiser, backbone.offload_device)

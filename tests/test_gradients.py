@@ -112,12 +112,18 @@ def test_gradient_through_every_step_matches_central_differences(double_trainer,
 
 
 def test_checkpointing_changes_no_gradient(double_trainer):
-    gradients = []
-    for switch in (False, True):
+    """Passes through a layer are counted: where its block is recomputed, and where its part is recomputed too."""
+    gradients, runs = [], []
+    for switch in (False, True, "parts"):
         trainer = double_trainer(backprop_steps=2, decode_frame="fml", grad_checkpoint=switch, resume="never")
+        layer, passes = trainer.backbone.blocks[0].mlp.fc1, []
+        layer.register_forward_hook(lambda *_, passes=passes: passes.append(torch.is_grad_enabled()))
         gradients.append(torch.autograd.grad(loss_of(trainer, 2), trainer.parameters))
-    for plain, recomputed in zip(*gradients, strict=True):
-        torch.testing.assert_close(plain, recomputed, rtol=1e-9, atol=1e-15)
+        runs.append(sum(passes))
+    for recomputed in gradients[1:]:
+        for plain, other in zip(gradients[0], recomputed, strict=True):
+            torch.testing.assert_close(plain, other, rtol=1e-9, atol=1e-15)
+    assert runs == [2, 4, 6]
 
 
 def test_nothing_but_the_adapter_gets_a_gradient(twin, tmp_path):

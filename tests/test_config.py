@@ -573,7 +573,12 @@ def test_malformed_overrides_are_named(file):
 
 @pytest.mark.parametrize(
     "key, value",
-    [("grad_checkpoint", "keep_attention"), ("dtype", "fp8"), ("base_quant", "nf4")],
+    [
+        ("grad_checkpoint", "keep_attention"),
+        ("grad_checkpoint", "parts"),
+        ("dtype", "fp8"),
+        ("base_quant", "nf4"),
+    ],
 )
 def test_what_does_not_compile_is_refused_of_compiled_blocks(values, key, value):
     (sentence,) = errors_of(values, compile_blocks=True, **{key: value})

@@ -28,6 +28,9 @@ def test_queries_are_interpolated_along_a_course():
     assert study.queries_to_reach(COURSE, 8, 61.0) is None
     assert study.reward_after(COURSE, 8, 40) == 42
     assert study.said([1000.0, 2000.0], 4000, 500) == "takes 3.0 times as many (2.0 to 4.0)"
+    assert (
+        study.said([None, None], 4000, 500) == "does not reach that with any of 2 seeds within 4000 queries"
+    )
     assert study.said([1000.0, None], 4000, 500) == "reaches that with 1 of 2 seeds within 4000 queries"
 
 

@@ -31,8 +31,13 @@ OPTIONAL_KEYS = (
     "activation_offloading",
     "decode_reach",
 )
-# What these keep or widen inside a block is not compiled with it, or fails to be recomputed: key → its other value.
-UNCOMPILED: dict[str, Any] = {"grad_checkpoint": True, "dtype": "bf16", "base_quant": "none"}
+# What these keep or widen inside a block is not compiled with it, or fails to be recomputed: key → values refused, value
+# to set.
+UNCOMPILED: dict[str, tuple[tuple[str, ...], Any]] = {
+    "grad_checkpoint": (("keep_attention", "parts"), True),
+    "dtype": (("fp8",), "bf16"),
+    "base_quant": (("nf4",), "none"),
+}
 # Keys that place tensors → what each does not go together with: key, value refused, value to set.
 PLACEMENTS: dict[str, list[tuple[str, Any, Any]]] = {
     "shard_frozen": [
@@ -261,8 +266,8 @@ def _compile_errors(config: Config) -> list[str]:
     values = config.flat()
     return [
         f"compile_blocks=True and {key}={values[key]!r} do not go together; set compile_blocks=False or {key}={other!r}"
-        for key, other in UNCOMPILED.items()
-        if config.models.compile_blocks and values[key] in ("keep_attention", "parts", "fp8", "nf4")
+        for key, (refused, other) in UNCOMPILED.items()
+        if config.models.compile_blocks and values[key] in refused
     ]
 
 

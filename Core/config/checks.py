@@ -31,8 +31,8 @@ OPTIONAL_KEYS = (
     "activation_offloading",
     "decode_reach",
 )
-# What these keep or widen inside a block is not compiled with it, or fails to be recomputed: key → values refused, value
-# to set.
+# What these keep or widen inside a block is not compiled with it, or fails to be recomputed: key → values refused, and
+# the value to set.
 UNCOMPILED: dict[str, tuple[tuple[str, ...], Any]] = {
     "grad_checkpoint": (("keep_attention", "parts"), True),
     "dtype": (("fp8",), "bf16"),

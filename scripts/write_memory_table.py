@@ -32,7 +32,9 @@ OPENSORA = "Open-Sora/configs/opensora-v1-2/vader/vader_train.py"
 PICTURE = ROOT / "assets" / "before_after.png"
 FROM_A_PICTURE = f'a fox wakes up {{"reference_path": "{PICTURE}"}}'
 # Row → processes, of those that need several.
-PROCESSES = {"Wan 2.1 14B, 480p, 81 frames, each of 4 sharded": 4}
+SHARDED = "Wan 2.1 14B, 480p, 81 frames, each of 4 sharded"
+SHARDED_BY_PARTS = f"{SHARDED}, parts, VAE in bf16"
+PROCESSES = {SHARDED: 4, SHARDED_BY_PARTS: 4}
 # Row → config and flags.
 RUNS: dict[str, tuple[str, ...]] = {
     **{
@@ -42,15 +44,11 @@ RUNS: dict[str, tuple[str, ...]] = {
     "Wan 2.1 1.3B, 480p, 81 frames": ("configs/wan/t2v_1_3b.py",),
     "Wan 2.2 TI2V-5B, 704p, 121 frames": ("configs/wan/ti2v_5b.py",),
     "Wan 2.1 14B, 480p, 81 frames": ("configs/wan/t2v_14b.py",),
-    "Wan 2.1 14B, 480p, 81 frames, each of 4 sharded": (
-        "configs/wan/t2v_14b.py",
-        "--shard-frozen",
-        "True",
-        "--grad-checkpoint",
-        "parts",
-        "--vae-dtype",
-        "bf16",
-    ),  # fmt: skip
+    SHARDED: ("configs/wan/t2v_14b.py", "--shard-frozen", "True"),
+    SHARDED_BY_PARTS: (
+        *("configs/wan/t2v_14b.py", "--shard-frozen", "True", "--grad-checkpoint", "parts"),
+        *("--vae-dtype", "bf16"),
+    ),
     "Wan 2.1 14B distilled, 480p, 81 frames": ("configs/wan/t2v_14b_4_steps.py", "--base-adapters", "[]"),
     "Wan 2.1 14B, 720p, 81 frames": ("configs/wan/t2v_14b_720p.py",),
     "Wan 2.2 A14B, 480p, 81 frames": ("configs/wan/t2v_a14b.py",),

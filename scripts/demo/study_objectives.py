@@ -404,7 +404,7 @@ def trial_of(row: Mapping[str, Any], reward: str) -> Trial:
 
 
 def plot(reward: str) -> None:
-    """Held-out reward against reward queries and seconds: a line per objective, the range over seeds shaded."""
+    """Reward on the validation prompts against reward queries and seconds: a line per objective, the range over seeds shaded."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 
@@ -418,7 +418,9 @@ def plot(reward: str) -> None:
                 gains = np.array([np.array(c["reward"]) - c["reward"][0] for c in courses])
                 axes.plot(spent, gains.mean(0), label=row["objective"])
                 axes.fill_between(spent, gains.min(0), gains.max(0), alpha=0.1)
-            axes.set(xlabel=cost_key.replace("step_", ""), ylabel="held-out reward, change since step 0")
+            axes.set(
+                xlabel=cost_key.replace("step_", ""), ylabel="reward on 32 other prompts, change since step 0"
+            )
         axes.legend(frameon=False)
         figure.savefig(PLOT, metadata={"Date": None})
 
@@ -440,7 +442,7 @@ def write_docs(reward: str) -> None:
             COSTS,
             costs_table(rows),
             "\n".join(query_ratios(reward)),
-            "![Held-out reward against queries and seconds](studies/objectives.svg)",
+            "![Reward against queries and seconds, range of the seeds shaded](studies/objectives.svg)",
             "The search, each setting trained once:",
             search_table(reward),
             END,

@@ -404,7 +404,7 @@ def trial_of(row: Mapping[str, Any], reward: str) -> Trial:
 
 
 def plot(reward: str) -> None:
-    """Reward on the validation prompts against reward queries and seconds: a line per objective, the range over seeds shaded."""
+    """Reward on validation prompts against queries and seconds: a line per objective, the range over seeds shaded."""
     from matplotlib import rc_context
     from matplotlib.figure import Figure
 

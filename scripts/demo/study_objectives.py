@@ -1,6 +1,6 @@
 """Compare the objectives on the demo: each tuned at equal cost, then several seeds, judged on held-out prompts.
 
-``python -m scripts.demo.study_objectives [--pilots] [--reward pick_score] [--seeds 0 1 2] [--long 1200]
+``python -m scripts.demo.study_objectives [--pilots] [--reward pick_score] [--seeds 0 1 2] [--long 3200]
 [--only NAME …] [--write-docs]``
 
 Every objective first tries its own settings (``TRIALS``) with one seed of its own; the one with the highest held-out
@@ -8,7 +8,8 @@ reward is then trained with every seed. Each run takes the same number of second
 step that a pilot of its own process measured, together with its reward queries, network evaluations and peak memory.
 Runs lie in runs/study_objectives, and what is known of each in docs/studies/objectives.json; finished ones are not
 repeated, and interrupted ones continue. Several of these commands may run at once, with other objectives each.
-``--long 1200 --only grpo --seeds 0`` trains longer, to see after how many queries an objective reaches a reward.
+``--long 3200 --only grpo nft dpo`` trains for so many reward queries instead, at a rate that lasts (``LASTING_RATE``),
+to see after how many of them an objective reaches a reward. More queries later continue such a run.
 ``--pilots`` measures the cost of every step and nothing else: run it alone on a quiet machine, first. ``--write-docs``
 trains nothing: it writes the table, its CSV and the figure of docs/objectives.md.
 """
@@ -16,7 +17,9 @@ trains nothing: it writes the table, its CSV and the figure of docs/objectives.m
 import argparse
 import csv
 import functools
+import itertools
 import json
+import math
 import resource
 import statistics
 import subprocess
@@ -72,10 +75,14 @@ SEARCH_SEED = 1000
 SEARCH_SECONDS, TRAINING_SECONDS = 60, 100  # of a run, in optimiser steps
 VALIDATION_SEED = 12  # of the scenes that searches and courses are judged on
 PILOT_STEPS = 8  # the quickest counts, since other processes slow the rest
-VALIDATIONS = {"search": 1, "seed": 4, "long": 8}  # besides the one before the first step
+VALIDATIONS = {"search": 1, "seed": 4}  # besides the one before the first step
+VALIDATED_QUERIES = 400  # of a long run, so that one that goes on is validated as before
 VALIDATED = {"num_val_runs": 2, "val_batch_size": 16, "num_val_seeds": 2}
 HELD_OUT = 256  # prompts of the final comparison
 SIDE_EFFECTS = ("motion", "dynamic_degree", "diversity")
+LASTING_RATE = (
+    1e-3  # the highest in long runs; at 3e-3 nft and grpo lost again what they had gained in 15 steps
+)
 QUERIES = 500  # of the best objective with a gradient, whose reward the others have to reach
 MEASURES = ("reward", "colour", "shape", "colour_and_shape", "direction", "motion")
 GAINS = f"""Each objective was tuned first: six settings, {SEARCH_SECONDS} seconds of training each. The best one was
@@ -170,6 +177,11 @@ class Trial:
             raise SystemExit(f"{self.pilot.name} has not been timed; run this command with --pilots first")
         return cost
 
+    def steps_of(self, **budget: float) -> int:
+        """Optimiser steps that spend a budget: so many ``seconds`` or ``queries``."""
+        ((unit, amount),) = budget.items()
+        return max(1, round(amount / self.cost[f"step_{unit}"]))
+
     def kept(self, kind: str) -> dict[str, Any] | None:
         """The result of a kind of run, if it is known."""
         return read_results().get(self.name, {}).get(kind)
@@ -218,14 +230,16 @@ def run_pilot(trial: Trial) -> None:
         subprocess.run([sys.executable, "-m", "scripts.demo.study_objectives", *own], cwd=ROOT, check=True)
 
 
-def train(trial: Trial, seed: int, seconds: float, kind: str) -> dict[str, Any]:
-    """The course of a run of so many seconds of optimiser steps; ``kind``: ``search``, ``seed_<n>`` or ``long_<n>``."""
-    if (result := trial.kept(kind)) is not None:
+def train(trial: Trial, seed: int, steps: int, kind: str) -> dict[str, Any]:
+    """The course of a run of so many optimiser steps; ``kind``: ``search``, ``seed_<n>`` or ``long_<n>``."""
+    if (result := trial.kept(kind)) is not None and result["steps"][-1] >= steps:
         return result
-    validations = VALIDATIONS[kind.partition("_")[0]]
-    steps = max(validations, round(seconds / trial.cost["step_seconds"]))
     folder = FOLDER / "runs" / f"{trial.name}_{kind}"
-    often = {"validation_steps": -(-steps // validations), "val_prompt_path": validation_prompts()}
+    if (validations := VALIDATIONS.get(kind.partition("_")[0])) is None:
+        interval = trial.steps_of(queries=VALIDATED_QUERIES)
+    else:
+        interval = -(-steps // validations)
+    often = {"validation_steps": interval, "val_prompt_path": validation_prompts()}
     run(trial.config(folder, steps, seed=seed, **often, **VALIDATED))
     table = read_table(folder / "validation.csv")
     if int(table[-1]["step"]) != steps:
@@ -266,10 +280,14 @@ def all_trials(objective: str, reward: str) -> list[Trial]:
     return [Trial(objective, number, reward) for number in range(len(Trial(objective, 0, reward).siblings))]
 
 
-def best(objective: str, reward: str) -> Trial:
-    """The trial with the highest held-out reward at the end of its search run."""
-    trials = all_trials(objective, reward)
-    return max(trials, key=lambda trial: train(trial, SEARCH_SEED, SEARCH_SECONDS, "search")["reward"][-1])
+def best(objective: str, reward: str, highest_rate: float = math.inf) -> Trial:
+    """The trial with the highest held-out reward at the end of its search run, of those with no higher rate."""
+    trials = (trial for trial in all_trials(objective, reward) if trial.keys["lr"] <= highest_rate)
+    return max(trials, key=lambda trial: searched(trial)["reward"][-1])
+
+
+def searched(trial: Trial) -> dict[str, Any]:
+    return train(trial, SEARCH_SEED, trial.steps_of(seconds=SEARCH_SECONDS), "search")
 
 
 def queries_to_reach(
@@ -461,7 +479,7 @@ def main() -> None:
         "--pilots", action="store_true", help="measure the cost of each objective's step alone"
     )
     parser.add_argument(
-        "--long", type=float, help="instead, runs of so many seconds, for the number of queries"
+        "--long", type=float, metavar="QUERIES", help="instead, runs of so many reward queries"
     )
     parser.add_argument("--seeds", type=int, nargs="*", default=[0, 1, 2], help="none: search only")
     parser.add_argument("--only", nargs="+", choices=TRIALS, default=None, metavar="NAME")
@@ -474,16 +492,16 @@ def main() -> None:
     if args.write_docs:
         return write_docs(args.reward)
     objectives = args.only or (GRADIENT_FREE if args.reward == "oracle" else TRIALS)
-    kind, seconds = ("long", args.long) if args.long else ("seed", TRAINING_SECONDS)
     if args.pilots:
         for name in objectives:
             for trial in all_trials(name, args.reward):
                 run_pilot(trial.pilot)
         return None
-    for objective in objectives:
-        trial = best(objective, args.reward)
-        for seed in args.seeds:
-            train(trial, seed, seconds, f"{kind}_{seed}")
+    kind, rate = ("long", LASTING_RATE) if args.long else ("seed", math.inf)
+    budget = {"queries": args.long} if args.long else {"seconds": TRAINING_SECONDS}
+    chosen = [best(objective, args.reward, rate) for objective in objectives]
+    for seed, trial in itertools.product(args.seeds, chosen):
+        train(trial, seed, trial.steps_of(**budget), f"{kind}_{seed}")
     return None
 
 

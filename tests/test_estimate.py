@@ -130,6 +130,15 @@ def test_seconds_are_the_longer_of_operations_and_bytes():
     assert all(card.source for card in CARDS.values())
 
 
+def test_what_is_expanded_is_read_once():
+    weight, rows = torch.ones(4, 6), torch.ones(10, 3, 4)
+    with WorkCounter() as work:
+        rows @ weight.expand(10, 4, 6)
+    ((product, times),) = work.now.items()
+    assert (times, product.operations) == (1, 2 * 10 * 3 * 4 * 6)
+    assert product.bytes == 4 * (10 * 3 * 4 + 4 * 6 + 10 * 3 * 6)
+
+
 def test_savers_are_tried_in_order_until_one_fits(twin_config, monkeypatch):
     """Each on top of those that helped; a batch that is cut is made up for by more backward passes."""
     peaks = {"grad_checkpoint": 60, "train_batch_size": 40, "decode_frame": 22}

@@ -138,6 +138,15 @@ def test_tokens_lie_in_one_order_in_memory_all_along_the_blocks():
     assert contiguous == [True] * len(model.blocks)
 
 
+def test_one_video_is_multiplied_in_one_go_along_time():
+    """PyTorch makes a product for each row of what is not contiguous, unless the weight needs a gradient."""
+    args, kwargs = video_inputs(1)
+    model = twins.stdit().requires_grad_(False)
+    with Recorder() as recorder:
+        model(*args, **kwargs)
+    assert torch.ops.aten.bmm not in recorder.calls
+
+
 def test_half_precision_computes_in_its_type_and_answers_in_float32():
     model = twins.stdit()
     inputs, kwargs = video_inputs(captions=2)

@@ -1,9 +1,11 @@
 """Operations and bytes of everything PyTorch runs, counted operator by operator.
 
 Operations are multiplications and additions of matrix products and convolutions. Bytes are the inputs and outputs of
-every operator, as if nothing were cached in between; views and bare allocations move none.
+every operator, as if nothing were cached in between; what is expanded counts once, views and bare allocations not at
+all.
 """
 
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -63,7 +65,9 @@ def count_operations(func: Any, args: tuple, kwargs: dict, out: Any) -> float:
 
 def _bytes(values: Any) -> int:
     if isinstance(values, Tensor):
-        return values.numel() * values.element_size()
+        axes = zip(values.shape, values.stride(), strict=True)
+        # What is expanded lies in memory once.
+        return math.prod(size for size, stride in axes if stride) * values.element_size()
     return sum(map(_bytes, values)) if isinstance(values, (tuple, list)) else 0
 
 

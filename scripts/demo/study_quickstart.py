@@ -39,17 +39,25 @@ FOLDER = ROOT / "runs" / "study_quickstart"
 PAGE = ROOT / "docs" / "quickstart.md"
 RESULTS = ROOT / "docs" / "studies" / "quickstart.json"
 BEGIN, END = "<!-- study: written by scripts/demo/study_quickstart.py -->", "<!-- end of study -->"
-ATTENTION = '["qkv", "q_linear", "kv_linear"]'
-# What differs from the quickstart's settings.
+# What differs from the quickstart's settings; each takes as many seconds as these with 120 steps.
 SEARCH: dict[str, dict[str, Any]] = {
     "the quickstart's": {},
-    "attention layers alone": {"lora_targets": ATTENTION},
-    "window of 3, no step left out": {"backprop_steps": 3, "prefix_steps": None},
+    "one random frame": {"decode_frame": -1, "max_train_steps": 162, "validation_steps": 54},
+    "gradient of the captions' branch alone": {
+        "guidance_grad": "cond",
+        "max_train_steps": 141,
+        "validation_steps": 47,
+    },
+    "window of 3, no step left out": {
+        "backprop_steps": 3,
+        "prefix_steps": None,
+        "max_train_steps": 78,
+        "validation_steps": 26,
+    },
     "half the rate": {"lr": 5e-4},
     "cosine schedule": {"lr_schedule": "cosine"},
     "twice the rate, cosine schedule": {"lr": 2e-3, "lr_schedule": "cosine"},
-    "batch of 4": {"train_batch_size": 4},
-    # As many seconds as the quickstart's steps take, by the pilots of study_objectives.
+    "batch of 4": {"train_batch_size": 4, "max_train_steps": 240, "validation_steps": 80},
     "leap, three times the rate": {
         "objective": "leap",
         "lr": 3e-3,

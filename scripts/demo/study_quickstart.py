@@ -48,6 +48,13 @@ SEARCH: dict[str, dict[str, Any]] = {
         "max_train_steps": 141,
         "validation_steps": 47,
     },
+    "three steps stand for eleven": {"prefix_steps": 3, "max_train_steps": 129, "validation_steps": 43},
+    "both": {
+        "guidance_grad": "cond",
+        "prefix_steps": 3,
+        "max_train_steps": 156,
+        "validation_steps": 52,
+    },
     "window of 3, no step left out": {
         "backprop_steps": 3,
         "prefix_steps": None,

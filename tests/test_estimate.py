@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 import twins
+from diffusers.image_processor import VaeImageProcessor
 from torch import nn
 from transformers.initialization import no_init_weights
 from twin_runs import built_trainer
@@ -87,6 +88,12 @@ def on_cuda(function) -> torch.dtype:
             return function(torch.empty(4, 8, 6, device="cuda", dtype=torch.bfloat16)).dtype
         finally:
             torch.set_autocast_enabled("cuda", False)
+
+
+def test_no_warning_is_given_about_values_that_are_not_there(recwarn):
+    with tensors_without_content():
+        VaeImageProcessor().preprocess(torch.rand(1, 3, 64, 64))
+    assert not recwarn.list
 
 
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ Sizes, masks, frame numbers and timesteps are read in Python all along a trainin
 value of a single number; here they keep those of up to ``KEPT_VALUES``, and follow them through every operator.
 """
 
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,11 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 KEPT_VALUES = 8192  # numbers of a tensor
+# Warnings about values, of which these tensors have none.
+MEANINGLESS = (
+    "Passing `image` as torch tensor with value range",
+    r"var_mean\(\): degrees of freedom is <= 0",
+)
 aten = torch.ops.aten
 # Operators without a tensor among their arguments, whose values code may read.
 FACTORIES = {
@@ -69,7 +75,9 @@ def tensors_without_content() -> Iterator[FakeTensorMode]:
     before = fake_tensor.CONSTANT_NUMEL_LIMIT, torch.utils.swap_tensors
     fake_tensor.CONSTANT_NUMEL_LIMIT, torch.utils.swap_tensors = KEPT_VALUES, _swap
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as mode, SmallValues(mode):
+        with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode, SmallValues(mode):
+            for message in MEANINGLESS:
+                warnings.filterwarnings("ignore", message)
             yield mode
     finally:
         fake_tensor.CONSTANT_NUMEL_LIMIT, torch.utils.swap_tensors = before

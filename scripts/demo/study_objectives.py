@@ -26,7 +26,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -302,6 +302,13 @@ def best(objective: str, reward: str, highest_rate: float = math.inf) -> Trial:
     return dataclasses.replace(max(trials, key=searched), reward=reward)
 
 
+def timed(objectives: Iterable[str], reward: str, highest_rate: float) -> list[Trial]:
+    """The trials whose cost has to be known: all where settings are searched, else those that are chosen."""
+    if reward == SEARCHED:
+        return [trial for objective in objectives for trial in all_trials(objective, reward)]
+    return [best(objective, reward, highest_rate) for objective in objectives]
+
+
 def queries_to_reach(
     course: Mapping[str, Sequence[float]], step_queries: float, target: float
 ) -> float | None:
@@ -507,12 +514,11 @@ def main() -> None:
     if args.write_docs:
         return write_docs()
     objectives = args.only or (GRADIENT_FREE if args.reward == "oracle" else TRIALS)
-    if args.pilots:
-        for name in objectives:
-            for trial in all_trials(name, args.reward):
-                run_pilot(trial.pilot)
-        return None
     kind, rate = ("long", LASTING_RATE) if args.long else ("seed", math.inf)
+    if args.pilots:
+        for trial in timed(objectives, args.reward, rate):
+            run_pilot(trial.pilot)
+        return None
     budget = {"queries": args.long} if args.long else {"seconds": TRAINING_SECONDS}
     chosen = [best(objective, args.reward, rate) for objective in objectives]
     for seed, trial in itertools.product(args.seeds, chosen):

@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         rows, heads = ("(B S) T D", "(B S) N T d") if self.along_time else ("(B T) S D", "(B T) N S d")
-        # One video's rows along time are a view, of which PyTorch would multiply each by itself.
+        # One video's rows along time are a strided view, for which PyTorch would run a small product per row.
         qkv = self.qkv(rearrange(x, f"B T S D -> {rows}").contiguous())
         q, k, v = qkv.unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4)
         q, k = self.q_norm(q), self.k_norm(k)

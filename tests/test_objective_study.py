@@ -8,6 +8,8 @@ from scripts.demo import study_objectives as study
 
 COURSE = {"steps": [0, 10, 20], "reward": [40.0, 44.0, 60.0], "diversity": [0.5, 0.5, 0.4]}
 COURSE |= {name: [1.0, 1.0, 1.1] for name in ("motion", "dynamic_degree")}
+GAINS = {name: {"gain": 0.1} for name in study.MEASURES} | {"reward": {"gain": 10.0}}
+COMPARED = COURSE | {"held_out": GAINS, "share_of_gap": 0.4}
 
 
 def test_each_objective_is_tuned_at_the_same_cost():
@@ -27,20 +29,66 @@ def test_queries_are_interpolated_along_a_course():
     assert study.queries_to_reach(COURSE, 8, 39.0) == 0
     assert study.queries_to_reach(COURSE, 8, 61.0) is None
     assert study.reward_after(COURSE, 8, 40) == 42
-    assert study.said([1000.0, None], [4000, 4000], 500) == "takes 2.0, more than 8 times as many, by seed"
+    assert study.said([1000.0, None], [4000, 4000], 500) == "2.0, more than 8.0 times as many"
+    assert study.said([None], [272], 320) == "more than 0.8 times as many"
 
 
-def test_the_table_is_made_of_kept_results_alone(tmp_path, monkeypatch):
+def test_a_kept_result_counts_once_it_is_long_enough_and_compared():
+    assert study.is_complete(COURSE, "search", 20)
+    assert not study.is_complete(COURSE, "long_0", 20)
+    assert not study.is_complete(COMPARED, "long_0", 21)
+    assert study.is_complete(COMPARED, "long_0", 15)
+    assert not study.is_complete({}, "seed_0", 1)
+
+
+def test_another_reward_takes_the_settings_that_were_searched(kept):
+    for number, reward in enumerate((50.0, 52.0, 58.0, 51.0, 53.0, 57.0)):
+        course = COURSE | {"reward": [40.0, 44.0, reward]}
+        study.Trial("nft", number, study.SEARCHED).keep("search", course)
+    assert study.best("nft", "oracle") == study.Trial("nft", 2, "oracle")
+    assert study.best("nft", "oracle", study.LASTING_RATE) == study.Trial("nft", 4, "oracle")
+    with pytest.raises(SystemExit, match="pick_score_dpo_0 has not been searched"):
+        study.best("dpo", "oracle")
+
+
+@pytest.fixture
+def kept(tmp_path, monkeypatch):
+    """Results and pages in a folder of their own."""
     monkeypatch.setattr(study, "FOLDER", tmp_path)
-    monkeypatch.setattr(study, "RESULTS", tmp_path / "objectives.json")
-    gains = {name: {"gain": 0.1} for name in study.MEASURES}
+    for name in ("RESULTS", "TABLE", "PLOT", "PAGE"):
+        monkeypatch.setattr(study, name, tmp_path / getattr(study, name).name)
+    study.PAGE.write_text("# Objectives\n", encoding="utf-8")
+
+
+def keep_cost(trial: study.Trial) -> None:
+    cost = {"step_seconds": 2.0, "step_queries": 8.0, "step_evaluations": 288.0, "peak_gb": 1.2}
+    trial.pilot.keep("pilot", cost)
+
+
+def test_longer_runs_have_a_table_of_their_own_and_may_differ_in_length(kept):
+    longer = COMPARED | {"steps": [0, 10, 25, 40], "reward": [42.0, 44.0, 50.0, 70.0]}
+    for objective, reward in (("leap", "pick_score"), ("nft", "pick_score"), ("nft", "oracle")):
+        keep_cost(trial := study.Trial(objective, 2, reward))
+        if reward == "pick_score":
+            trial.keep("seed_0", COMPARED)
+    keep_cost(trial := study.Trial("nft", 4, "pick_score"))
+    for seed, course in enumerate((COMPARED, longer)):
+        trial.keep(f"long_{seed}", course)
+    study.Trial("nft", 2, "oracle").keep("long_0", longer | {"reward": [0.5, 0.5, 0.6, 0.75]})
+    study.write_docs()
+    page = study.PAGE.read_text(encoding="utf-8")
+    assert "- `nft`, group_size=16, lr=0.001, guided_sampling=True: 1.0, 1.7 times as many" in page
+    assert "| 2 | 240 | 60 | 41 → 65 | +10.0 |" in page
+    assert "| 1 | 320 | 80 | 0.5 → 0.75 | +10.0 |" in page
+    assert study.PLOT.is_file() and study.TABLE.is_file()
+
+
+def test_the_table_is_made_of_kept_results_alone(kept):
     for objective, gain in (("leap", 12.0), ("grpo", 2.0)):
-        trial = study.Trial(objective, 2, "pick_score")
-        result = COURSE | {"held_out": gains | {"reward": {"gain": gain}}, "share_of_gap": 0.4}
-        cost = {"step_seconds": 2.0, "step_queries": 8.0, "step_evaluations": 288.0, "peak_gb": 1.2}
-        trial.pilot.keep("pilot", cost)
+        keep_cost(trial := study.Trial(objective, 2, "pick_score"))
         for seed in (0, 1):
-            trial.keep(f"seed_{seed}", result)
+            gains = COMPARED["held_out"] | {"reward": {"gain": gain}}
+            trial.keep(f"seed_{seed}", COMPARED | {"held_out": gains})
     study.Trial("leap", 2, "pick_score").keep("search", COURSE)
     first, second = study.rows_of("pick_score")
     assert (first["objective"], second["objective"], first["seeds"]) == ("leap", "grpo", 2)
@@ -52,5 +100,5 @@ def test_the_table_is_made_of_kept_results_alone(tmp_path, monkeypatch):
     assert study.search_table("pick_score").endswith(
         "| `leap` | nested_grad=0.3, lr=0.003 | 20 | 40.0 | 60.0 |"
     )
-    assert study.query_ratios("pick_score")[1].startswith("`grpo` takes 1.0, 1.0 times as many")
+    assert study.query_ratios("pick_score").endswith(": 1.0, 1.0 times as many")
     assert json.loads(json.dumps(first)) == first

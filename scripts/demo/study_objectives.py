@@ -3,15 +3,17 @@
 ``python -m scripts.demo.study_objectives [--pilots] [--reward pick_score] [--seeds 0 1 2] [--long 3200]
 [--only NAME …] [--write-docs]``
 
-Every objective first tries its own settings (``TRIALS``) with one seed of its own; the one with the highest held-out
-reward is then trained with every seed. Each run takes the same number of seconds of optimiser steps, by the time of a
-step that a pilot of its own process measured, together with its reward queries, network evaluations and peak memory.
-Runs lie in runs/study_objectives, and what is known of each in docs/studies/objectives.json; finished ones are not
-repeated, and interrupted ones continue. Several of these commands may run at once, with other objectives each.
-``--long 3200 --only grpo nft dpo`` trains for so many reward queries instead, at a rate that lasts (``LASTING_RATE``),
-to see after how many of them an objective reaches a reward. More queries later continue such a run.
+Every objective first tries its own settings (``TRIALS``) with one seed of its own; the one with the highest validation
+reward is then trained with every seed. Another reward than ``SEARCHED`` takes the settings found with that one. A run
+takes the same number of seconds of optimiser steps as others, by the time of a step that a pilot of its own process
+measured, together with its reward queries, network evaluations and peak memory. Runs lie in runs/study_objectives, and
+what is known of each in docs/studies/objectives.json; finished ones are not repeated, and interrupted ones continue.
+Several of these commands may run at once, with other objectives each.
+
+``--long 3200`` trains those without a gradient for so many reward queries instead, at a rate that lasts
+(``LASTING_RATE``), to see after how many of them an objective reaches a reward. More queries later continue such a run.
 ``--pilots`` measures the cost of every step and nothing else: run it alone on a quiet machine, first. ``--write-docs``
-trains nothing: it writes the table, its CSV and the figure of docs/objectives.md.
+trains nothing: it writes the tables, the CSV of the first and the figure of docs/objectives.md.
 """
 
 import argparse
@@ -77,14 +79,13 @@ SEARCH_SEED = 1000
 SEARCH_SECONDS, TRAINING_SECONDS = 60, 100  # of a run, in optimiser steps
 VALIDATION_SEED = 12  # of the scenes that searches and courses are judged on
 PILOT_STEPS = 8  # the quickest counts, since other processes slow the rest
+PILOT = {"resume": "never", "num_val_runs": 1, "val_batch_size": 1}
 VALIDATIONS = {"search": 1, "seed": 4}  # besides the one before the first step
-VALIDATED_QUERIES = 400  # of a long run, so that one that goes on is validated as before
+VALIDATED_QUERIES = 400  # between validations of a long run, which may be continued
 VALIDATED = {"num_val_runs": 2, "val_batch_size": 16, "num_val_seeds": 2}
 HELD_OUT = 256  # prompts of the final comparison
 SIDE_EFFECTS = ("motion", "dynamic_degree", "diversity")
-LASTING_RATE = (
-    1e-3  # the highest in long runs; at 3e-3 nft and grpo lost again what they had gained in 15 steps
-)
+LASTING_RATE = 1e-3  # the highest in long runs: at 3e-3 one seed of three of nft, and one of grpo, fell again
 QUERIES = 500  # of the best objective with a gradient, whose reward the others have to reach
 MEASURES = ("reward", "colour", "shape", "colour_and_shape", "direction", "motion")
 GAINS = f"""Each objective was tuned first: six settings, {SEARCH_SECONDS} seconds of training each. The best one was
@@ -98,11 +99,11 @@ COSTS = """What each cost. A network evaluation is one video through the denoise
 graph counts three, without what is recomputed. Seconds are steps times the quickest of seven timed ones, peak GB
 those of the whole process:"""
 
-FIGURE = "Reward against queries and seconds, range of the seeds shaded"
-LONGER = f"""Runs without a gradient that last longer, with the best setting of those with a rate of {LASTING_RATE:g} or
-less: at 0.003 `nft` and `grpo` lost again what they had gained. Columns as above:"""
-WITH_ORACLE = """The same settings with a reward that has no gradient: the share of colour, shape and direction that the
-demo's oracle finds right."""
+FIGURE = "Reward against queries and seconds, range of the seeds shaded; long runs where there are some"
+LONGER = f"""Longer runs without a gradient, with the best setting of those with a rate of {LASTING_RATE:g} or less.
+`trained reward` is measured on the 32 prompts, the other gains as above:"""
+WITH_ORACLE = """The same settings trained with a reward that has no gradient: the share of colour, shape and direction
+of motion that the demo's oracle finds right."""
 
 
 @dataclass
@@ -218,10 +219,7 @@ def read_results() -> dict[str, dict[str, Any]]:
 
 def measure_pilot(trial: Trial) -> None:
     """Train a few steps and keep what each cost; runs in a process of its own, whose peak memory is the pilot's."""
-    counter, folder = Counter(), FOLDER / "pilots" / trial.name
-    config = trial.config(folder, PILOT_STEPS, resume="never", num_val_runs=1, val_batch_size=1)
-    with mock.patch.object(Trainer, "train_step", counter.counted(Trainer.train_step)):
-        run(config)
+    counter = counted(trial.config(FOLDER / "pilots" / trial.name, PILOT_STEPS, **PILOT))
     result = {
         "step_seconds": min(counter.seconds[1:]),
         "step_queries": counter.queries / PILOT_STEPS,
@@ -229,6 +227,14 @@ def measure_pilot(trial: Trial) -> None:
         "peak_gb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9,
     }
     trial.keep("pilot", result)
+
+
+def counted(config: Config) -> Counter:
+    """What the training steps of a run cost."""
+    counter = Counter()
+    with mock.patch.object(Trainer, "train_step", counter.counted(Trainer.train_step)):
+        run(config)
+    return counter
 
 
 def run_pilot(trial: Trial) -> None:
@@ -240,7 +246,7 @@ def run_pilot(trial: Trial) -> None:
 
 def train(trial: Trial, seed: int, steps: int, kind: str) -> dict[str, Any]:
     """The course of a run of so many optimiser steps; ``kind``: ``search``, ``seed_<n>`` or ``long_<n>``."""
-    if (result := trial.kept(kind)) is not None and result["steps"][-1] >= steps:
+    if is_complete(result := trial.kept(kind) or {}, kind, steps):
         return result
     folder = FOLDER / "runs" / f"{trial.name}_{kind}"
     if (validations := VALIDATIONS.get(kind.partition("_")[0])) is None:
@@ -259,6 +265,11 @@ def train(trial: Trial, seed: int, steps: int, kind: str) -> dict[str, Any]:
         result |= held_out(folder)
     trial.keep(kind, result)
     return result
+
+
+def is_complete(result: Mapping[str, Any], kind: str, steps: int) -> bool:
+    """Whether a kept result is of so many optimiser steps or more, with the held-out comparison if it needs one."""
+    return bool(result) and result["steps"][-1] >= steps and (kind == "search" or "held_out" in result)
 
 
 def validation_prompts() -> Path:
@@ -288,18 +299,24 @@ def all_trials(objective: str, reward: str) -> list[Trial]:
     return [Trial(objective, number, reward) for number in range(len(Trial(objective, 0, reward).siblings))]
 
 
+def search(objective: str) -> None:
+    """Train each trial of an objective once."""
+    for trial in all_trials(objective, SEARCHED):
+        train(trial, SEARCH_SEED, trial.steps_of(seconds=SEARCH_SECONDS), "search")
+
+
 def best(objective: str, reward: str, highest_rate: float = math.inf) -> Trial:
-    """The trial with the highest validation reward at the end of its search run, of those with no higher rate.
+    """The trial with the highest validation reward at the end of its search run, of those with no higher rate."""
 
-    The search is one of ``SEARCHED``; another reward takes the settings that were best for that one.
-    """
-
-    def searched(trial: Trial) -> float:
-        steps = trial.steps_of(seconds=SEARCH_SECONDS)
-        return train(trial, SEARCH_SEED, steps, "search")["reward"][-1]
+    def found(trial: Trial) -> float:
+        if (course := trial.kept("search")) is None:
+            raise SystemExit(
+                f"{trial.name} has not been searched; run this command with --only {objective} first"
+            )
+        return course["reward"][-1]
 
     trials = (trial for trial in all_trials(objective, SEARCHED) if trial.keys["lr"] <= highest_rate)
-    return dataclasses.replace(max(trials, key=searched), reward=reward)
+    return dataclasses.replace(max(trials, key=found), reward=reward)
 
 
 def timed(objectives: Iterable[str], reward: str, highest_rate: float) -> list[Trial]:
@@ -330,23 +347,11 @@ def rows_of(reward: str, kind: str = "seed") -> list[dict[str, Any]]:
     """One row per trial that has runs of a kind, the highest trained reward first."""
     trials = (trial for objective in TRIALS for trial in trained(objective, reward, kind))
     rows = [row_of(trial, trial.courses(kind), trial.cost) for trial in trials]
-    return sorted(rows, key=lambda row: -row[gain_of(reward)])
-
-
-def longest(row: Mapping[str, Any], reward: str) -> tuple[Trial, list[dict[str, Any]]]:
-    """The trial of a row's objective with long runs and those, or else the row's own."""
-    for trial in trained(row["objective"], reward, "long"):
-        return trial, trial.courses("long")
-    return (trial := trial_of(row, reward)), trial.courses()
+    return sorted(rows, key=lambda row: -row["reward" if reward == SEARCHED else "trained_after"])
 
 
 def trained(objective: str, reward: str, kind: str) -> list[Trial]:
     return [trial for trial in all_trials(objective, reward) if trial.courses(kind)]
-
-
-def gain_of(reward: str) -> str:
-    """Column of a row that says what training with ``reward`` gained of it."""
-    return "reward" if reward == "pick_score" else "colour_and_shape"
 
 
 def row_of(trial: Trial, courses: Sequence[dict[str, Any]], cost: Mapping[str, float]) -> dict[str, Any]:
@@ -358,6 +363,8 @@ def row_of(trial: Trial, courses: Sequence[dict[str, Any]], cost: Mapping[str, f
     gains = [course["held_out"]["reward"]["gain"] for course in courses]
     row |= {"lowest": min(gains), "highest": max(gains)}
     row["share_of_gap"] = statistics.mean(course["share_of_gap"] for course in courses)
+    for name, place in (("trained_before", 0), ("trained_after", -1)):
+        row[name] = statistics.mean(course["reward"][place] for course in courses)
     for name in SIDE_EFFECTS:
         row[f"{name}_change"] = statistics.mean(course[name][-1] / course[name][0] - 1 for course in courses)
     row |= {"steps": steps, "queries": steps * cost["step_queries"]}
@@ -366,7 +373,20 @@ def row_of(trial: Trial, courses: Sequence[dict[str, Any]], cost: Mapping[str, f
 
 
 def in_words(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value:g}" for key, value in settings.items())
+    return ", ".join(f"{key}={value!r}" for key, value in settings.items())
+
+
+def longer_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    header = ["objective", "settings", "seeds", "reward queries", "seconds", "trained reward", "PickScore"]
+    lines = [[*header, "gap closed", "colour", "shape", "motion right", "diversity"]]
+    for row in rows:
+        cells = [f"`{row['objective']}`", in_words(row["settings"]), str(row["seeds"])]
+        cells += [f"{row['queries']:.0f}", f"{row['seconds']:.0f}"]
+        cells += [f"{row['trained_before']:.3g} → {row['trained_after']:.3g}", f"{row['reward']:+.1f}"]
+        cells += [f"{row['share_of_gap']:.0%}"]
+        cells += [f"{100 * row[name]:+.1f}" for name in ("colour", "shape", "direction")]
+        lines.append([*cells, f"{row['diversity_change']:+.1%}"])
+    return as_table(lines)
 
 
 def gains_table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -407,44 +427,54 @@ def as_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def query_ratios(reward: str) -> list[str]:
-    """Sentences: queries that each gradient-free objective takes for the reward of the best gradient one.
-
-    They are those of its long runs, where it has some.
-    """
+def query_ratios(reward: str) -> str:
+    """A list: queries that each gradient-free objective takes to gain as much as the best one with a gradient."""
     rows = rows_of(reward)
     gradient = next((row for row in rows if row["objective"] not in GRADIENT_FREE), None)
     if gradient is None:
-        return []
+        return ""
     trial, spent = trial_of(gradient, reward), min(QUERIES, gradient["queries"])
     target = statistics.mean(
-        reward_after(course, trial.cost["step_queries"], spent) for course in trial.courses()
+        reward_after(course, trial.cost["step_queries"], spent) - course["reward"][0]
+        for course in trial.courses()
     )
-    sentences = [
-        f"After {spent:.0f} reward queries `{gradient['objective']}` scores {target:.1f} on the 32 prompts."
+    lines = [
+        f"With {spent:.0f} reward queries `{gradient['objective']}` gains {target:.1f} on the 32 prompts, as a mean",
+        "over seeds. To gain that for the first time the others take, by seed:\n",
     ]
     for row in rows:
         if row["objective"] in GRADIENT_FREE:
-            trial, courses = longest(row, reward)
+            trial, courses = lasting(row, reward)
             queries = trial.cost["step_queries"]
-            taken = [queries_to_reach(course, queries, target) for course in courses]
+            taken = [queries_to_reach(course, queries, course["reward"][0] + target) for course in courses]
             asked = [queries * course["steps"][-1] for course in courses]
-            sentences.append(f"`{row['objective']}` {said(taken, asked, spent)}.")
-    return sentences
+            lines.append(f"- `{trial.objective}`, {in_words(trial.keys)}: {said(taken, asked, spent)}")
+    return "\n".join(lines)
 
 
 def said(taken: Sequence[float | None], asked: Sequence[float], spent: float) -> str:
-    """In words: the queries that each seed took of those ``asked``, against ``spent`` with the gradient."""
-    seeds = [
-        f"more than {tried / spent:.0f}" if queries is None else f"{queries / spent:.1f}"
+    """In words: the queries that each seed took of those ``asked``, as multiples of ``spent``."""
+    seeds = (
+        f"more than {rounded_down(tried / spent)}" if queries is None else f"{queries / spent:.1f}"
         for queries, tried in zip(taken, asked, strict=True)
-    ]
-    return f"takes {', '.join(seeds)} times as many, by seed"
+    )
+    return f"{', '.join(seeds)} times as many"
+
+
+def rounded_down(ratio: float) -> str:
+    return f"{math.floor(10 * ratio) / 10:.1f}"
 
 
 def trial_of(row: Mapping[str, Any], reward: str) -> Trial:
     """The trial behind a row."""
     return Trial(row["objective"], TRIALS[row["objective"]].index(row["settings"]), reward)
+
+
+def lasting(row: Mapping[str, Any], reward: str) -> tuple[Trial, list[dict[str, Any]]]:
+    """The trial of a row's objective with long runs and those, or else the row's own."""
+    for trial in trained(row["objective"], reward, "long"):
+        return trial, trial.courses("long")
+    return (trial := trial_of(row, reward)), trial.courses()
 
 
 def plot(reward: str) -> None:
@@ -459,10 +489,12 @@ def plot(reward: str) -> None:
         figure = Figure(figsize=(9, 4))
         for axes, cost_key in zip(figure.subplots(1, 2), ("step_queries", "step_seconds"), strict=True):
             for row in rows_of(reward):
-                trial, courses = longest(row, reward)
-                common = slice(1, min(len(course["steps"]) for course in courses))
-                spent = trial.cost[cost_key] * np.array(courses[0]["steps"][common])
-                gains = np.array([np.array(c["reward"])[common] - c["reward"][0] for c in courses])
+                trial, courses = lasting(row, reward)
+                steps = min((course["steps"] for course in courses), key=lambda steps: steps[-1])[1:]
+                spent = trial.cost[cost_key] * np.array(steps)
+                gains = np.array(
+                    [np.interp(steps, c["steps"], c["reward"]) - c["reward"][0] for c in courses]
+                )
                 axes.plot(spent, gains.mean(0), label=row["objective"])
                 axes.fill_between(spent, gains.min(0), gains.max(0), alpha=0.1)
             axes.set(
@@ -483,10 +515,10 @@ def write_docs() -> None:
         writer.writerows(rows)
     plot(SEARCHED)
     parts = [BEGIN, "## Compared on the demo", GAINS, gains_table(rows), COSTS, costs_table(rows)]
-    parts += ["\n".join(query_ratios(SEARCHED)), f"![{FIGURE}](studies/objectives.svg)"]
+    parts += [query_ratios(SEARCHED), f"![{FIGURE}](studies/objectives.svg)"]
     for text, reward in ((LONGER, SEARCHED), (WITH_ORACLE, "oracle")):
         if longer := rows_of(reward, "long"):
-            parts += [text, gains_table(longer), costs_table(longer)]
+            parts += [text, longer_table(longer)]
     parts += ["The search, each setting trained once:", search_table(SEARCHED), END]
     head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
     write_whole(PAGE, "\n\n".join([head.rstrip(), *parts]) + (rest.partition(END)[2] or "\n"))
@@ -513,13 +545,16 @@ def main() -> None:
         return measure_pilot(Trial(args.pilot[0], int(args.pilot[1]), args.reward))
     if args.write_docs:
         return write_docs()
-    objectives = args.only or (GRADIENT_FREE if args.reward == "oracle" else TRIALS)
+    objectives = args.only or (GRADIENT_FREE if args.long or args.reward != SEARCHED else TRIALS)
     kind, rate = ("long", LASTING_RATE) if args.long else ("seed", math.inf)
     if args.pilots:
         for trial in timed(objectives, args.reward, rate):
             run_pilot(trial.pilot)
         return None
     budget = {"queries": args.long} if args.long else {"seconds": TRAINING_SECONDS}
+    if args.reward == SEARCHED:
+        for objective in objectives:
+            search(objective)
     chosen = [best(objective, args.reward, rate) for objective in objectives]
     for seed, trial in itertools.product(args.seeds, chosen):
         train(trial, seed, trial.steps_of(**budget), f"{kind}_{seed}")

@@ -2,6 +2,7 @@
 
 import pytest
 
+from Core.config import load_config
 from scripts.demo import study_objectives
 from scripts.demo import study_quickstart as study
 
@@ -9,8 +10,22 @@ from scripts.demo import study_quickstart as study
 @pytest.mark.parametrize("name", study.RUNS)
 def test_every_run_is_a_sound_configuration(name, tmp_path, monkeypatch):
     monkeypatch.setattr(study_objectives, "FOLDER", tmp_path)
-    config = study.config_of(name)
-    assert config.optimizer.max_train_steps == study.RUNS[name].get("max_train_steps", 120)
+    own = load_config([str(study.CONFIG)]).optimizer.max_train_steps
+    assert study.config_of(name).optimizer.max_train_steps == study.RUNS[name].get("max_train_steps", own)
+
+
+def test_a_result_of_other_numbers_of_steps_is_not_taken_for_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(study_objectives, "FOLDER", tmp_path)
+    monkeypatch.setattr(study, "FOLDER", tmp_path)
+    monkeypatch.setattr(study, "RESULTS", tmp_path / "quickstart.json")
+    trained = []
+    monkeypatch.setattr(study, "train", lambda name: trained.append(name) or {"steps": [0, 120]})
+    for _ in range(2):
+        study.measure(["search: half the rate"])
+    assert trained == ["search: half the rate"]
+    study.keep("search: half the rate", {"steps": [0, 96]})
+    study.measure(["search: half the rate"])
+    assert len(trained) == 2
 
 
 def test_the_section_is_made_of_kept_results_alone(tmp_path, monkeypatch):
@@ -19,6 +34,7 @@ def test_the_section_is_made_of_kept_results_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "PAGE", tmp_path / "quickstart.md")
     course = {"steps": [0, 120], "reward": [45.0, 60.0], "motion": [2.0, 1.9]}
     course |= {"dynamic_degree": [4.0, 4.2], "diversity": [0.2, 0.2]}
+    study.keep("search: half the rate", {"step_seconds": 1.5})
     study.keep("search: half the rate", course)
     for seed, share in ((0, 0.5), (1, 0.6)):
         gains = {name: {"gain": share * 10} for name in study.MEASURES}
@@ -29,7 +45,7 @@ def test_the_section_is_made_of_kept_results_alone(tmp_path, monkeypatch):
     page = study.PAGE.read_text(encoding="utf-8")
     assert page.startswith("# Quickstart\n\n<!-- study") and page.count("<!-- study") == 1
     assert "| mean of 2 | 120 | +5.5 | 55% | +550.0 | +550.0 | -5.0% | +5.0% | +0.0% |" in page
-    assert "| half the rate | 120 | 45.0 | 60.0 |" in page and "cosine schedule |" not in page
+    assert "| half the rate | 120 | 180 | 45.0 | 60.0 |" in page and "cosine schedule |" not in page
 
 
 def test_the_readme_says_what_the_seeds_reached():

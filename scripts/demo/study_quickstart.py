@@ -1,11 +1,12 @@
-"""Settings for the quickstart: a search over some, several seeds of those chosen, and a longer run.
+"""Settings for the quickstart: a search over some, several seeds of those chosen, and longer runs.
 
-``python -m scripts.demo.study_quickstart [--only NAME …] [--write-docs]``
+``python -m scripts.demo.study_quickstart [--only NAME …] [--pilots] [--write-docs]``
 
 Runs lie in runs/study_quickstart, and what is known of each in docs/studies/quickstart.json; finished ones are not
 repeated, and interrupted ones continue. Several of these commands may run at once, with other runs each. The search is
-judged on prompts that neither training nor the final comparison uses. ``--write-docs`` trains nothing: it writes the
-section of docs/quickstart.md.
+judged on prompts that neither training nor the final comparison uses. ``--pilots`` times a step of each of the search's
+settings and nothing else, on a quiet machine. ``--write-docs`` trains nothing: it writes the section of
+docs/quickstart.md.
 """
 
 import argparse
@@ -28,10 +29,14 @@ from scripts.demo.quickstart import CONFIG
 from scripts.demo.study_objectives import (
     HELD_OUT,
     MEASURES,
+    PILOT,
+    PILOT_STEPS,
     SEARCH_SEED,
     SIDE_EFFECTS,
     VALIDATED,
     as_table,
+    counted,
+    in_words,
     validation_prompts,
 )
 
@@ -39,60 +44,57 @@ FOLDER = ROOT / "runs" / "study_quickstart"
 PAGE = ROOT / "docs" / "quickstart.md"
 RESULTS = ROOT / "docs" / "studies" / "quickstart.json"
 BEGIN, END = "<!-- study: written by scripts/demo/study_quickstart.py -->", "<!-- end of study -->"
-# What differs from the quickstart's settings; each takes as many seconds as these with 120 steps.
+WINDOW = {"backprop_steps": 3, "prefix_steps": None}
+SEARCHED_STEPS = 120
+# What differs from the quickstart's settings with so many steps.
 SEARCH: dict[str, dict[str, Any]] = {
     "the quickstart's": {},
-    "one random frame": {"decode_frame": -1, "max_train_steps": 162, "validation_steps": 54},
-    "gradient of the captions' branch alone": {
-        "guidance_grad": "cond",
-        "max_train_steps": 141,
-        "validation_steps": 47,
-    },
-    "three steps stand for eleven": {"prefix_steps": 3, "max_train_steps": 129, "validation_steps": 43},
-    "both": {
+    "one random frame": {"decode_frame": -1, "max_train_steps": 162},
+    "gradient of the captions' branch alone": {"guidance_grad": "cond", "max_train_steps": 141},
+    "gradient of the captions' branch alone, prefix of 3 steps": {
         "guidance_grad": "cond",
         "prefix_steps": 3,
         "max_train_steps": 156,
-        "validation_steps": 52,
     },
-    "window of 3, no step left out": {
-        "backprop_steps": 3,
-        "prefix_steps": None,
-        "max_train_steps": 78,
-        "validation_steps": 26,
-    },
+    "window of 3, no step left out": {**WINDOW, "max_train_steps": 78},
     "half the rate": {"lr": 5e-4},
     "cosine schedule": {"lr_schedule": "cosine"},
     "twice the rate, cosine schedule": {"lr": 2e-3, "lr_schedule": "cosine"},
-    "batch of 4": {"train_batch_size": 4, "max_train_steps": 240, "validation_steps": 80},
-    "leap, three times the rate": {
-        "objective": "leap",
-        "lr": 3e-3,
-        "max_train_steps": 67,
-        "validation_steps": 22,
-    },
+    "batch of 4": {"train_batch_size": 4, "max_train_steps": 240},
+    "leap, three times the rate": {"objective": "leap", "lr": 3e-3, "max_train_steps": 67},
     "drtune with 4 steps, three times the rate": {
         "objective": "drtune",
         "grad_steps": 4,
         "lr": 3e-3,
         "max_train_steps": 60,
-        "validation_steps": 20,
     },
 }
 SEEDS = (0, 1, 2)
-LONG_STEPS = 600
-LONG = {"max_train_steps": LONG_STEPS, "lr_schedule": "cosine"}
-RUNS: dict[str, dict[str, Any]] = {
-    f"search: {name}": keys | {"seed": SEARCH_SEED} for name, keys in SEARCH.items()
+LONG = {"max_train_steps": 600, "lr_schedule": "cosine"}
+# Kinds of runs with several seeds, by the beginning of their names.
+SEEDED: dict[str, dict[str, Any]] = {
+    "seed": {},
+    "long, seed": LONG,
+    "long, window of 3, seed": LONG | WINDOW,
 }
-RUNS |= {f"seed {seed}": {"seed": seed} for seed in SEEDS}
-RUNS |= {f"long, seed {seed}": LONG | {"seed": seed} for seed in SEEDS}
+SEEDS_SAID = f"""Gains on {HELD_OUT} held-out prompts. Motion, dynamic degree and diversity are measured on videos of
+other held-out prompts with two seeds each, before and after. A long run is the quickstart with
+`{in_words(LONG)}`, and with a window of 3 also `{in_words(WINDOW)}`."""
+SEARCH_SAID = f"""The settings of the config `vader_quickstart`, with {SEARCHED_STEPS} steps, were compared with these,
+each trained once and judged on 32 further prompts with two seeds each. Differences of a few points are noise. Seconds
+are those of the steps, on one CPU core:"""
+RUNS: dict[str, dict[str, Any]] = {
+    f"search: {name}": {"max_train_steps": SEARCHED_STEPS, **keys, "seed": SEARCH_SEED}
+    for name, keys in SEARCH.items()
+}
+RUNS |= {f"{kind} {seed}": keys | {"seed": seed} for kind, keys in SEEDED.items() for seed in SEEDS}
 
 
-def config_of(name: str) -> Config:
-    values = {"validation_steps": LONG_STEPS // 4 if name.startswith("long") else 40, **RUNS[name]}
-    values |= {**VALIDATED, "val_prompt_path": validation_prompts(), "checkpointing_steps": 10}
-    values |= {"project_dir": FOLDER / name.replace(": ", "_").replace(" ", "_"), "verbose": 0}
+def config_of(name: str, **keys: Any) -> Config:
+    values = {**RUNS[name], **VALIDATED, "val_prompt_path": validation_prompts(), "checkpointing_steps": 10}
+    if steps := values.get("max_train_steps"):
+        values["validation_steps"] = -(-steps // 3)
+    values |= {"project_dir": FOLDER / name.replace(": ", "_").replace(" ", "_"), "verbose": 0, **keys}
     return load_config(
         [str(CONFIG), *(f"--{key.replace('_', '-')}={value}" for key, value in values.items())]
     )
@@ -105,7 +107,8 @@ def read_results() -> dict[str, dict[str, Any]]:
 
 def keep(name: str, result: Mapping[str, Any]) -> None:
     with folder_lock(FOLDER):
-        results = read_results() | {name: result}
+        results = read_results()
+        results[name] = results.get(name, {}) | dict(result)
         write_whole(
             RESULTS,
             json.dumps({known: results[known] for known in RUNS if known in results}, indent=1) + "\n",
@@ -127,29 +130,39 @@ def measure(names: Sequence[str]) -> None:
     """Train what is not known yet; all but the search is compared on the held-out prompts of the quickstart."""
     held_out = None
     for name in names:
-        if name in read_results():
+        config, known = config_of(name), read_results().get(name, {})
+        if known.get("steps", [0])[-1] == config.optimizer.max_train_steps:
             continue
         result = train(name)
         if not name.startswith("search"):
-            held_out = held_out or HeldOut(config_of(name), HELD_OUT)
-            found = held_out.compare(str(Path(config_of(name).run.project_dir) / "adapter"))
+            held_out = held_out or HeldOut(config, HELD_OUT)
+            found = held_out.compare(str(Path(config.run.project_dir) / "adapter"))
             result["held_out"] = {measure: vars(found.gain(measure)) for measure in MEASURES}
             result["share_of_gap"] = found.share_of_distance
         keep(name, result)
 
 
+def measure_steps() -> None:
+    """Keep the seconds of one core that a step takes with each of the search's settings."""
+    for name in RUNS:
+        if name.startswith("search"):
+            folder = FOLDER / "pilots" / Path(config_of(name).run.project_dir).name
+            pilot = config_of(name, **PILOT, max_train_steps=PILOT_STEPS, project_dir=folder)
+            keep(name, {"step_seconds": min(counted(pilot).seconds[1:])})
+
+
 def search_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    header = ["settings", "optimiser steps", "reward before", "after"]
+    header = ["settings", "optimiser steps", "seconds", "reward before", "after"]
     lines = [header]
     for name in SEARCH:
-        if course := results.get(f"search: {name}"):
-            rewards = [f"{course['reward'][place]:.1f}" for place in (0, -1)]
-            lines.append([name, str(course["steps"][-1]), *rewards])
+        if "steps" in (course := results.get(f"search: {name}", {})):
+            steps, rewards = course["steps"][-1], [f"{course['reward'][place]:.1f}" for place in (0, -1)]
+            lines.append([name, str(steps), f"{steps * course['step_seconds']:.0f}", *rewards])
     return as_table(lines)
 
 
 def seeds_table(results: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row per seed of the chosen settings and of the longer run, with means of three."""
+    """A row per seed of the chosen settings and of longer runs, with the mean of those known."""
     header = [
         "run",
         "steps",
@@ -160,8 +173,8 @@ def seeds_table(results: Mapping[str, Mapping[str, Any]]) -> str:
     ]
     header += [f"{name.replace('_', ' ')}, change" for name in SIDE_EFFECTS]
     lines = [header]
-    for prefix in ("seed", "long, seed"):
-        known = {name: results[name] for seed in SEEDS if (name := f"{prefix} {seed}") in results}
+    for kind in SEEDED:
+        known = {name: results[name] for seed in SEEDS if (name := f"{kind} {seed}") in results}
         rows = [row_of(result) for result in known.values()]
         lines += [[name, *said(row)] for name, row in zip(known, rows, strict=True)]
         if len(rows) > 1:
@@ -198,13 +211,10 @@ def write_docs() -> None:
     section = "\n\n".join(
         [
             BEGIN,
-            "## Several seeds, and a longer run",
-            f"Gains on {HELD_OUT} held-out prompts. Motion, dynamic degree and diversity are measured on videos of\n"
-            "other held-out prompts with two seeds each, before and after. The long run is the quickstart with\n"
-            f"`--max-train-steps {LONG_STEPS} --lr-schedule cosine`.",
+            "## Several seeds, and longer runs",
+            SEEDS_SAID,
             seeds_table(results),
-            "The settings of the config `vader_quickstart` were compared with these, each trained once and judged on\n"
-            "32 further prompts with two seeds each:",
+            SEARCH_SAID,
             search_table(results),
             END,
         ]
@@ -219,11 +229,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--only", nargs="+", choices=RUNS, default=list(RUNS), metavar="NAME")
+    parser.add_argument("--pilots", action="store_true", help="time a step of each of the search's settings")
     parser.add_argument("--write-docs", action="store_true", help="train nothing, write the page")
     args = parser.parse_args()
     if args.write_docs:
         return write_docs()
     torch.set_num_threads(1)
+    if args.pilots:
+        return measure_steps()
     return measure(args.only)
 
 

@@ -41,6 +41,17 @@ def test_a_kept_result_counts_once_it_is_long_enough_and_compared():
     assert not study.is_complete({}, "seed_0", 1)
 
 
+def test_a_run_that_was_stopped_or_is_too_long_is_not_taken_for_one(tmp_path):
+    (tmp_path / "validation.csv").write_text(
+        "step,reward,motion,dynamic_degree,diversity\n0,40,1,1,1\n20,60,1,1,1\n", encoding="utf-8"
+    )
+    assert study.course_of(tmp_path, 20)["reward"] == [40, 60]
+    with pytest.raises(SystemExit, match="the same command continues"):
+        study.course_of(tmp_path, 21)
+    with pytest.raises(SystemExit, match="holds a run of 20 steps, and 19 are asked for"):
+        study.course_of(tmp_path, 19)
+
+
 def test_another_reward_takes_the_settings_that_were_searched(kept):
     for number, reward in enumerate((50.0, 52.0, 58.0, 51.0, 53.0, 57.0)):
         course = COURSE | {"reward": [40.0, 44.0, reward]}

@@ -19,10 +19,11 @@ def test_a_result_of_other_numbers_of_steps_is_not_taken_for_one(tmp_path, monke
     monkeypatch.setattr(study, "FOLDER", tmp_path)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "quickstart.json")
     trained = []
-    monkeypatch.setattr(study, "train", lambda name: trained.append(name) or {"steps": [0, 120]})
+    monkeypatch.setattr(study, "run", lambda config: trained.append(config.optimizer.max_train_steps))
+    monkeypatch.setattr(study, "course_of", lambda folder, steps: {"steps": [0, steps]})
     for _ in range(2):
         study.measure(["search: half the rate"])
-    assert trained == ["search: half the rate"]
+    assert trained == [study.SEARCHED_STEPS]
     study.keep("search: half the rate", {"steps": [0, 96]})
     study.measure(["search: half the rate"])
     assert len(trained) == 2
@@ -37,7 +38,7 @@ def test_the_section_is_made_of_kept_results_alone(tmp_path, monkeypatch):
     study.keep("search: half the rate", {"step_seconds": 1.5})
     study.keep("search: half the rate", course)
     for seed, share in ((0, 0.5), (1, 0.6)):
-        gains = {name: {"gain": share * 10} for name in study.MEASURES}
+        gains = {name: {"gain": share * 10} for name in study_objectives.MEASURES}
         study.keep(f"seed {seed}", course | {"held_out": gains, "share_of_gap": share})
     study.PAGE.write_text("# Quickstart\n", encoding="utf-8")
     study.write_docs()

@@ -255,16 +255,22 @@ def train(trial: Trial, seed: int, steps: int, kind: str) -> dict[str, Any]:
         interval = -(-steps // validations)
     often = {"validation_steps": interval, "val_prompt_path": validation_prompts()}
     run(trial.config(folder, steps, seed=seed, **often, **VALIDATED))
-    table = read_table(folder / "validation.csv")
-    if int(table[-1]["step"]) != steps:
-        raise SystemExit("stopped; the same command continues")
-    result = {"steps": [int(row["step"]) for row in table]}
-    for name in ("reward", "motion", "diversity", "dynamic_degree"):
-        result[name] = [row[name] for row in table]
+    result = course_of(folder, steps)
     if kind != "search":
         result |= held_out(folder)
     trial.keep(kind, result)
     return result
+
+
+def course_of(folder: Path, steps: int) -> dict[str, Any]:
+    """The validations of a run of so many optimiser steps, by measure."""
+    table = read_table(folder / "validation.csv")
+    if (done := int(table[-1]["step"])) < steps:
+        raise SystemExit("stopped; the same command continues")
+    if done > steps:
+        raise SystemExit(f"{folder} holds a run of {done} steps, and {steps} are asked for; remove it")
+    course = {name: [row[name] for row in table] for name in ("reward", *SIDE_EFFECTS)}
+    return {"steps": [int(row["step"]) for row in table]} | course
 
 
 def is_complete(result: Mapping[str, Any], kind: str, steps: int) -> bool:

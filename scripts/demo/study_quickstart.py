@@ -22,13 +22,10 @@ from Core.cli import run
 from Core.config import Config, load_config
 from Core.utils.files import write_whole
 from Core.utils.folder_lock import folder_lock
-from Core.utils.tables import read_table
 from scripts.demo.common import ROOT
-from scripts.demo.compare import HeldOut
 from scripts.demo.quickstart import CONFIG
 from scripts.demo.study_objectives import (
     HELD_OUT,
-    MEASURES,
     PILOT,
     PILOT_STEPS,
     SEARCH_SEED,
@@ -36,6 +33,8 @@ from scripts.demo.study_objectives import (
     VALIDATED,
     as_table,
     counted,
+    course_of,
+    held_out,
     in_words,
     validation_prompts,
 )
@@ -115,30 +114,16 @@ def keep(name: str, result: Mapping[str, Any]) -> None:
         )
 
 
-def train(run_name: str) -> dict[str, Any]:
-    """The course of a run on the validation prompts, by measure."""
-    config = config_of(run_name)
-    folder = run(config)
-    table = read_table(folder / "validation.csv")
-    if int(table[-1]["step"]) != config.optimizer.max_train_steps:
-        raise SystemExit("stopped; the same command continues")
-    course = {name: [row[name] for row in table] for name in ("reward", *SIDE_EFFECTS)}
-    return {"steps": [int(row["step"]) for row in table]} | course
-
-
 def measure(names: Sequence[str]) -> None:
     """Train what is not known yet; all but the search is compared on the held-out prompts of the quickstart."""
-    held_out = None
     for name in names:
         config, known = config_of(name), read_results().get(name, {})
-        if known.get("steps", [0])[-1] == config.optimizer.max_train_steps:
+        steps = config.optimizer.max_train_steps
+        if known.get("steps", [0])[-1] == steps:
             continue
-        result = train(name)
+        result = course_of(folder := run(config), steps)
         if not name.startswith("search"):
-            held_out = held_out or HeldOut(config, HELD_OUT)
-            found = held_out.compare(str(Path(config.run.project_dir) / "adapter"))
-            result["held_out"] = {measure: vars(found.gain(measure)) for measure in MEASURES}
-            result["share_of_gap"] = found.share_of_distance
+            result |= held_out(folder)
         keep(name, result)
 
 

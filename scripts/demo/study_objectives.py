@@ -520,14 +520,20 @@ def write_docs() -> None:
         writer.writeheader()
         writer.writerows(rows)
     plot(SEARCHED)
-    parts = [BEGIN, "## Compared on the demo", GAINS, gains_table(rows), COSTS, costs_table(rows)]
+    parts = ["## Compared on the demo", GAINS, gains_table(rows), COSTS, costs_table(rows)]
     parts += [query_ratios(SEARCHED), f"![{FIGURE}](studies/objectives.svg)"]
     for text, reward in ((LONGER, SEARCHED), (WITH_ORACLE, "oracle")):
         if longer := rows_of(reward, "long"):
             parts += [text, longer_table(longer)]
-    parts += ["The search, each setting trained once:", search_table(SEARCHED), END]
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    write_whole(PAGE, "\n\n".join([head.rstrip(), *parts]) + (rest.partition(END)[2] or "\n"))
+    parts += ["The search, each setting trained once:", search_table(SEARCHED)]
+    write_section(PAGE, BEGIN, END, parts)
+
+
+def write_section(page: Path, begin: str, end: str, parts: Sequence[str]) -> None:
+    """Replace what stands between two marks of a page; at its end, if they are not there yet."""
+    head, _, rest = page.read_text(encoding="utf-8").partition(begin)
+    tail = rest.partition(end)[2] or "\n"
+    write_whole(page, "\n\n".join([head.rstrip(), begin, *parts, end]) + tail)
 
 
 def main() -> None:

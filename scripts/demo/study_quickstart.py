@@ -37,6 +37,7 @@ from scripts.demo.study_objectives import (
     held_out,
     in_words,
     validation_prompts,
+    write_section,
 )
 
 FOLDER = ROOT / "runs" / "study_quickstart"
@@ -193,20 +194,8 @@ def said(row: Sequence[float]) -> list[str]:
 def write_docs() -> None:
     """Put the study's section into docs/quickstart.md."""
     results = read_results()
-    section = "\n\n".join(
-        [
-            BEGIN,
-            "## Several seeds, and longer runs",
-            SEEDS_SAID,
-            seeds_table(results),
-            SEARCH_SAID,
-            search_table(results),
-            END,
-        ]
-    )
-    head, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2] or "\n"
-    write_whole(PAGE, f"{head.rstrip()}\n\n{section}{after}")
+    parts = ["## Several seeds, and longer runs", SEEDS_SAID, seeds_table(results)]
+    write_section(PAGE, BEGIN, END, [*parts, SEARCH_SAID, search_table(results)])
 
 
 def main() -> None:

@@ -508,7 +508,7 @@ def plot(reward: str) -> None:
                 xscale="log",
                 ylabel="reward on 32 other prompts, change since step 0",
             )
-        axes.legend(frameon=False)
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", frameon=False)
         figure.savefig(PLOT, metadata={"Date": None})
 
 

@@ -61,7 +61,7 @@ class LiveBytes(TorchDispatchMode):
             if tensor.device.type != "meta" and id(tensor.untyped_storage()) not in given:
                 self._add(tensor.untyped_storage())
         if self.workspace and (extra := self.workspace(func, args)):
-            self._raise_peak(self.now + extra)
+            self.reach(extra)
         return out
 
     def add(self, module: nn.Module) -> None:
@@ -77,6 +77,20 @@ class LiveBytes(TorchDispatchMode):
             yield
         finally:
             self.counts = True
+
+    def height_of(self, run: Callable[[], Any]) -> tuple[Any, int]:
+        """What ``run`` returns, and by how many bytes it raised the living ones at its highest point."""
+        gc.collect()  # what it would free of others' would be missing from its own
+        before, start = self.peak, self.now
+        self.peak = start
+        out = run()
+        height = self.peak - start
+        self.peak = max(before, self.peak)
+        return out, height
+
+    def reach(self, height: int) -> None:
+        """Something took so many bytes beside those that live, and gave them up again."""
+        self._raise_peak(self.now + height)
 
     def lap(self, name: str) -> None:
         """The peak since the last lap is that of phase ``name``, or of an earlier one of that name if larger."""

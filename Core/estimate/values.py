@@ -17,8 +17,9 @@ from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 KEPT_VALUES = 8192  # numbers of a tensor
-# Diffusers' warning about the values of a picture, of which these tensors have none.
-OF_VALUES = "Passing `image` as torch tensor with value range"
+# Warnings that are not given with real tensors: about the values of a picture, and, by the way PyTorch finds the shapes
+# of a norm, about one without any element.
+OF_FAKES = ("Passing `image` as torch tensor with value range", r"var_mean\(\): degrees of freedom")
 aten = torch.ops.aten
 # Operators without a tensor among their arguments, whose values code may read.
 FACTORIES = {
@@ -73,7 +74,8 @@ def tensors_without_content() -> Iterator[FakeTensorMode]:
     fake_tensor.CONSTANT_NUMEL_LIMIT, torch.utils.swap_tensors = KEPT_VALUES, _swap
     try:
         with warnings.catch_warnings(), FakeTensorMode(allow_non_fake_inputs=True) as mode, SmallValues(mode):
-            warnings.filterwarnings("ignore", OF_VALUES)
+            for message in OF_FAKES:
+                warnings.filterwarnings("ignore", message)
             yield mode
     finally:
         fake_tensor.CONSTANT_NUMEL_LIMIT, torch.utils.swap_tensors = before

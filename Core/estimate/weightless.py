@@ -6,22 +6,22 @@ configuration, or from the files on this machine.
 
 import functools
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from Core.backbones import Backbone, Features, TextEncoder
 from Core.backbones.diffusers_base import DiffusersBackbone
 from Core.backbones.opensora import OpenSora
 from Core.config import Config
 from Core.estimate.live_bytes import LiveBytes
-from Core.estimate.operations import Work, WorkCounter
+from Core.estimate.operations import WorkCounter
 from Core.estimate.published import T5_XXL, write_pipeline
+from Core.estimate.repeats import RepeatedBlock, RepeatedChunk, RepeatedPrediction, Repeats
 from Core.estimate.stand_ins import StandInTokens
 from Core.modules.autocast import keep_out_of_autocast
 from Core.modules.sharding import parameters_on_meta
@@ -29,23 +29,23 @@ from Core.sampling.euler import Predict
 from Core.utils.damage import read_settings
 from Core.utils.hub import present
 
-REPEATED_AFTER = 2  # sampling steps: the first also makes what all share
-CHUNKS_RUN = 4  # of a video: the first ones see less of those before
-
 
 class Weightless(Backbone):
-    """What sized families share: steps without a gradient that repeat one another are run once and counted.
+    """What sized families share: work without a gradient that repeats is run once and counted.
 
     Attributes:
         live: the counter of bytes, told of tensors that lie elsewhere than on the card.
-        work: the counter of what is run, told of each step that is left out.
+        repeats: what was run and is counted from then on.
     """
 
     live: LiveBytes
-    work: WorkCounter
+    repeats: Repeats
 
     def predictor(self, text: Sequence[Features], **settings: Any) -> Predict:
-        return Repeated(super().predictor(text, **settings), self.work)  # type: ignore[safe-super]
+        for block in self.blocks:
+            block.forward.begun = False
+        predict = super().predictor(text, **settings)  # type: ignore[safe-super]
+        return RepeatedPrediction(predict, self.repeats)
 
     @contextmanager
     def loading(self, what: str, keys: Any) -> Iterator[None]:
@@ -54,11 +54,13 @@ class Weightless(Backbone):
     @property
     def decode_step(self) -> Any:
         """Of a family whose VAE decodes chunk by chunk."""
-        return RepeatedChunk(super().decode_step, self.work)  # type: ignore[misc]
+        return RepeatedChunk(super().decode_step, self.repeats)  # type: ignore[misc]
 
     def load(self) -> None:
         self.offload_device = torch.device("meta")  # whose tensors take no memory of the card
         super().load()
+        for block in self.blocks:
+            block.forward = RepeatedBlock(block, self.repeats)
 
     def load_denoiser(self) -> nn.Module:
         if self.mesh is None:
@@ -80,51 +82,6 @@ class Weightless(Backbone):
             for block in self.blocks:
                 block.to(self.device)
             super()._stream()
-
-
-class Repeated:
-    """A prediction that is the same work at every step without a gradient: from the third on it is counted, not run."""
-
-    def __init__(self, predict: Predict, work: WorkCounter):
-        self.predict, self.work = predict, work
-        self.calls = 0
-        self.cost: Counter[Work] = Counter()
-
-    def __call__(self, z: Tensor, t: Tensor, generated: Tensor | None = None) -> Tensor:
-        if torch.is_grad_enabled():
-            return self.predict(z, t, generated)
-        if self.calls >= REPEATED_AFTER:
-            self.work.now.update(self.cost)
-            return torch.empty_like(z)
-        before = Counter(self.work.now)
-        prediction = self.predict(z, t, generated)
-        self.cost, self.calls = self.work.now - before, self.calls + 1
-        return prediction
-
-
-class RepeatedChunk:
-    """A step of a decoder, likewise: from the fifth chunk of a video on it is counted where it keeps no graph.
-
-    A cache that grows with the video is then counted as after the fourth.
-    """
-
-    def __init__(self, step: Any, work: WorkCounter):
-        self.step, self.work = step, work
-        self.calls = 0
-        self.cost: Counter[Work] = Counter()
-        self.shape: Sequence[int] = ()
-
-    def __call__(self, z: Tensor, cache: Any, last: bool = False) -> tuple[Tensor, Any]:
-        if torch.is_grad_enabled():
-            return self.step(z, cache, last=last)
-        self.calls = 0 if cache is None else self.calls + 1
-        if self.calls >= CHUNKS_RUN:
-            self.work.now.update(self.cost)
-            return torch.empty(self.shape, dtype=z.dtype), cache
-        before = Counter(self.work.now)
-        pixels, cache = self.step(z, cache, last=last)
-        self.cost, self.shape = self.work.now - before, pixels.shape
-        return pixels, cache
 
 
 class WeightlessOpenSora(Weightless, OpenSora):
@@ -229,5 +186,7 @@ def weightless_backbone(config: Config, live: LiveBytes, work: WorkCounter) -> A
     """The model family that a configuration names, whose ``load`` reads no weights; see ``Weightless``."""
     family = config.backbone
     mixin = WeightlessOpenSora if issubclass(family, OpenSora) else WeightlessDiffusers
-    kind = type(f"Weightless{family.__name__}", (mixin, family), {"live": live, "work": work})
+    kind = type(
+        f"Weightless{family.__name__}", (mixin, family), {"live": live, "repeats": Repeats(live, work)}
+    )
     return kind(config.family, config.models, config.video_spec, torch.device("cpu"))

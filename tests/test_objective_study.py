@@ -29,8 +29,11 @@ def test_queries_are_interpolated_along_a_course():
     assert study.queries_to_reach(COURSE, 8, 39.0) == 0
     assert study.queries_to_reach(COURSE, 8, 61.0) is None
     assert study.reward_after(COURSE, 8, 40) == 42
-    assert study.said([1000.0, None], [4000, 4000], 500) == "2.0, more than 8.0 times as many"
-    assert study.said([None], [272], 320) == "more than 0.8 times as many"
+
+
+def test_queries_are_multiples_or_a_bound_where_a_run_did_not_get_there(kept):
+    keep_cost(trial := study.Trial("nft", 4, "pick_score"))
+    assert study.ratios(trial, [COURSE, COURSE | {"reward": [40.0, 41.0, 49.0]}], 12.0, 64) == "1.9, > 2.5"
 
 
 def test_a_kept_result_counts_once_it_is_long_enough_and_compared():
@@ -56,10 +59,10 @@ def test_another_reward_takes_the_settings_that_were_searched(kept):
     for number, reward in enumerate((50.0, 52.0, 58.0, 51.0, 53.0, 57.0)):
         course = COURSE | {"reward": [40.0, 44.0, reward]}
         study.Trial("nft", number, study.SEARCHED).keep("search", course)
-    assert study.best("nft", "oracle") == study.Trial("nft", 2, "oracle")
-    assert study.best("nft", "oracle", study.LASTING_RATE) == study.Trial("nft", 4, "oracle")
+    assert study.best("nft", "oracle", "seed") == study.Trial("nft", 2, "oracle")
+    assert study.best("nft", "oracle", "long") == study.Trial("nft", 4, "oracle")
     with pytest.raises(SystemExit, match="pick_score_dpo_0 has not been searched"):
-        study.best("dpo", "oracle")
+        study.best("dpo", "oracle", "seed")
 
 
 @pytest.fixture
@@ -88,7 +91,8 @@ def test_longer_runs_have_a_table_of_their_own_and_may_differ_in_length(kept):
     study.Trial("nft", 2, "oracle").keep("long_0", longer | {"reward": [0.5, 0.5, 0.6, 0.75]})
     study.write_docs()
     page = study.PAGE.read_text(encoding="utf-8")
-    assert "- `nft`, group_size=16, lr=0.001, guided_sampling=True: 1.0, 1.7 times as many" in page
+    assert "| objective | settings | 80 queries, +4.0 | 160 queries, +20.0 |\n" in page
+    assert "| `nft` | group_size=16, lr=0.001, guided_sampling=True | 1.0, 1.5 | 1.0, 1.7 |" in page
     assert "| 2 | 240 | 60 | 41 → 65 | +10.0 |" in page
     assert "| 1 | 320 | 80 | 0.5 → 0.75 | +10.0 |" in page
     assert study.PLOT.is_file() and study.TABLE.is_file()
@@ -111,5 +115,6 @@ def test_the_table_is_made_of_kept_results_alone(kept):
     assert study.search_table("pick_score").endswith(
         "| `leap` | nested_grad=0.3, lr=0.003 | 20 | 40.0 | 60.0 |"
     )
-    assert study.query_ratios("pick_score").endswith(": 1.0, 1.0 times as many")
+    *_, ratios = study.query_ratios("pick_score")
+    assert ratios.endswith("| 1.0, 1.0 | 1.0, 1.0 |")
     assert json.loads(json.dumps(first)) == first

@@ -12,6 +12,7 @@ Several of these commands may run at once, with other objectives each.
 
 ``--long 3200`` trains those without a gradient for so many reward queries instead, at a rate that lasts
 (``LASTING_RATE``), to see after how many of them an objective reaches a reward. More queries later continue such a run.
+With ``--only leap`` it trains that one, with the settings of its other runs.
 ``--pilots`` measures the cost of every step and nothing else: run it alone on a quiet machine, first. ``--write-docs``
 trains nothing: it writes the tables, the CSV of the first and the figure of docs/objectives.md.
 """
@@ -86,7 +87,7 @@ VALIDATED = {"num_val_runs": 2, "val_batch_size": 16, "num_val_seeds": 2}
 HELD_OUT = 256  # prompts of the final comparison
 SIDE_EFFECTS = ("motion", "dynamic_degree", "diversity")
 LASTING_RATE = 1e-3  # the highest in long runs: at 3e-3 one seed of three of nft, and one of grpo, fell again
-QUERIES = 500  # of the best objective with a gradient, whose reward the others have to reach
+QUERIES = (80, 160, 320, 500)  # of the best objective with a gradient, whose gains the others have to reach
 MEASURES = ("reward", "colour", "shape", "colour_and_shape", "direction", "motion")
 GAINS = f"""Each objective was tuned first: six settings, {SEARCH_SECONDS} seconds of training each. The best one was
 then trained for {TRAINING_SECONDS} seconds with each of several seeds. Seconds are of one CPU core. A setting is
@@ -100,7 +101,10 @@ graph counts three, without what is recomputed. Seconds are steps times the quic
 those of the whole process:"""
 
 FIGURE = "Reward against queries and seconds, range of the seeds shaded; long runs where there are some"
-LONGER = f"""Longer runs without a gradient, with the best setting of those with a rate of {LASTING_RATE:g} or less.
+RATIOS = """Reward queries that those without a gradient take to gain as much, for the first time, as `{}` does on the
+32 prompts with the queries at the head of a column: multiples of these, one for each seed.
+`>`: not reached, with so many tried."""
+LONGER = f"""Longer runs; without a gradient, with the best setting of those with a rate of {LASTING_RATE:g} or less.
 `trained reward` is measured on the 32 prompts, the other gains as above:"""
 WITH_ORACLE = """The same settings trained with a reward that has no gradient: the share of colour, shape and direction
 of motion that the demo's oracle finds right."""
@@ -311,8 +315,8 @@ def search(objective: str) -> None:
         train(trial, SEARCH_SEED, trial.steps_of(seconds=SEARCH_SECONDS), "search")
 
 
-def best(objective: str, reward: str, highest_rate: float = math.inf) -> Trial:
-    """The trial with the highest validation reward at the end of its search run, of those with no higher rate."""
+def best(objective: str, reward: str, kind: str) -> Trial:
+    """The trial whose search run ended with the highest validation reward; for ``long`` runs, of lasting rates."""
 
     def found(trial: Trial) -> float:
         if (course := trial.kept("search")) is None:
@@ -321,15 +325,16 @@ def best(objective: str, reward: str, highest_rate: float = math.inf) -> Trial:
             )
         return course["reward"][-1]
 
-    trials = (trial for trial in all_trials(objective, SEARCHED) if trial.keys["lr"] <= highest_rate)
+    highest = LASTING_RATE if kind == "long" and objective in GRADIENT_FREE else math.inf
+    trials = (trial for trial in all_trials(objective, SEARCHED) if trial.keys["lr"] <= highest)
     return dataclasses.replace(max(trials, key=found), reward=reward)
 
 
-def timed(objectives: Iterable[str], reward: str, highest_rate: float) -> list[Trial]:
+def timed(objectives: Iterable[str], reward: str, kind: str) -> list[Trial]:
     """The trials whose cost has to be known: all where settings are searched, else those that are chosen."""
     if reward == SEARCHED:
         return [trial for objective in objectives for trial in all_trials(objective, reward)]
-    return [best(objective, reward, highest_rate) for objective in objectives]
+    return [best(objective, reward, kind) for objective in objectives]
 
 
 def queries_to_reach(
@@ -433,38 +438,43 @@ def as_table(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def query_ratios(reward: str) -> str:
-    """A list: queries that each gradient-free objective takes to gain as much as the best one with a gradient."""
+def query_ratios(reward: str) -> list[str]:
+    """A table: queries that each gradient-free objective takes to gain as much as the best one with a gradient."""
     rows = rows_of(reward)
     gradient = next((row for row in rows if row["objective"] not in GRADIENT_FREE), None)
     if gradient is None:
-        return ""
-    trial, spent = trial_of(gradient, reward), min(QUERIES, gradient["queries"])
-    target = statistics.mean(
-        reward_after(course, trial.cost["step_queries"], spent) - course["reward"][0]
-        for course in trial.courses()
-    )
-    lines = [
-        f"With {spent:.0f} reward queries `{gradient['objective']}` gains {target:.1f} on the 32 prompts, as a mean",
-        "over seeds. To gain that for the first time the others take, by seed:\n",
-    ]
+        return []
+    reference = trial_of(gradient, reward)
+    gains = {spent: gain for spent in QUERIES if (gain := gain_after(reference, spent)) is not None}
+    lines = [["objective", "settings", *(f"{spent} queries, {gain:+.1f}" for spent, gain in gains.items())]]
     for row in rows:
         if row["objective"] in GRADIENT_FREE:
             trial, courses = lasting(row, reward)
-            queries = trial.cost["step_queries"]
-            taken = [queries_to_reach(course, queries, course["reward"][0] + target) for course in courses]
-            asked = [queries * course["steps"][-1] for course in courses]
-            lines.append(f"- `{trial.objective}`, {in_words(trial.keys)}: {said(taken, asked, spent)}")
-    return "\n".join(lines)
+            cells = [ratios(trial, courses, gain, spent) for spent, gain in gains.items()]
+            lines.append([f"`{trial.objective}`", in_words(trial.keys), *cells])
+    return [RATIOS.format(reference.objective), as_table(lines)]
 
 
-def said(taken: Sequence[float | None], asked: Sequence[float], spent: float) -> str:
-    """In words: the queries that each seed took of those ``asked``, as multiples of ``spent``."""
-    seeds = (
-        f"more than {rounded_down(tried / spent)}" if queries is None else f"{queries / spent:.1f}"
-        for queries, tried in zip(taken, asked, strict=True)
+def gain_after(trial: Trial, queries: float) -> float | None:
+    """Mean over seeds of what a trial has gained after so many reward queries; None where it did not go as far."""
+    asked = trial.cost["step_queries"]
+    for kind in ("seed", "long"):
+        courses = trial.courses(kind)
+        if courses and all(asked * course["steps"][-1] >= queries for course in courses):
+            return statistics.mean(reward_after(c, asked, queries) - c["reward"][0] for c in courses)
+    return None
+
+
+def ratios(trial: Trial, courses: Sequence[Mapping[str, Any]], gain: float, spent: float) -> str:
+    """Queries to a gain, by course, as multiples of ``spent``."""
+    asked = trial.cost["step_queries"]
+    taken = [queries_to_reach(course, asked, course["reward"][0] + gain) for course in courses]
+    return ", ".join(
+        f"> {rounded_down(asked * course['steps'][-1] / spent)}"
+        if queries is None
+        else f"{queries / spent:.1f}"
+        for queries, course in zip(taken, courses, strict=True)
     )
-    return f"{', '.join(seeds)} times as many"
 
 
 def rounded_down(ratio: float) -> str:
@@ -477,9 +487,10 @@ def trial_of(row: Mapping[str, Any], reward: str) -> Trial:
 
 
 def lasting(row: Mapping[str, Any], reward: str) -> tuple[Trial, list[dict[str, Any]]]:
-    """The trial of a row's objective with long runs and those, or else the row's own."""
-    for trial in trained(row["objective"], reward, "long"):
-        return trial, trial.courses("long")
+    """Of an objective without a gradient, the trial with long runs and those; else the row's own."""
+    if row["objective"] in GRADIENT_FREE:
+        for trial in trained(row["objective"], reward, "long"):
+            return trial, trial.courses("long")
     return (trial := trial_of(row, reward)), trial.courses()
 
 
@@ -521,7 +532,7 @@ def write_docs() -> None:
         writer.writerows(rows)
     plot(SEARCHED)
     parts = ["## Compared on the demo", GAINS, gains_table(rows), COSTS, costs_table(rows)]
-    parts += [query_ratios(SEARCHED), f"![{FIGURE}](studies/objectives.svg)"]
+    parts += [*query_ratios(SEARCHED), f"![{FIGURE}](studies/objectives.svg)"]
     for text, reward in ((LONGER, SEARCHED), (WITH_ORACLE, "oracle")):
         if longer := rows_of(reward, "long"):
             parts += [text, longer_table(longer)]
@@ -558,16 +569,16 @@ def main() -> None:
     if args.write_docs:
         return write_docs()
     objectives = args.only or (GRADIENT_FREE if args.long or args.reward != SEARCHED else TRIALS)
-    kind, rate = ("long", LASTING_RATE) if args.long else ("seed", math.inf)
+    kind = "long" if args.long else "seed"
     if args.pilots:
-        for trial in timed(objectives, args.reward, rate):
+        for trial in timed(objectives, args.reward, kind):
             run_pilot(trial.pilot)
         return None
     budget = {"queries": args.long} if args.long else {"seconds": TRAINING_SECONDS}
     if args.reward == SEARCHED:
         for objective in objectives:
             search(objective)
-    chosen = [best(objective, args.reward, rate) for objective in objectives]
+    chosen = [best(objective, args.reward, kind) for objective in objectives]
     for seed, trial in itertools.product(args.seeds, chosen):
         train(trial, seed, trial.steps_of(**budget), f"{kind}_{seed}")
     return None

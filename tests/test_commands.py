@@ -490,6 +490,14 @@ def test_an_installed_opensora_is_not_shadowed(files, library, command, tmp_path
     assert found() == command
 
 
+@pytest.mark.parametrize("name", [None, "inside"])
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, name):
+    with pytest.raises(OSError) as full:
+        with replacing_folder(tmp_path / "adapter") as folder:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name and str(folder / name))
+    assert full.value.filename == str(tmp_path / "adapter") and not any(tmp_path.iterdir())
+
+
 def test_what_is_written_has_the_permissions_of_the_umask(tmp_path):
     """safetensors gives its files to their owner alone."""
     umask = os.umask(0o027)

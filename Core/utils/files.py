@@ -46,14 +46,18 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.chmod(_ordinary_mode())
         os.replace(partial, path)
     except OSError as error:
-        # A write to an open file, as to a full disk, fails without a name.
-        named = error.filename and Path(error.filename) == partial
-        if named or (error.errno and error.filename is None):
+        if error.errno and _is_of(error.filename, partial):
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     finally:
         with contextlib.suppress(OSError):
             partial.unlink()
+
+
+def _is_of(name: Any, path: Path) -> bool:
+    """Whether the file that an error names is ``path`` or below it."""
+    # A write to an open file, as to a full disk, fails without a name.
+    return name is None or Path(str(name)).is_relative_to(path)
 
 
 def _ordinary_mode() -> int:
@@ -99,7 +103,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     between two renames it lies under ``hidden(folder, "replaced")``.
 
     Raises:
-        OSError: the disk is full or not writable, or the folder was deleted meanwhile.
+        OSError: the disk is full or not writable, or the folder was deleted meanwhile; the error names ``folder``.
     """
     partial = hidden(folder, "partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -113,7 +117,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         _swap(partial, folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.filename and Path(error.filename) == partial:
+        if isinstance(error, OSError) and error.errno and _is_of(error.filename, partial):
             raise type(error)(error.errno, error.strerror, str(folder)) from error
         raise
 

@@ -42,6 +42,11 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "demo, all frames": {"decode_frame": "all", "train_batch_size": 4},
     "demo, causal decoding": {"decode_context": "causal", "decode_frame": 2, "train_batch_size": 2},
     "demo, each of 2 sharded": {"shard_frozen": True, "train_batch_size": 2},
+    "demo, leap": {"objective": "leap", "train_batch_size": 2},
+    **{
+        f"demo, {objective}": {"objective": objective, "train_batch_size": 4, "group_size": 4}
+        for objective in ("grpo", "nft", "dpo")
+    },
     "twin": {},
     "twin, recomputed, both branches": {"grad_checkpoint": True, "gradient_accumulation_steps": 2},
 }

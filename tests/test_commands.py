@@ -490,12 +490,20 @@ def test_an_installed_opensora_is_not_shadowed(files, library, command, tmp_path
     assert found() == command
 
 
-@pytest.mark.parametrize("name", [None, "inside"])
-def test_a_folder_that_cannot_be_written_is_named(tmp_path, name):
-    with pytest.raises(OSError) as full:
+@pytest.mark.parametrize(
+    ("code", "file", "named"),
+    [
+        (errno.ENOSPC, None, "adapter"),
+        (errno.ENOSPC, "inside", "adapter"),
+        (errno.ECONNREFUSED, None, None),
+        (errno.ENOENT, "../elsewhere", "elsewhere"),
+    ],
+)
+def test_a_folder_that_cannot_be_written_is_named(tmp_path, code, file, named):
+    with pytest.raises(OSError) as fault:
         with replacing_folder(tmp_path / "adapter") as folder:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), name and str(folder / name))
-    assert full.value.filename == str(tmp_path / "adapter") and not any(tmp_path.iterdir())
+            raise OSError(code, os.strerror(code), file and os.path.normpath(folder / file))
+    assert fault.value.filename == (named and str(tmp_path / named)) and not any(tmp_path.iterdir())
 
 
 def test_what_is_written_has_the_permissions_of_the_umask(tmp_path):

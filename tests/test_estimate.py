@@ -74,7 +74,8 @@ def test_small_tensors_keep_their_values_and_others_read_as_one():
         assert mask.sum(1).tolist() == [2, 5]
         assert torch.zeros(2, 5)[:, mask.any(0)].shape == (2, 5)
         assert torch.ones_like(torch.empty(3)).sum().item() == 3
-        assert torch.empty(3).isfinite().tolist() == [True] * 3
+        assert (sound := torch.empty(3).isfinite()).tolist() == [True] * 3
+        assert torch.empty(3, 2)[sound].shape == (3, 2) and sound.nonzero().shape == (3, 1)
         layer = nn.Linear(8, 4).to(torch.bfloat16)
         assert layer.weight.dtype == torch.bfloat16
 

@@ -61,6 +61,11 @@ def test_another_reward_takes_the_settings_that_were_searched(kept):
         study.Trial("nft", number, study.SEARCHED).keep("search", course)
     assert study.best("nft", "oracle", "seed") == study.Trial("nft", 2, "oracle")
     assert study.best("nft", "oracle", "long") == study.Trial("nft", 4, "oracle")
+    for number in range(6):
+        study.Trial("leap", number, study.SEARCHED).keep(
+            "search", COURSE | {"reward": [40.0, 44.0, 50.0 + number]}
+        )
+    assert study.best("leap", study.SEARCHED, "long").keys["lr"] > study.LASTING_RATE
     with pytest.raises(SystemExit, match="pick_score_dpo_0 has not been searched"):
         study.best("dpo", "oracle", "seed")
 
@@ -88,11 +93,21 @@ def test_longer_runs_have_a_table_of_their_own_and_may_differ_in_length(kept):
     keep_cost(trial := study.Trial("nft", 4, "pick_score"))
     for seed, course in enumerate((COMPARED, longer)):
         trial.keep(f"long_{seed}", course)
+    further = {"steps": [0, 50, 63], "reward": [40.0, 62.0, 75.0]}
+    study.Trial("leap", 2, "pick_score").keep("long_0", COMPARED | further)
     study.Trial("nft", 2, "oracle").keep("long_0", longer | {"reward": [0.5, 0.5, 0.6, 0.75]})
     study.write_docs()
     page = study.PAGE.read_text(encoding="utf-8")
-    assert "| objective | settings | 80 queries, +4.0 | 160 queries, +20.0 |\n" in page
-    assert "| `nft` | group_size=16, lr=0.001, guided_sampling=True | 1.0, 1.5 | 1.0, 1.7 |" in page
+    assert (
+        "| objective | settings | 80 queries, +4.0 | 160 queries, +20.0 | 320 queries, +17.6 | 500 queries, +34.5 |"
+        in page
+    )
+    nft = "| `nft` | group_size=16, lr=0.001, guided_sampling=True "
+    assert nft + "| 1.0, 1.5 | 1.0, 1.7 | 0.5, 0.8 | > 0.3, > 0.6 |" in page
+    leap, nft = study.rows_of("pick_score")
+    assert (
+        study.lasting(leap, "pick_score")[1] == [COMPARED] and len(study.lasting(nft, "pick_score")[1]) == 2
+    )
     assert "| 2 | 240 | 60 | 41 → 65 | +10.0 |" in page
     assert "| 1 | 320 | 80 | 0.5 → 0.75 | +10.0 |" in page
     assert study.PLOT.is_file() and study.TABLE.is_file()

@@ -33,19 +33,22 @@ def test_the_section_is_made_of_kept_results_alone(tmp_path, monkeypatch):
     monkeypatch.setattr(study, "FOLDER", tmp_path)
     monkeypatch.setattr(study, "RESULTS", tmp_path / "quickstart.json")
     monkeypatch.setattr(study, "PAGE", tmp_path / "quickstart.md")
-    course = {"steps": [0, 120], "reward": [45.0, 60.0], "motion": [2.0, 1.9]}
+    course = {"steps": [0, 96], "reward": [45.0, 60.0], "motion": [2.0, 1.88]}
     course |= {"dynamic_degree": [4.0, 4.2], "diversity": [0.2, 0.2]}
     study.keep("search: half the rate", {"step_seconds": 1.5})
-    study.keep("search: half the rate", course)
+    study.keep("search: half the rate", course | {"steps": [0, 120]})
     for seed, share in ((0, 0.5), (1, 0.6)):
         gains = {name: {"gain": share * 10} for name in study_objectives.MEASURES}
         study.keep(f"seed {seed}", course | {"held_out": gains, "share_of_gap": share})
+    study.keep("seed 2", study.read_results()["seed 1"] | {"steps": [0, 95]})
     study.PAGE.write_text("# Quickstart\n", encoding="utf-8")
     study.write_docs()
     study.write_docs()
     page = study.PAGE.read_text(encoding="utf-8")
     assert page.startswith("# Quickstart\n\n<!-- study") and page.count("<!-- study") == 1
-    assert "| mean of 2 | 120 | +5.5 | 55% | +550.0 | +550.0 | -5.0% | +5.0% | +0.0% |" in page
+    assert "| mean of 2 | 96 | +5.5 | 55% | +550.0 | +550.0 | -6.0% | +5.0% | +0.0% |  |" in page
+    assert "| seed 0 | 96 | +5.0 | 50% | +500.0 | +500.0 | -6.0% | +5.0% | +0.0% | 60.0 |" in page
+    assert "dynamic degree is 4.0 against 1.1, and motion 2.0000 against 0.0145." in page
     assert "| half the rate | 120 | 180 | 45.0 | 60.0 |" in page and "cosine schedule |" not in page
 
 

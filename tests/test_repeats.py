@@ -5,13 +5,14 @@ import weakref
 
 import pytest
 import torch
-from pipelines import config_for, save_wan
+from families import MAKERS
+from pipelines import config_for
 from torch import nn
 
 from Core.estimate.fake_run import FakeRun, fake_run
 from Core.estimate.live_bytes import LiveBytes
 from Core.estimate.operations import WorkCounter
-from Core.estimate.repeats import RepeatedBlock, RepeatedPrediction, Repeats
+from Core.estimate.repeats import RepeatedBlock, RepeatedChunk, RepeatedPrediction, Repeats
 
 REWARD = """
 from Core.rewards import ImageReward, RewardInfo
@@ -25,23 +26,42 @@ class Brightness(ImageReward):
 """
 
 
+COMMON = {
+    **dict(is_vader_training=True, lora_rank=2, mixed_precision="bf16", dtype="bf16", resume="never"),
+    **dict(image_size=(32, 64), num_frames=5, num_sampling_steps=6),
+}
+
+
 def run_all(self, key, function, *args, **kwargs):
     return function(*args, **kwargs)
 
 
-def test_an_estimate_is_that_of_running_everything(tmp_path, monkeypatch):
-    def estimated() -> FakeRun:
-        return fake_run(config_for("wan", tmp_path / "pipeline", **keys))
+def run_chunk(self, z, cache, last=False):
+    return self.step(z, cache, last=last)
 
-    save_wan(tmp_path / "pipeline")
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        ("wan", {"num_frames": 29, "vae_tiling": True}),
+        ("wan", {"stream_blocks": True}),
+        # The reference's prediction runs without the fused adapter, and without guidance on the same shapes.
+        ("wan", {"guidance_scale": 1, "kl_weight": 0.1, "mixed_precision": "no", "dtype": "fp32"}),
+        ("wan a14b", {}),
+    ],
+    ids=["tiles", "streamed", "reference", "experts"],
+)
+def test_an_estimate_is_that_of_running_everything(tmp_path, monkeypatch, kind, keys):
+    def estimated() -> FakeRun:
+        config = config_for(kind.split()[0], tmp_path / "pipeline", **keys)
+        return fake_run(config, validate="vae_tiling" in keys)
+
+    MAKERS[kind](tmp_path / "pipeline")
     (tmp_path / "reward.py").write_text(REWARD)
-    keys = {
-        **dict(is_vader_training=True, reward_fn=f"{tmp_path / 'reward.py'}:Brightness", lora_rank=2),
-        **dict(mixed_precision="bf16", dtype="bf16", num_sampling_steps=4, num_frames=21, vae_tiling=True),
-        **dict(image_size=(32, 64), resume="never"),
-    }
+    keys = {**COMMON, "reward_fn": f"{tmp_path / 'reward.py'}:Brightness", **keys}
     counted = estimated()
     monkeypatch.setattr(Repeats, "call", run_all)
+    monkeypatch.setattr(RepeatedChunk, "__call__", run_chunk)
     whole = estimated()
     assert list(counted.phases) == list(whole.phases)
     for name, phase in whole.phases.items():
@@ -102,9 +122,9 @@ def test_what_is_recorded_keeps_nothing_of_a_prediction_alive():
 
     predict, repeats = Holder(), Repeats(LiveBytes(), WorkCounter())
     gone = weakref.ref(predict)
-    prediction = RepeatedPrediction(predict, repeats)
+    prediction = RepeatedPrediction(predict, repeats, lambda t: 0)
     with torch.no_grad():
-        for _ in range(3):
+        for _ in range(4):
             prediction(torch.ones(2), torch.ones(1))
     assert repeats.recorded
     del predict, prediction

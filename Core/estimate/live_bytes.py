@@ -80,7 +80,7 @@ class LiveBytes(TorchDispatchMode):
 
     def height_of(self, run: Callable[[], Any]) -> tuple[Any, int]:
         """What ``run`` returns, and by how many bytes it raised the living ones at its highest point."""
-        gc.collect()  # what it would free of others' would be missing from its own
+        gc.collect()  # garbage of others that the run frees would lower the height
         before, start = self.peak, self.now
         self.peak = start
         out = run()

@@ -15,10 +15,10 @@ from torch._subclasses import fake_tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._mode_utils import no_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 KEPT_VALUES = 8192  # numbers of a tensor
-# Warnings that are not given with real tensors: about the values of a picture, and, by the way PyTorch finds the shapes
-# of a norm, about one without any element.
+# Warnings that real tensors do not give: pixel values out of range, and a norm over no elements.
 OF_FAKES = ("Passing `image` as torch tensor with value range", r"var_mean\(\): degrees of freedom")
 aten = torch.ops.aten
 # Operators without a tensor among their arguments, whose values code may read.
@@ -33,6 +33,8 @@ FILLED = {
     **{aten.ones_like.default: 1, aten.new_ones.default: 1},
     **{aten.zeros_like.default: 0, aten.new_zeros.default: 0},
 }
+# Operators whose result is as long as a mask has True.
+MASKED = {aten.index.Tensor, aten.nonzero.default, aten.masked_select.default}
 
 
 class SmallValues(TorchDispatchMode):
@@ -46,6 +48,8 @@ class SmallValues(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and _is_unknown(args[0]):
             return _one(args[0].dtype)
+        if func in MASKED:
+            args = tree_map(self._mask, args)
         out = func(*args, **kwargs)
         if func not in FACTORIES and func not in FILLED:
             return out
@@ -54,6 +58,17 @@ class SmallValues(TorchDispatchMode):
         with no_dispatch():
             filled = func in FILLED
             real = torch.full(out.shape, FILLED[func], dtype=out.dtype) if filled else func(*args, **kwargs)
+        return self._with_values(real)
+
+    def _mask(self, value: Any) -> Any:
+        """All True in place of a mask whose values are not known."""
+        if not _is_unknown(value) or value.dtype != torch.bool:
+            return value
+        with no_dispatch():
+            real = torch.ones(value.shape, dtype=torch.bool)
+        return self._with_values(real)
+
+    def _with_values(self, real: Tensor) -> FakeTensor:
         return self.mode.fake_tensor_converter.from_real_tensor(self.mode, real, make_constant=True)
 
 

@@ -7,12 +7,12 @@ configuration, or from the files on this machine.
 import functools
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from Core.backbones import Backbone, Features, TextEncoder
 from Core.backbones.diffusers_base import DiffusersBackbone
@@ -42,10 +42,17 @@ class Weightless(Backbone):
     repeats: Repeats
 
     def predictor(self, text: Sequence[Features], **settings: Any) -> Predict:
-        for block in self.blocks:
-            block.forward.begun = False
         predict = super().predictor(text, **settings)  # type: ignore[safe-super]
-        return RepeatedPrediction(predict, self.repeats)
+        return RepeatedPrediction(predict, self.repeats, self.expert_at)
+
+    def expert_at(self, t: Tensor) -> bool:
+        """Whether timesteps [B] are those of a second expert."""
+        return bool((t < getattr(self.denoiser, "boundary", 0)).any())
+
+    def no_grad_steps(self) -> AbstractContextManager:
+        for block in self.repeated_blocks:
+            block.begun = False  # what its runs share is made in this context and dropped at its end
+        return super().no_grad_steps()
 
     @contextmanager
     def loading(self, what: str, keys: Any) -> Iterator[None]:
@@ -59,8 +66,9 @@ class Weightless(Backbone):
     def load(self) -> None:
         self.offload_device = torch.device("meta")  # whose tensors take no memory of the card
         super().load()
-        for block in self.blocks:
-            block.forward = RepeatedBlock(block, self.repeats)
+        self.repeated_blocks = [RepeatedBlock(block, self.repeats) for block in self.blocks]
+        for repeated in self.repeated_blocks:
+            repeated.block.forward = repeated
 
     def load_denoiser(self) -> nn.Module:
         if self.mesh is None:

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+OF_DISKS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS, errno.EFBIG)
 NAME_BYTES, PATH_BYTES = 255, 4095  # of Linux's file systems
 
 
@@ -46,7 +47,7 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.chmod(_ordinary_mode())
         os.replace(partial, path)
     except OSError as error:
-        if error.errno and _is_of(error.filename, partial):
+        if _is_of(error, partial):
             raise type(error)(error.errno, error.strerror, str(path)) from error
         raise
     finally:
@@ -54,10 +55,11 @@ def replacing(path: Path) -> Iterator[Path]:
             partial.unlink()
 
 
-def _is_of(name: Any, path: Path) -> bool:
-    """Whether the file that an error names is ``path`` or below it."""
-    # A write to an open file, as to a full disk, fails without a name.
-    return name is None or Path(str(name)).is_relative_to(path)
+def _is_of(error: OSError, path: Path) -> bool:
+    """Whether an error is of ``path`` or what is below it."""
+    if error.filename is None:
+        return error.errno in OF_DISKS  # a write to an open file fails without a name
+    return Path(str(error.filename)).is_relative_to(path)
 
 
 def _ordinary_mode() -> int:
@@ -103,7 +105,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
     between two renames it lies under ``hidden(folder, "replaced")``.
 
     Raises:
-        OSError: the disk is full or not writable, or the folder was deleted meanwhile; the error names ``folder``.
+        OSError: the disk is full or not writable, or the folder was deleted meanwhile.
     """
     partial = hidden(folder, "partial")
     shutil.rmtree(partial, ignore_errors=True)
@@ -117,7 +119,7 @@ def replacing_folder(folder: Path) -> Iterator[Path]:
         _swap(partial, folder)
     except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError) and error.errno and _is_of(error.filename, partial):
+        if isinstance(error, OSError) and _is_of(error, partial):
             raise type(error)(error.errno, error.strerror, str(folder)) from error
         raise
 

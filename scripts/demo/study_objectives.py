@@ -44,6 +44,7 @@ from Core.training.trainer import Trainer
 from Core.utils.files import write_whole
 from Core.utils.folder_lock import folder_lock
 from Core.utils.tables import read_table
+from scripts.demo import world
 from scripts.demo.common import DEMO, ROOT, heldout
 from scripts.demo.compare import HeldOut
 
@@ -100,10 +101,9 @@ COSTS = """What each cost. A network evaluation is one video through the denoise
 graph counts three, without what is recomputed. Seconds are steps times the quickest of seven timed ones, peak GB
 those of the whole process:"""
 
-FIGURE = "Reward against queries and seconds, range of the seeds shaded; long runs where there are some"
-RATIOS = """Reward queries that those without a gradient take to gain as much, for the first time, as `{}` does on the
-32 prompts with the queries at the head of a column: multiples of these, one for each seed.
-`>`: not reached, with so many tried."""
+FIGURE = "Reward against queries and seconds, range of the seeds shaded; without a gradient, of the long runs"
+RATIOS = """How many times the reward queries at the head of a column each objective needs, by seed, for the gain that
+`{}` has with them on the 32 prompts. `> n`: not reached within n times as many."""
 LONGER = f"""Longer runs; without a gradient, with the best setting of those with a rate of {LASTING_RATE:g} or less.
 `trained reward` is measured on the 32 prompts, the other gains as above:"""
 WITH_ORACLE = """The same settings trained with a reward that has no gradient: the share of colour, shape and direction
@@ -284,10 +284,15 @@ def is_complete(result: Mapping[str, Any], kind: str, steps: int) -> bool:
 
 def validation_prompts() -> Path:
     """A file of captions that are neither trained on nor among those of the final comparison."""
-    _, captions = heldout(VALIDATED["num_val_runs"] * VALIDATED["val_batch_size"], VALIDATION_SEED)
+    _, captions = validation_scenes()
     FOLDER.mkdir(parents=True, exist_ok=True)
     write_whole(path := FOLDER / "validation_prompts.txt", "\n".join(captions) + "\n")
     return path
+
+
+def validation_scenes() -> tuple[list[world.Scene], list[str]]:
+    """Scenes that searches and courses are judged on, and their captions."""
+    return heldout(VALIDATED["num_val_runs"] * VALIDATED["val_batch_size"], VALIDATION_SEED)
 
 
 @functools.cache
@@ -497,7 +502,7 @@ def lasting(row: Mapping[str, Any], reward: str) -> tuple[Trial, list[dict[str, 
 def plot(reward: str) -> None:
     """Reward on validation prompts against queries and seconds: a line per objective, the range over seeds shaded.
 
-    Long runs take the place of the others, as far as all of their seeds went.
+    Without a gradient, long runs take the place of the others, as far as all of their seeds went.
     """
     from matplotlib import rc_context
     from matplotlib.figure import Figure

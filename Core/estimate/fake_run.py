@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.initialization import no_init_weights
 
 from Core.backbones import EncodedPrompt, Features, Prompt
 from Core.config import Config, ConfigError
 from Core.config.checks import machine_errors
 from Core.estimate.card_kernels import CudaArithmetic, attention_workspace
-from Core.estimate.live_bytes import LiveBytes
+from Core.estimate.live_bytes import LiveBytes, storages_in
 from Core.estimate.operations import Work, WorkCounter, operations_in
 from Core.estimate.scorers import joined, real_scorers
 from Core.estimate.stand_ins import AgreeingProcesses, absent_processes
@@ -77,11 +78,20 @@ class FakeRun:
         return max(phase.peak for phase in self.phases.values())
 
 
-class Meter:
-    """Live bytes and work, whose laps end together."""
+class Meter(TorchDispatchMode):
+    """Live bytes and work, whose laps end together; one mode for both, since each takes time at every operator."""
 
     def __init__(self, live: LiveBytes, work: WorkCounter):
+        super().__init__()
         self.live, self.work = live, work
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = storages_in((args, kwargs))
+        out = func(*args, **kwargs)
+        self.live.note(func, args, given, out)
+        self.work.note(func, args, kwargs, out)
+        return out
 
     def lap(self, name: str) -> None:
         gc.collect()
@@ -129,7 +139,8 @@ def fake_run(
         stack.enter_context(absent_processes(processes))
         mode = stack.enter_context(tensors_without_content())
         live = LiveBytes(attention_workspace if on_card else None)
-        meter = Meter(stack.enter_context(live), stack.enter_context(WorkCounter()))
+        meter = stack.enter_context(Meter(live, WorkCounter()))
+        stack.enter_context(live.following_resizes())
         if on_card:
             stack.enter_context(CudaArithmetic())
         distributed = AgreeingProcesses(config.optimizer.mixed_precision, processes)

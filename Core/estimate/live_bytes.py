@@ -39,30 +39,43 @@ class LiveBytes(TorchDispatchMode):
         self.counts = True
 
     def __enter__(self):
-        # What is split over processes or streamed gives its memory up without an operator.
-        self.resize = torch.UntypedStorage.resize_
+        self.resizes = self.following_resizes()
+        self.resizes.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self.resizes.__exit__(*error)
+        super().__exit__(*error)
+
+    @contextmanager
+    def following_resizes(self) -> Iterator[None]:
+        """Within this context storages of another size count; what is split or streamed gives its memory up so."""
+        resize = torch.UntypedStorage.resize_
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:
-            done = self.resize(storage, size)
+            done = resize(storage, size)
             self._resize(id(storage), size)
             return done
 
         torch.UntypedStorage.resize_ = resized
-        return super().__enter__()
-
-    def __exit__(self, *error: Any) -> None:
-        torch.UntypedStorage.resize_ = self.resize
-        super().__exit__(*error)
+        try:
+            yield
+        finally:
+            torch.UntypedStorage.resize_ = resize
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        given = {id(t.untyped_storage()) for t in tensors_in((args, kwargs or {}))}
+        given = storages_in((args, kwargs or {}))
         out = func(*args, **(kwargs or {}))
+        self.note(func, args, given, out)
+        return out
+
+    def note(self, func: Any, args: tuple, given: set[int], out: Any) -> None:
+        """Count what an operator made that is not in the storages it was ``given``."""
         for tensor in map(local_part, tensors_in(out)):
             if tensor.device.type != "meta" and id(tensor.untyped_storage()) not in given:
                 self._add(tensor.untyped_storage())
         if self.workspace and (extra := self.workspace(func, args)):
             self.reach(extra)
-        return out
 
     def add(self, module: nn.Module) -> None:
         """Count parameters and buffers that were made elsewhere."""
@@ -129,6 +142,10 @@ class LiveBytes(TorchDispatchMode):
 def local_part(tensor: Any) -> Tensor:
     """What this process holds of a tensor that may be split over several."""
     return getattr(tensor, "_local_tensor", tensor)
+
+
+def storages_in(values: Any) -> set[int]:
+    return {id(tensor.untyped_storage()) for tensor in tensors_in(values)}
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:

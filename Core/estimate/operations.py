@@ -95,9 +95,13 @@ class WorkCounter(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
-        if work := work_of(func, args, kwargs or {}, out):
-            self.now[work] += 1
+        self.note(func, args, kwargs or {}, out)
         return out
+
+    def note(self, func: Any, args: tuple, kwargs: dict, out: Any) -> None:
+        """Count a call of an operator."""
+        if work := work_of(func, args, kwargs, out):
+            self.now[work] += 1
 
 
 def operations_in(work: Counter[Work]) -> float:

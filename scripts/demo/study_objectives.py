@@ -461,11 +461,15 @@ def query_ratios(reward: str) -> list[str]:
 
 
 def gain_after(trial: Trial, queries: float) -> float | None:
-    """Mean over seeds of what a trial has gained after so many reward queries; None where it did not go as far."""
+    """Mean over seeds of what a trial has gained after so many reward queries; None where none of its runs is as long.
+
+    Long runs answer where the others are too short.
+    """
     asked = trial.cost["step_queries"]
     for kind in ("seed", "long"):
         courses = trial.courses(kind)
-        if courses and all(asked * course["steps"][-1] >= queries for course in courses):
+        # The nearest number of whole steps may ask for a few less.
+        if courses and all(asked * (course["steps"][-1] + 0.5) >= queries for course in courses):
             return statistics.mean(reward_after(c, asked, queries) - c["reward"][0] for c in courses)
     return None
 

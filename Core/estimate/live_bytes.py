@@ -49,7 +49,7 @@ class LiveBytes(TorchDispatchMode):
 
     @contextmanager
     def following_resizes(self) -> Iterator[None]:
-        """Within this context storages of another size count; what is split or streamed gives its memory up so."""
+        """Within this context a resized storage counts with its new size; split or streamed weights are freed so."""
         resize = torch.UntypedStorage.resize_
 
         def resized(storage: torch.UntypedStorage, size: int) -> Any:

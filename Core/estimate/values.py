@@ -33,7 +33,7 @@ FILLED = {
     **{aten.ones_like.default: 1, aten.new_ones.default: 1},
     **{aten.zeros_like.default: 0, aten.new_zeros.default: 0},
 }
-# Operators whose result is as long as a mask has True.
+# Operators whose result has an entry for each True of a mask.
 MASKED = {aten.index.Tensor, aten.nonzero.default, aten.masked_select.default}
 
 

@@ -102,9 +102,9 @@ graph counts three, without what is recomputed. Seconds are steps times the quic
 those of the whole process:"""
 
 FIGURE = "Reward against queries and seconds, range of the seeds shaded; without a gradient, of the long runs"
-RATIOS = """How many times the reward queries at the head of a column each objective needs, by seed, for the gain that
-`{}` has with them on the 32 prompts. `> n`: not reached within n times as many."""
-LONGER = f"""Longer runs; without a gradient, with the best setting of those with a rate of {LASTING_RATE:g} or less.
+RATIOS = """Columns: reward queries, and what `{}` gains with them on the 32 prompts. Cells: how many times as many an
+objective needs for that gain, by seed. `> n`: not reached with n times as many."""
+LONGER = f"""Longer runs. Those without a gradient take the best setting with a rate of {LASTING_RATE:g} or less.
 `trained reward` is measured on the 32 prompts, the other gains as above:"""
 WITH_ORACLE = """The same settings trained with a reward that has no gradient: the share of colour, shape and direction
 of motion that the demo's oracle finds right."""
@@ -461,9 +461,9 @@ def query_ratios(reward: str) -> list[str]:
 
 
 def gain_after(trial: Trial, queries: float) -> float | None:
-    """Mean over seeds of what a trial has gained after so many reward queries; None where none of its runs is as long.
+    """Mean over seeds of what a trial has gained after so many reward queries.
 
-    Long runs answer where the others are too short.
+    Long runs answer where the others are too short; None where they are, too.
     """
     asked = trial.cost["step_queries"]
     for kind in ("seed", "long"):

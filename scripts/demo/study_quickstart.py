@@ -86,7 +86,8 @@ other held-out prompts with two seeds each, before and after. A long run is the 
 `{in_words(COSINE)}`; with a window of 3 also `{in_words(WINDOW)}`."""
 FALL = 0.05  # of a measure beside the reward, worth telling
 FALL_SAID = """The base model's videos change more from frame to frame than true videos of the same prompts: their
-dynamic degree is {:.1f} against {:.1f}, and motion {:.4f} against {:.4f}. So a lower dynamic degree is no loss here."""
+dynamic degree is {:.1f} against {:.1f}, and motion {:.4f} against {:.4f}. So a lower dynamic degree is no loss here,
+and more motion no gain."""
 SEARCH_SAID = f"""The settings of the config `vader_quickstart`, with {SEARCHED_STEPS} steps, were compared with these,
 each trained once and judged on 32 further prompts with two seeds each. Differences of a few points are noise. Seconds
 are those of the steps, on one CPU core:"""
@@ -169,7 +170,7 @@ def seeds_table(results: Mapping[str, Mapping[str, Any]]) -> str:
         "motion right, points",
     ]
     header += [f"{name.replace('_', ' ')}, change" for name in SIDE_EFFECTS]
-    lines = [[*header, f"reward at which one of these had fallen by {FALL:.0%}"]]
+    lines = [[*header, f"reward when motion, dynamic degree or diversity first fell by {FALL:.0%}"]]
     for kind in SEEDED:
         known = {
             name: results[name]

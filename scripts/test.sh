@@ -7,5 +7,4 @@ sh "$root/scripts/setup.sh"
 cd -- "$root"
 # Two workers with one thread each: the test models are too small to benefit from more threads.
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# Tests that share fixtures stand together: each worker takes half, and whoever is done first helps the other.
-exec .venv/bin/python -m pytest -n 2 --dist worksteal "$@"
+exec .venv/bin/python -m pytest -n 2 "$@"

@@ -6,13 +6,14 @@ The step is the trainer's own, on networks of full size; nothing is read, and no
 import dataclasses
 import gc
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers.initialization import no_init_weights
 
@@ -135,17 +136,10 @@ def fake_run(
     if errors := machine_errors(config, processes):
         raise ConfigError(errors)
     scorers = real_scorers(config.reward.reward_fn, config.reward.arguments)
-    with ExitStack() as stack:
-        stack.enter_context(absent_processes(processes))
-        mode = stack.enter_context(tensors_without_content())
-        live = LiveBytes(attention_workspace if on_card else None)
-        meter = stack.enter_context(Meter(live, WorkCounter()))
-        stack.enter_context(live.following_resizes())
-        if on_card:
-            stack.enter_context(CudaArithmetic())
+    with counting(processes, on_card) as (mode, meter):
         distributed = AgreeingProcesses(config.optimizer.mixed_precision, processes)
         built, repeats = (config, 1) if whole else shortened(config)
-        backbone = weightless_backbone(built, live, meter.work)
+        backbone = weightless_backbone(built, meter.live, meter.work)
         backbone.mesh = distributed.mesh if config.models.shard_frozen else None
         gc.freeze()
         tell("text")
@@ -155,7 +149,7 @@ def fake_run(
         tell("load")
         with no_init_weights():
             backbone.load()
-        fakes = fake_scorers(scorers, mode, live)
+        fakes = fake_scorers(scorers, mode, meter.live)
         trainer = assembled(built, distributed, backbone, fakes, prompts, validation_prompts)
         begin_optimizer(trainer, on_card)
         if repeats == 1:
@@ -173,6 +167,20 @@ def fake_run(
             meter.lap("validation")
         gc.unfreeze()
     return FakeRun(repeated(meter.phases(), repeats), networks)
+
+
+@contextmanager
+def counting(processes: int, on_card: bool) -> Iterator[tuple[FakeTensorMode, Meter]]:
+    """Within this context tensors have no content, and what is done and what lives is counted."""
+    live = LiveBytes(attention_workspace if on_card else None)
+    with (
+        absent_processes(processes),
+        tensors_without_content() as mode,
+        Meter(live, WorkCounter()) as meter,
+        live.following_resizes(),
+        CudaArithmetic() if on_card else nullcontext(),
+    ):
+        yield mode, meter
 
 
 def fake_scorers(scorers: Mapping[str, Any], mode: Any, live: LiveBytes) -> dict[str, Any]:

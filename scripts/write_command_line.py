@@ -13,6 +13,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 from Core.commands.main import COMMANDS, main  # noqa: E402
+from scripts.pages import with_section  # noqa: E402
 
 PAGE = ROOT / "docs" / "command-line.md"
 BEGIN, END = "<!-- help: written by scripts/write_command_line.py -->", "<!-- end of help -->"
@@ -36,11 +37,9 @@ def help_of(*words: str) -> str:
 
 def with_help(text: str) -> str:
     """``text`` with the help between its markers updated."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
     parts = [f"```text\n{help_of()}\n```"]
     parts += [f"## {name}\n\n```text\n{help_of(name)}\n```" for name in COMMANDS]
-    return "\n\n".join([head + BEGIN, *parts, END + tail])
+    return with_section(text, BEGIN, END, parts)
 
 
 def update() -> int:

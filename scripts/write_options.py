@@ -13,6 +13,7 @@ from Core.config.schema import sections_of  # noqa: E402
 from Core.training.objectives import OBJECTIVES  # noqa: E402
 from Core.utils.options import default_of, describe_type  # noqa: E402
 from Core.utils.registry import Registry  # noqa: E402
+from scripts.pages import with_section  # noqa: E402
 
 PAGE = ROOT / "docs" / "options.md"
 # Sections that the value of a key chooses, with what there is to choose from.
@@ -58,9 +59,7 @@ def others(section: str, table: Registry, shown: Sequence[Field]) -> list[str]:
 
 def with_table(text: str) -> str:
     """``text`` with the table between its markers updated."""
-    head, _, rest = text.partition(BEGIN)
-    _, _, tail = rest.partition(END)
-    return f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+    return with_section(text, BEGIN, END, [table()])
 
 
 def main() -> int:

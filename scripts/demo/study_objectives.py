@@ -47,6 +47,7 @@ from Core.utils.tables import read_table
 from scripts.demo import world
 from scripts.demo.common import DEMO, ROOT, heldout
 from scripts.demo.compare import HeldOut
+from scripts.pages import with_section
 
 FOLDER = ROOT / "runs" / "study_objectives"
 PAGE = ROOT / "docs" / "objectives.md"
@@ -546,14 +547,7 @@ def write_docs() -> None:
         if longer := rows_of(reward, "long"):
             parts += [text, longer_table(longer)]
     parts += ["The search, each setting trained once:", search_table(SEARCHED)]
-    write_section(PAGE, BEGIN, END, parts)
-
-
-def write_section(page: Path, begin: str, end: str, parts: Sequence[str]) -> None:
-    """Replace what stands between two marks of a page; at its end, if they are not there yet."""
-    head, _, rest = page.read_text(encoding="utf-8").partition(begin)
-    tail = rest.partition(end)[2] or "\n"
-    write_whole(page, "\n\n".join([head.rstrip(), begin, *parts, end]) + tail)
+    write_whole(PAGE, with_section(PAGE.read_text(encoding="utf-8"), BEGIN, END, parts))
 
 
 def main() -> None:

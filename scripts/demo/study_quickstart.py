@@ -41,8 +41,8 @@ from scripts.demo.study_objectives import (
     in_words,
     validation_prompts,
     validation_scenes,
-    write_section,
 )
+from scripts.pages import with_section
 
 FOLDER = ROOT / "runs" / "study_quickstart"
 PAGE = ROOT / "docs" / "quickstart.md"
@@ -229,7 +229,8 @@ def write_docs() -> None:
     (flow, change), base = true_videos(), results["seed 0"]
     fall = FALL_SAID.format(base["dynamic_degree"][0], flow, base["motion"][0], change)
     parts = ["## Several seeds, and longer runs", SEEDS_SAID, seeds_table(results), fall]
-    write_section(PAGE, BEGIN, END, [*parts, SEARCH_SAID, search_table(results)])
+    parts += [SEARCH_SAID, search_table(results)]
+    write_whole(PAGE, with_section(PAGE.read_text(encoding="utf-8"), BEGIN, END, parts))
 
 
 def main() -> None:

@@ -2,8 +2,9 @@
 
 `python scripts/write_memory_table.py` takes the names of rows to renew.
 
-Nothing is measured on a card: the figures are those of `vader estimate`. `docs/estimates/memory.json` keeps them,
-and `docs/estimates/check.json` the comparison with real steps (scripts/check_estimate.py --json).
+Nothing is measured on a card: the figures are those of `vader estimate`. `docs/estimates/memory.json` keeps them;
+beside it are the comparisons with real steps (scripts/check_estimate.py --json docs/estimates/check.json) and with
+what authors report (scripts/check_reported_speed.py --json docs/estimates/reported.json).
 """
 
 import argparse
@@ -26,6 +27,7 @@ from Core.utils.files import write_whole  # noqa: E402
 PAGE = ROOT / "docs" / "memory.md"
 FIGURES = ROOT / "docs" / "estimates" / "memory.json"
 CHECK = ROOT / "docs" / "estimates" / "check.json"
+REPORTED = ROOT / "docs" / "estimates" / "reported.json"
 TABLE = "(<!-- {}: [^\n]*-->\n)(.*?)(<!-- end -->)"
 GIB = 1 << 30
 OPENSORA = "Open-Sora/configs/opensora-v1-2/vader/vader_train.py"
@@ -62,8 +64,9 @@ RUNS: dict[str, tuple[str, ...]] = {
 }
 
 
-def figures(run: FakeRun) -> dict[str, Any]:
+def figures(run: FakeRun, videos: int) -> dict[str, Any]:
     return {
+        "videos": videos,
         "networks": run.networks,
         "peaks": {name: phase.peak for name, phase in run.phases.items()},
         "operations": sum(phase.operations for phase in run.step.values()),
@@ -74,20 +77,20 @@ def figures(run: FakeRun) -> dict[str, Any]:
 
 
 def row(name: str, found: Mapping[str, Any]) -> str:
-    """Text, networks and fullest phase of training in GiB, then seconds on each card that can hold it."""
+    """Text, networks and fullest phase of training in GiB, then a step's videos and seconds where it fits."""
     peaks = dict(found["peaks"])
     text = peaks.pop("text")
     fullest = max(peaks, key=lambda phase: peaks[phase])
     needed = device_bytes(max(text, peaks[fullest]))
     cells = [name, f"{text / GIB:.1f}", f"{found['networks'] / GIB:.1f}", f"{peaks[fullest] / GIB:.1f}"]
-    cells += [f"`{fullest}`", f"{needed / GIB:.1f}"]
+    cells += [f"`{fullest}`", f"{needed / GIB:.1f}", str(found["videos"])]
     for card in CARDS.values():
         cells.append(f"{found['seconds'][card.name]:.0f}" if needed <= card.memory else "–")
     return f"| {' | '.join(cells)} |"
 
 
 def memory_table(found: Mapping[str, Mapping[str, Any]]) -> str:
-    heads = ["run", "text", "networks", "peak", "in", "card needs", *CARDS]
+    heads = ["run", "text", "networks", "peak", "in", "card needs", "videos", *CARDS]
     lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}"]
     return "\n".join([*lines, *(row(name, found[name]) for name in RUNS if name in found)])
 
@@ -114,12 +117,27 @@ def check_table(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def reported_table(found: Sequence[Mapping[str, Any]]) -> str:
+    lines = ["| one video of | card | estimated | its authors report | |", "| --- | --- | --- | --- | --- |"]
+    for one in found:
+        ratio = one["estimated"] / one["seconds"] - 1
+        lines.append(
+            f"| {one['model']}, {one['steps']} steps | {one['card']} | {one['estimated']:.0f} s | "
+            f"[{one['words']}]({one['source']}) | {ratio:+.0%} |"
+        )
+    return "\n".join(lines)
+
+
 def write_pages() -> None:
-    found = json.loads(FIGURES.read_text(encoding="utf-8"))
-    tables = {"memory": memory_table(found)}
-    if CHECK.exists():
-        tables["check"] = check_table(json.loads(CHECK.read_text(encoding="utf-8")))
+    tables = {
+        name: write(json.loads(file.read_text(encoding="utf-8")))
+        for name, file, write in (
+            *(("memory", FIGURES, memory_table), ("check", CHECK, check_table)),
+            ("reported", REPORTED, reported_table),
+        )
+    }
     write_tables(PAGE, tables)
+    found = json.loads(FIGURES.read_text(encoding="utf-8"))
     for page in (ROOT / "docs" / "families").glob("*.md"):
         write_tables(page, {page.stem: family_table(page.stem, found)})
 
@@ -142,7 +160,8 @@ def main() -> None:
     for name in [name for name in RUNS if not names or name in names]:
         config, *flags = RUNS[name]
         began = time.process_time()
-        new = figures(fake_run(load_config([str(ROOT / config), *flags]), PROCESSES.get(name, 1)))
+        loaded, processes = load_config([str(ROOT / config), *flags]), PROCESSES.get(name, 1)
+        new = figures(fake_run(loaded, processes), loaded.optimizer.global_batch(processes))
         print(row(name, new), f"estimated in {time.process_time() - began:.0f} s", flush=True)
         # Read again for every row, since another process may have added to it.
         found = json.loads(FIGURES.read_text(encoding="utf-8")) if FIGURES.exists() else {}

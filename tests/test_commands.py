@@ -28,7 +28,7 @@ from Core.utils.files import replacing, replacing_folder
 from Core.utils.hub import Weight
 from Core.utils.shipped import find_config, shipped_configs
 from Core.utils.synonyms import SYNONYMS
-from Core.utils.words import counted
+from Core.utils.words import counted, duration
 from scripts import write_catalogue
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -530,6 +530,11 @@ def test_what_lasts_is_said_where_nothing_can_be_drawn(capsys, monkeypatch):
 
 def test_one_is_no_plural():
     assert [counted(n, "video") for n in (0, 1, 2)] == ["0 videos", "1 video", "2 videos"]
+
+
+def test_a_time_is_said_in_its_two_largest_units():
+    times = {5: "5 s", 59.7: "1 min 00 s", 65: "1 min 05 s", 3700: "1 h 01 min", 500_000: "5 d 18 h"}
+    assert {seconds: duration(seconds) for seconds in times} == times
 
 
 def test_the_catalogue_is_data():

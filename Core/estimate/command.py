@@ -11,7 +11,9 @@ from Core.config import Config, ConfigError, load_config
 from Core.estimate.advice import Trial, first_fitting, trials
 from Core.estimate.cards import CARDS, Card, device_bytes
 from Core.estimate.fake_run import FakeRun, fake_run
+from Core.training.trainer import total_steps
 from Core.utils.files import write_whole
+from Core.utils.words import counted, duration
 
 GIB = 1 << 30
 
@@ -94,7 +96,7 @@ def verdicts(
     for card in cards:
         while first_fitting(found, card) is None and (trial := next(tried, None)) is not None:
             found.append(trial)
-        lines.append(verdict(card, first, found))
+        lines.append(verdict(card, first, found, config, processes))
         fitting = first_fitting(found, card)
         report["cards"][card.name] = {
             "fits": needed <= card.memory,
@@ -108,18 +110,26 @@ def fullest(run: FakeRun) -> str:
     return max(run.phases, key=lambda name: run.phases[name].peak)
 
 
-def verdict(card: Card, first: Trial, found: Sequence[Trial]) -> str:
+def verdict(card: Card, first: Trial, found: Sequence[Trial], config: Config, processes: int) -> str:
     has, fitting = f"{card.name} ({card.memory / GIB:.0f} GiB)", first_fitting(found, card)
     if fitting is first:
-        return f"{has}: fits, a step in {first.step_seconds(card):.1f} s"
+        return f"{has}: fits, {training_time(config, processes, first.step_seconds(card))}"
     if fitting is None:
         least = min(found, key=lambda trial: trial.needed)
         best = f"; {least} needs {least.needed / GIB:.1f} GiB, most of it in {fullest(least.run)}"
         return f"{has}: does not fit{best if least.changes else ''}; use a smaller resolution or fewer num_frames"
     return (
-        f"{has}: does not fit; {fitting} does, with {fitting.needed / GIB:.1f} GiB and a step in "
-        f"{fitting.step_seconds(card):.1f} s in place of {first.step_seconds(card):.1f} s"
+        f"{has}: does not fit; {fitting} does, with {fitting.needed / GIB:.1f} GiB, "
+        f"{training_time(config, processes, fitting.step_seconds(card))}; "
+        f"unchanged, a step would take {first.step_seconds(card):.1f} s"
     )
+
+
+def training_time(config: Config, processes: int, step: float) -> str:
+    """Of a step of so many seconds, and of all steps without their validations."""
+    videos = config.optimizer.global_batch(processes)
+    steps = total_steps(config, len(config.prompt_list), videos)
+    return f"a step of {counted(videos, 'video')} in {step:.1f} s, {counted(steps, 'step')} in {duration(steps * step)}"
 
 
 def fits_sentence(config: Config, memory: int, processes: int = 1) -> str:

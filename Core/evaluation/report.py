@@ -26,6 +26,7 @@ from Core.utils.damage import reason_of
 from Core.utils.environment import read_starts
 from Core.utils.files import read_object, write_whole
 from Core.utils.tables import read_table, read_text_table
+from Core.utils.words import duration
 
 logger = logging.getLogger("vader")
 REPORT, GALLERY = "report.html", "gallery.html"
@@ -195,13 +196,6 @@ def saved_values(run: Path) -> dict[str, Any]:
 
 def read_rows(path: Path) -> list[dict[str, float]]:
     return read_table(path) if path.is_file() else []
-
-
-def duration(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    if minutes >= 60:
-        return f"{minutes // 60} h {minutes % 60} min"
-    return f"{minutes} min {rest} s" if minutes else f"{seconds:.1f} s"
 
 
 def main_measure(result: Mapping[str, Any]) -> str:

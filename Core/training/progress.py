@@ -19,6 +19,7 @@ from rich.table import Table
 from rich.text import Text
 
 from Core.utils import terminal
+from Core.utils.words import duration
 
 BLOCKS = "▁▂▃▄▅▆▇█"
 SPARK_WIDTH = 48
@@ -113,7 +114,7 @@ class ProgressPanel:
         numbers = ", ".join(f"{name} {value:.4g}" for name, value in self.metrics.items())
         seconds = sum(self.phases().values())
         parts = [f"step {self.step}/{self.total}", f"reward {self.rewards[-1]:.4g}", numbers]
-        parts += [f"{seconds:.2f} s/step", f"{clock_text(self.seconds_left())} left"]
+        parts += [f"{seconds:.2f} s/step", f"{duration(self.seconds_left())} left"]
         return ", ".join(part for part in parts if part)
 
     def panel(self) -> Panel:
@@ -128,7 +129,7 @@ class ProgressPanel:
         rows.add_row("memory", memory_text())
         rows.add_row("step time", self._time_table())
         done = Table.grid(padding=(0, 1))
-        left = clock_text(self.seconds_left()) if self.recent else "–"
+        left = duration(self.seconds_left()) if self.recent else "–"
         bar = ProgressBar(total=self.total, completed=self.step, width=40)
         done.add_row(f"step {self.step}/{self.total}", bar, f"{left} left")
         return Panel(Group(done, Text(), rows), title="training", title_align="left", border_style="dim")
@@ -152,7 +153,7 @@ class ProgressPanel:
         if self.step >= self.total:
             return "finished"
         seconds = (ahead - self.step) * sum(self.phases().values())
-        return f"validation at step {ahead}, in {clock_text(seconds)}"
+        return f"validation at step {ahead}, in {duration(seconds)}"
 
     def _time_table(self) -> Table:
         table = Table.grid(padding=(0, 1))
@@ -184,11 +185,6 @@ def _block(value: float, low: float, high: float) -> str:
     if high == low:
         return BLOCKS[3]
     return BLOCKS[round((value - low) / (high - low) * (len(BLOCKS) - 1))]
-
-
-def clock_text(seconds: float) -> str:
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes // 60} h {minutes % 60:02d} min" if minutes >= 60 else f"{minutes} min {rest:02d} s"
 
 
 def memory_text() -> str:

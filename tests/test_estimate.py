@@ -199,7 +199,9 @@ def test_the_command_prints_what_fits_and_what_would_make_it_fit(twin, tmp_path,
     assert main([path, *flags]) == 0
     out = capsys.readouterr().out
     assert "h100 (80 GiB): fits, a step of 2 videos in 0.0 s, 3 steps in 0 s\n" in out
-    assert "a6000 (48 GiB): does not fit; grad_checkpoint=True does, with 32.0 GiB, a step of 2 videos in" in out
+    assert (
+        "a6000 (48 GiB): does not fit; grad_checkpoint=True does, with 32.0 GiB, a step of 2 videos in" in out
+    )
     assert "l4 (22 GiB): does not fit; grad_checkpoint=True needs 32.0 GiB, most of it in prefix" in out
     assert '"with": null' in (tmp_path / "out.json").read_text()
     assert main([path, "--gpu", "h1000"]) == 2

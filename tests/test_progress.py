@@ -72,9 +72,7 @@ def test_plain_lines_without_a_terminal():
         view.update(99, 9.9, TIMINGS, NUMBERS)
         view.update(100, 10.0, TIMINGS, NUMBERS)
     first, last = out.getvalue().splitlines()
-    assert first == (
-        "step 99/100, reward 9.9, loss 0.25, grad norm 0.0125, lr 0.0002, 2.00 s/step, 2 s left"
-    )
+    assert first == ("step 99/100, reward 9.9, loss 0.25, grad norm 0.0125, lr 0.0002, 2.00 s/step, 2 s left")
     assert last.startswith("step 100/100") and "\x1b" not in out.getvalue()
 
 

@@ -26,6 +26,8 @@ from Core.backbones import BACKBONES
 from Core.commands.main import main as vader
 from Core.config import load_config
 from Core.config.schema import keys_of, sections_of
+from Core.estimate import advice
+from Core.estimate.fake_run import FakeRun, Phase
 from Core.training.objectives import OBJECTIVES
 from scripts import write_command_line, write_options
 
@@ -186,6 +188,7 @@ def with_a_run(small_run, repository, monkeypatch):
     monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(repository / "torch"))
     monkeypatch.setattr(torch.hub, "download_url_to_file", snapshot_download)
+    monkeypatch.setattr(advice, "fake_run", lambda config, tell: FakeRun({"step": Phase(1 << 30)}, 1 << 30))
     shutil.copytree(small_run, repository / "runs" / "vader")
     shutil.copy(small_run.with_suffix(".config.py"), repository / "runs")
     (repository / "runs" / "mine").symlink_to("vader")

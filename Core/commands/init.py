@@ -2,71 +2,44 @@
 
 import json
 import sys
+import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from Core.commands.catalogue import catalogue
-from Core.commands.startup import Parser
+from Core.commands.startup import Parser, importing
 from Core.utils.errors import ConfigError
 from Core.utils.exit_codes import exit_code
 from Core.utils.files import write_whole
 from Core.utils.registry import did_you_mean
 
-HELP = """Writes a config to train with, commented: a model, a reward, and settings that suit the GPU's memory. What
-is not given as a flag is asked for.
+HELP = """Writes a config to train with, commented: a model, a reward, and what it takes to fit the GPU's memory, which
+is predicted in up to a few minutes (`vader estimate`). What is not given as a flag is asked for.
 
   vader init my_train.py --model wan/t2v_1_3b --reward hps --memory 24"""
-# From so many GB on: settings, each with its reason. docs/training.md has the recipes, which were not measured.
-RECIPES: dict[int, dict[str, tuple[object, str]]] = {
-    0: {
-        "dtype": ("fp8", "stores the frozen denoiser in 8 bits, computes in bf16"),
-        "guidance_grad": ("cond", "no gradient through the guidance's second prediction"),
-        "use_AdamW8bit": (True, "the optimiser's state in 8 bits"),
-        "train_batch_size": (1, "videos of a forward pass"),
-        "gradient_accumulation_steps": (8, "forward passes of a step: 8 videos on one GPU"),
-        "backprop_steps": (1, "sampling steps that the gradient goes through"),
-        "decode_frame": (-1, "one latent frame, drawn anew each time, is decoded and scored"),
-        "grad_checkpoint": (True, "recomputes activations in the backward pass"),
-    },
-    40: {
-        "dtype": ("bf16", "of the frozen denoiser"),
-        "train_batch_size": (1, "videos of a forward pass"),
-        "gradient_accumulation_steps": (8, "forward passes of a step: 8 videos on one GPU"),
-        "backprop_steps": (1, "sampling steps that the gradient goes through"),
-        "decode_frame": (-1, "one latent frame, drawn anew each time, is decoded and scored"),
-        "grad_checkpoint": (True, "recomputes activations in the backward pass"),
-    },
-    80: {
-        "dtype": ("bf16", "of the frozen denoiser"),
-        "train_batch_size": (2, "videos of a forward pass"),
-        "gradient_accumulation_steps": (4, "forward passes of a step: 8 videos on one GPU"),
-        "backprop_steps": (3, "sampling steps that the gradient goes through"),
-        "decode_frame": ("fml", "the first, middle and last latent frame are decoded and scored"),
-        "grad_checkpoint": (True, "recomputes activations in the backward pass"),
-    },
-}
-# Of a reward of motion; the recipes' decode_frame gives it too few.
-ALL_FRAMES = ("all", "every latent frame is decoded, since the reward needs several")
+GIB = 1 << 30
+# For a reward of motion; the configs' decode_frame gives it too few.
+ALL_FRAMES = 'decode_frame = "all"  # every latent frame is decoded, since the reward needs several\n'
 CONFIG = '''"""{model} for {reward} on {memory} GB: `vader check {file}`, then `vader train {file}`."""
 
 _base_ = "{model}"  # a config that ships; `vader models` lists them
 
 # What is optimised, see `vader rewards`. Several: {{"hps": 1.0, "aesthetic": 0.1}}; your own: "my_reward.py:MyReward".
 reward_fn = {reward_fn}
-
+{frames}
 # One prompt per line. Those of the base config are about animals.
 {prompts}
 
-# Memory: settings for {memory} GB.
-{recipe}
-
+# {predicted}
+{settings}
 # The run's folder. The same command continues an interrupted run.
 project_dir = {project}
 
 # The base config has values of its own for these, and docs/options.md has all other keys:
-# max_train_steps, lr, lora_rank, validation_steps, checkpointing_steps, resolution, num_frames
+# max_train_steps, lr, lora_rank, train_batch_size, gradient_accumulation_steps, backprop_steps, decode_frame,
+# validation_steps, checkpointing_steps, resolution, num_frames
 '''
 
 
@@ -101,9 +74,14 @@ def write(flags: Namespace) -> None:
     ]
     refuse(errors)
     chosen = {name: ask(name) if text is None else text for name, text in given.items()}
-    text = config_text(file, chosen["model"], chosen["reward"], int(chosen["memory"]), flags.prompts)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, text)
+    # It is there before the prediction, which can be cut short.
+    write_whole(
+        file, config_text(file, chosen, flags.prompts, "How much memory it needs was not predicted.", {})
+    )
+    predicted, settings = fitting(file, int(chosen["memory"]))
+    write_whole(file, config_text(file, chosen, flags.prompts, predicted, settings))
+    print("".join(f"{setting_line(*one)}\n" for one in settings.items()) + predicted)
     print(f"wrote {file}: `vader check {file}` looks for what would stop it, `vader train {file}` starts it")
 
 
@@ -197,19 +175,47 @@ QUESTIONS = {
 }
 
 
-def config_text(file: Path, model: str, reward: str, memory: int, prompts: str | None) -> str:
+def fitting(file: Path, memory: int) -> tuple[str, dict[str, Any]]:
+    """What is predicted of the config on a GPU of so many GB, and the settings with which it fits best."""
+    with importing():
+        from Core.config import load_config
+        from Core.estimate.advice import best_for
+        from Core.estimate.command import progress
+    room = memory * 10**9  # cards of a nominal size have at least so many bytes
+    try:
+        best = best_for(load_config([str(file)]), room, progress())
+    except ValueError as error:
+        return f"How much memory it needs is not known: {error}", {}
+    needed = f"{best.needed / GIB:.1f} GiB"
+    if best.needed <= room:
+        return f"Predicted to need {needed} of {memory} GB, which are {room / GIB:.1f} GiB.", best.changes
+    return (
+        f"Does not fit {memory} GB, which are {room / GIB:.1f} GiB: predicted to need {needed}. Use a smaller "
+        "resolution, fewer num_frames, or shard_frozen on several GPUs.",
+        best.changes,
+    )
+
+
+def setting_line(key: str, value: Any) -> str:
+    from Core.estimate.memory_savers import MEMORY_SAVERS
+
+    return f"{key} = {literal(value)}  # {MEMORY_SAVERS.get((key, value), 'goes with the others')}"
+
+
+def config_text(
+    file: Path, chosen: Mapping[str, str], prompts: str | None, predicted: str, settings: Mapping[str, Any]
+) -> str:
     """The config file: Python, every setting with its reason."""
-    recipe = dict(RECIPES[max(least for least in RECIPES if least <= memory)])
-    if catalogue()["rewards"].get(reward, {}).get("several_frames"):
-        recipe["decode_frame"] = ALL_FRAMES
+    reward = chosen["reward"]
+    several = catalogue()["rewards"].get(reward, {}).get("several_frames")
     return CONFIG.format(
+        **chosen,
         file=file,
-        model=model,
-        reward=reward,
         reward_fn=literal(reward),
-        memory=memory,
+        frames=ALL_FRAMES if several else "",
         prompts=f"prompt_path = {literal(prompts)}" if prompts else '# prompt_path = "prompts.txt"',
-        recipe="\n".join(f"{key} = {literal(value)}  # {reason}" for key, (value, reason) in recipe.items()),
+        predicted="\n# ".join(textwrap.wrap(predicted, 118)),
+        settings="".join(f"{setting_line(*one)}\n" for one in settings.items()),
         project=literal(f"runs/{file.stem}"),
     )
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from Core.config import Config
+from Core.config import Config, ConfigError
 from Core.config.load import build_config
 from Core.estimate.cards import Card, device_bytes
 from Core.estimate.fake_run import FakeRun, fake_run
@@ -32,7 +32,7 @@ class Trial:
 
 
 def trials(config: Config, first: Trial, processes: int, tell: Callable[[str], None]) -> Iterator[Trial]:
-    """Each setting that saves memory on top of those before; what lowers no peak is left out.
+    """Each setting that saves memory on top of those before; what lowers no peak, or is refused, is left out.
 
     Args:
         first: the configuration as it is.
@@ -47,10 +47,23 @@ def trials(config: Config, first: Trial, processes: int, tell: Callable[[str], N
         if key == "train_batch_size":
             samples = config.optimizer.train_batch_size * config.optimizer.gradient_accumulation_steps
             values["gradient_accumulation_steps"] = changes["gradient_accumulation_steps"] = samples
-        run = fake_run(build_config(values), processes)
+        try:
+            changed = build_config(values)
+        except ConfigError:  # one frame for a reward of motion, say
+            continue
+        run = fake_run(changed, processes)
         if run.peak < best.run.peak:
             best = dataclasses.replace(best, changes=changes, run=run)
             yield best
+
+
+def best_for(config: Config, memory: int, tell: Callable[[str], None]) -> Trial:
+    """The cheapest settings with which the run fits a card of so many bytes, or those that need least where none do."""
+    best = Trial({}, fake_run(config, tell=tell))
+    tried = trials(config, best, 1, tell)
+    while best.needed > memory and (trial := next(tried, None)) is not None:
+        best = trial
+    return best
 
 
 def first_fitting(found: Sequence[Trial], card: Card) -> Trial | None:

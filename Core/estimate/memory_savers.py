@@ -1,27 +1,31 @@
-"""Settings of training that need less memory, those first that cost the least quality."""
+"""Settings of training that need less memory.
 
-from collections.abc import Mapping, Sequence
+Those that leave the training as it is come first, then those that change it, the least change first.
+"""
+
+from collections.abc import Mapping
 from typing import Any
 
 from Core.config import Config
 from Core.config.checks import OPTIONAL_KEYS, PLACEMENTS
 
-MEMORY_SAVERS: Sequence[tuple[str, Any]] = (
-    ("grad_checkpoint", True),
-    ("train_batch_size", 1),
-    ("val_batch_size", 1),
-    ("backprop_mode", "last"),
-    ("backprop_steps", 1),
-    ("levels_per_video", 1),
-    ("trajectory_device", "cpu"),
-    ("decode_frame", -1),
-    ("activation_offloading", True),
-    ("grad_checkpoint", "parts"),
-    ("stream_blocks", True),
-    ("dtype", "fp8"),
-    ("use_AdamW8bit", True),
-    ("guidance_grad", "cond"),
-)
+# Key and value → what it does.
+MEMORY_SAVERS: dict[tuple[str, Any], str] = {
+    ("grad_checkpoint", True): "the same training; activations are computed twice",
+    ("train_batch_size", 1): "the same training with more gradient_accumulation_steps",
+    ("val_batch_size", 1): "the same videos, one at a time",
+    ("trajectory_device", "cpu"): "the same training; sampled steps are kept in the CPU's memory",
+    ("activation_offloading", True): "the same training; inputs of blocks are kept in the CPU's memory",
+    ("grad_checkpoint", "parts"): "the same training; attention and feed-forward networks run once more",
+    ("stream_blocks", True): "the same training; frozen weights come from the CPU's memory block by block",
+    ("use_AdamW8bit", True): "the optimiser's state in 8 bits",
+    ("levels_per_video", 1): "one noise level of each sampled video is trained on",
+    ("decode_frame", -1): "one latent frame, drawn anew each time, is decoded and scored",
+    ("backprop_mode", "last"): "the gradient goes through the last sampling steps alone",
+    ("backprop_steps", 1): "the gradient goes through one sampling step",
+    ("dtype", "fp8"): "the frozen denoiser in 8 bits, computing in bf16",
+    ("guidance_grad", "cond"): "no gradient through guidance's unconditional prediction",
+}
 OF_INFERENCE = ("val_batch_size", "stream_blocks", "dtype")
 
 

@@ -13,23 +13,23 @@ fail() {
 }
 
 recent_enough() {
-    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' >/dev/null 2>&1
+    "$1" -c 'import sys; sys.exit(sys.version_info < (3, 11))' >/dev/null 2>&1
 }
 
 # Prints the interpreter for a new .venv: $PYTHON if set, else the first one on PATH that is recent enough.
 find_python() {
     if [ -n "${PYTHON:-}" ]; then
-        recent_enough "$PYTHON" || fail "PYTHON='$PYTHON' is no working Python 3.10 or newer; set it to one."
+        recent_enough "$PYTHON" || fail "PYTHON='$PYTHON' is no working Python 3.11 or newer; set it to one."
         printf '%s\n' "$PYTHON"
         return
     fi
-    for candidate in python3 python3.13 python3.12 python3.11 python3.10; do
+    for candidate in python3 python3.14 python3.13 python3.12 python3.11; do
         if recent_enough "$candidate"; then
             printf '%s\n' "$candidate"
             return
         fi
     done
-    fail "no Python 3.10 or newer on the path; install one or set PYTHON to it."
+    fail "no Python 3.11 or newer on the path; install one or set PYTHON to it."
 }
 
 # Includes the root: after a copy or move, an editable install still points to the old location.

@@ -131,7 +131,7 @@ def test_old_python_is_refused(checkout):
     assert refused.returncode == 2
     assert (
         refused.stderr
-        == f"setup: PYTHON='{checkout.python}' is no working Python 3.10 or newer; set it to one.\n"
+        == f"setup: PYTHON='{checkout.python}' is no working Python 3.11 or newer; set it to one.\n"
     )
     assert not (checkout.root / ".venv").exists()
 

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from importlib.machinery import PathFinder
 from pathlib import Path
 
@@ -200,6 +201,41 @@ def test_a_launched_process_that_fails_gives_the_exit_code_and_no_traceback(tmp_
     )
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     assert said in done.stderr and done.stderr.count("error: ") == bool(said), done.stderr
+
+
+WORKER = """import os, pathlib, signal, time
+got = []
+for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+    signal.signal(number, lambda number, frame: got.append(number))
+pathlib.Path(os.environ["READY"] + os.environ["RANK"]).touch()
+while len(got) < 3:
+    time.sleep(0.05)
+time.sleep(3)
+print("saved", flush=True)
+"""
+
+
+def test_signals_reach_launched_processes_which_take_their_time(tmp_path):
+    """Longer than torchrun would wait, and the exit code is theirs."""
+    package = tmp_path / "Core"
+    package.mkdir()
+    (package / "__main__.py").write_text(WORKER)
+    program = (
+        "import pathlib, sys; from Core.commands import torchrun; "
+        f"torchrun.PACKAGE = pathlib.Path({str(package)!r}); sys.exit(torchrun.main(['2']))"
+    )
+    added = {"PYTHONPATH": str(ROOT), "READY": str(tmp_path / "ready"), "TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "1"}
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", program], env=os.environ | added, stdout=subprocess.PIPE, text=True
+    )
+    while len(list(tmp_path.glob("ready*"))) < 2:
+        assert launcher.poll() is None
+        time.sleep(0.05)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        launcher.send_signal(number)
+        time.sleep(0.2)
+    said, _ = launcher.communicate(timeout=60)
+    assert launcher.returncode == 0 and said.count("saved") == 2
 
 
 def test_of_several_exit_codes_that_of_a_process_that_has_spoken_counts(capsys):

@@ -3,12 +3,19 @@
 A program of its own, so that no memory of a GPU that ``vader`` has looked at stays taken while the processes run.
 """
 
+import contextlib
+import os
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import FrameType
+
+import psutil
 
 PACKAGE = Path(__file__).resolve().parents[1]
+# torchrun handles no others: it would kill the processes 30 seconds after a signal, in the middle of a step or a save.
+LEFT_TO_TORCHRUN = "SIGHUP,SIGQUIT"
 
 
 def main(argv: Sequence[str]) -> int:
@@ -17,7 +24,12 @@ def main(argv: Sequence[str]) -> int:
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
+    from Core.training.signals import SIGNALS
+
     processes, *words = argv
+    os.environ["PET_SIGNALS_TO_HANDLE"] = LEFT_TO_TORCHRUN
+    for number in SIGNALS:
+        signal.signal(number, pass_on)
     try:
         torchrun(["--standalone", "--nproc-per-node", processes, str(PACKAGE / "__main__.py"), *words])
     except ChildFailedError as error:
@@ -25,6 +37,16 @@ def main(argv: Sequence[str]) -> int:
     except SignalException as error:
         return 128 + error.sigval
     return 0
+
+
+def pass_on(number: int, frame: FrameType | None) -> None:
+    """Give a signal to the processes of the run, which know what to do; end where there are none yet."""
+    workers = psutil.Process().children()
+    if not workers:
+        sys.exit(128 + number)
+    for worker in workers:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.send_signal(number)
 
 
 def explained(codes: Sequence[int]) -> int:

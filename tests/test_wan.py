@@ -205,6 +205,25 @@ def test_each_expert_can_have_the_adapter(folders, experts, tmp_path):
     assert trained == ({"high_noise", "low_noise"} if experts == "both" else {experts})
 
 
+@pytest.mark.parametrize("objective", ["grpo", "nft", "dpo", "direct_align"])
+def test_terms_of_an_expert_without_an_adapter_are_passed_over(folders, objective, tmp_path):
+    """All samples of the first sampling steps, and the noise levels that are drawn above the boundary."""
+    keys = {"objective": objective, "train_experts": "low_noise", "max_train_steps": 3}
+    keys |= {"train_batch_size": 1, "gradient_accumulation_steps": 2, "lr": 1e-3}
+    grouped = {} if objective == "direct_align" else {"group_size": 2}
+    rows = train("wan", folders["a14b"], tmp_path / "run", **keys, **grouped)
+    assert len(rows) == 3 and any(float(row["grad_norm"]) > 0 for row in rows)
+
+
+def test_a_window_that_never_reaches_the_trained_expert_ends_the_run(folders, tmp_path, capsys):
+    keys = {"train_experts": "high_noise", "backprop_steps": 1, "max_bad_steps": 2}
+    with pytest.raises(AssertionError):  # its exit code
+        train("wan", folders["a14b"], tmp_path / "run", **keys)
+    said = capsys.readouterr().err
+    assert "the adapter took no part in the gradient of 2 steps; " in said
+    assert "train_experts names the expert of other timesteps" in said
+
+
 # The VAE of TI2V-5B as published, and the smaller one of the others by the class's defaults.
 FINE_VAE = {"base_dim": 160, "decoder_base_dim": 256, "z_dim": 48, "is_residual": True, "patch_size": 2}
 FINE_VAE |= {"in_channels": 12, "out_channels": 12, "scale_factor_spatial": 16}

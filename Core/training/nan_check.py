@@ -42,8 +42,9 @@ def find_fault(
     finite = values.isfinite().flatten(1).all(1).tolist()
     bad = tuple(sample for sample, good in zip(samples, finite, strict=True) if not good)
     grads = {name: p.grad for name, p in parameters.items() if p.grad is not None}
-    norms = torch.stack(torch._foreach_norm(list(grads.values())))
-    names = [name for name, good in zip(grads, norms.isfinite().tolist(), strict=True) if not good]
+    norms = torch._foreach_norm(list(grads.values())) if grads else []
+    good = torch.stack(norms).isfinite().tolist() if grads else []
+    names = [name for name, finite in zip(grads, good, strict=True) if not finite]
     return Fault(bad, tuple(names[:NAMED_PARAMETERS])) if bad or names else None
 
 

@@ -132,9 +132,9 @@ class Objective:
         return []
 
 
-def refuse_missing_gradient(reward: RewardOutput) -> None:
+def refuse_missing_gradient(reward: RewardOutput, frames: Tensor) -> None:
     """Raise ValueError, naming the objectives that need none, where a loss of frames with a graph has no gradient."""
-    if not reward.loss.requires_grad:
+    if frames.requires_grad and not reward.loss.requires_grad:
         raise ValueError(no_gradient_sentence("the reward"))
 
 

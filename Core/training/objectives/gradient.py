@@ -82,7 +82,7 @@ class GradientObjective(Objective):
         frames = self.rollout.frames(z, samples)
         timer.lap("decode")
         reward = self.reward(frames, [encoded.prompt.reward_text for encoded in prompts])
-        refuse_missing_gradient(reward)
+        refuse_missing_gradient(reward, frames)
         timer.lap("reward")
         self.frames = frames.detach()
         return reward

@@ -11,10 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 from reward_twins import clip_folder, head_file, twin_arguments
+from torch import Tensor, nn
 
+from Core.backbones import Prompt
+from Core.evaluation.metrics import score_videos
 from Core.rewards import (
     REGISTRY,
     RewardInfo,
+    RewardOutput,
     Weight,
     build_reward,
     check_reward_config,
@@ -25,6 +29,7 @@ from Core.rewards import (
 )
 from Core.rewards.actpred import find_action
 from Core.rewards.base import ImageReward
+from Core.rewards.mixture import Mixture
 from Core.rewards.settings import RewardSettings
 from Core.utils import hub as weights_module
 from Core.utils.state_dict import load_state
@@ -167,6 +172,28 @@ def test_a_scorer_stays_on_the_device_it_is_given(arguments):
     output = reward(frames, ["a fox"])
     assert output.score.isfinite() and torch.autograd.grad(output.loss.sum(), frames)[0].any()
     assert build_reward("pick_score", arguments["pick_score"], device="meta").device.type == "meta"
+
+
+class Weighted(ImageReward):
+    """A reward with a weight, which lies somewhere."""
+
+    info = RewardInfo(name="weighted", summary="a mean", range="any")
+
+    def __init__(self, device: str):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(3, device=device))
+
+    def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
+        assert frames.device == self.weight.device
+        return RewardOutput(torch.zeros(1), torch.zeros(1), {})
+
+
+@pytest.mark.parametrize("devices", [("meta", "cpu"), ("cpu", "meta")])
+def test_each_part_of_a_mixture_scores_videos_where_its_weights_are(devices):
+    parts = {str(number): Weighted(device) for number, device in enumerate(devices)}
+    mixture = Mixture(parts, dict.fromkeys(parts, 1.0))
+    output = score_videos(mixture, torch.zeros(1, 3, 4, 16, 16), [Prompt("a fox")])
+    assert output.score.device.type == "cpu"
 
 
 @pytest.mark.skipif(torch.cuda.device_count() > 9, reason="the device would be there")

@@ -26,9 +26,7 @@ def score_videos(
         fps: frames per second they play at, if known.
     """
     index = reward.sample_frames(videos.shape[2], fps)
-    # A scorer without weights computes where the videos are.
-    device = reward.device if any(True for _ in reward.buffers()) else videos.device
-    frames = videos[:, :, index].transpose(1, 2).to(device)
+    frames = videos[:, :, index].transpose(1, 2)
     return reward(frames, [prompt.reward_text for prompt in prompts])
 
 

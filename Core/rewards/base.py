@@ -115,8 +115,12 @@ class Reward(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights (CPU for a scorer without any)."""
+        return self._device_or(torch.device("cpu"))
+
+    def _device_or(self, other: torch.device) -> torch.device:
+        """Device of the weights, or ``other`` for a scorer without any."""
         weights = itertools.chain(self.buffers(), self.parameters())
-        return next((weight.device for weight in weights), torch.device("cpu"))
+        return next((weight.device for weight in weights), other)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -207,14 +211,12 @@ class Reward(nn.Module):
         return self.to(wanted)
 
     def judge(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
-        """``evaluate`` where the networks are placed; the result is on the device of the frames.
+        """``evaluate`` where the networks are; the result is on the device of the frames.
 
         Errors name the file where the scorer is a user's.
         """
         with blamed(self.origin, "while scoring"):
-            if self.placement is None:
-                return self.evaluate(frames, prompts)
-            output = self.evaluate(frames.to(self.placement), prompts)
+            output = self.evaluate(frames.to(self._device_or(frames.device)), prompts)
             parts = {name: part.to(frames.device) for name, part in output.parts.items()}
             return RewardOutput(output.score.to(frames.device), output.loss.to(frames.device), parts)
 

@@ -49,6 +49,10 @@ class Mixture(Reward):
         """The most frames that a part asks for; all parts score the same."""
         return max((reward.sample_frames(count, fps) for reward in self.rewards), key=len)
 
+    def judge(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
+        """``evaluate``; each part takes the frames to where its own networks are."""
+        return self.evaluate(frames, prompts)
+
     def evaluate(self, frames: Tensor, prompts: list[str]) -> RewardOutput:
         outputs = [reward.judge(frames, prompts) for reward in self.rewards]
         signs = [1 if reward.higher_is_better else -1 for reward in self.rewards]

@@ -28,6 +28,18 @@ from Core.utils import rng
 from Core.utils.distributed import Distributed
 from Core.utils.timing import Stopwatch
 
+ROOTED = """
+from Core.rewards import ImageReward, RewardInfo
+
+
+class Rooted(ImageReward):
+    info = RewardInfo(name="rooted", summary="a root whose gradient is infinite at its zero", range="0")
+
+    def score_images(self, images, prompts):
+        mean = images.mean(dim=(1, 2, 3))
+        return (mean - mean.detach()).sqrt() * 0
+"""
+
 
 @pytest.fixture(scope="module")
 def loaded(twin, tmp_path_factory):
@@ -75,6 +87,16 @@ def test_cond_keeps_the_value_and_leaves_out_the_null_branch(loaded):
     got = torch.autograd.grad((v[False] * v[False].detach()).sum(), parameters)
     for first, second in zip(wanted, got, strict=True):
         torch.testing.assert_close(first, second, rtol=1e-4, atol=1e-5)
+
+
+def test_debug_names_the_operation_behind_a_nan(twin, tmp_path):
+    file = tmp_path / "rooted.py"
+    file.write_text(ROOTED)
+    keys = dict(reward_fn=f"{file}:Rooted", reward_args={}, num_frames=1, decode_frame=0)
+    assert twin_runs.built_trainer(twin, tmp_path / "plain", **keys).train_step().skipped
+    named = pytest.warns(UserWarning, match="rooted.py")
+    with named, pytest.raises(RuntimeError, match="SqrtBackward0.*nan"):
+        twin_runs.built_trainer(twin, tmp_path / "debugged", debug=True, **keys).train_step()
 
 
 def test_the_distance_to_the_base_model_is_its_own_velocity_difference(loaded):

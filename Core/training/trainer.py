@@ -81,6 +81,7 @@ class Trainer:
         self.stop = StopRequest()
         self.step = self.bad_steps = self.skipped_steps = 0
         self.still_steps = 0  # steps in a row whose gradient was exactly zero
+        self.adapter_took_part = False  # in any step since this process began
         self.recent_rewards: list[float] = []
         self.save_fault = ""  # why the last save failed
         self.stopwatch: Callable[[torch.device], Stopwatch] = Stopwatch
@@ -107,7 +108,10 @@ class Trainer:
 
     def update(self, timer: Stopwatch) -> StepMetrics:
         """Backward passes of all micro batches, and the optimiser step that they make."""
-        values = torch.cat([self.micro_step(samples, timer) for samples in self.micro_batches()])
+        with torch.autograd.set_detect_anomaly(
+            self.config.run.debug
+        ):  # a NaN ends the run with its operation
+            values = torch.cat([self.micro_step(samples, timer) for samples in self.micro_batches()])
         fault = find_fault(self.local_samples(), values, self.named_parameters)
         # A gradient that is not finite shows in the norm of the average, on every process.
         flags = [bool(fault and fault.samples), self.stop.requested]
@@ -137,7 +141,11 @@ class Trainer:
         terms = self.objective.losses(self.prompts_of(samples), samples, timer)
         values = []
         while (output := self.next_term(terms)) is not None:
-            self.distributed.backward(output.loss.mean() / self.config.optimizer.gradient_accumulation_steps)
+            if output.loss.requires_grad:  # else only an expert without an adapter took part
+                self.distributed.backward(
+                    output.loss.mean() / self.config.optimizer.gradient_accumulation_steps
+                )
+                self.adapter_took_part = True
             timer.lap("backward")
             self.part_names = list(output.parts)
             columns = torch.stack([output.score, output.loss, *output.parts.values()], dim=1)
@@ -237,6 +245,12 @@ class Trainer:
         if self.bad_steps >= limit:
             reason = f"{self.bad_steps} steps in a row had no finite reward and gradient"
             return reason, "lower lr, or set mixed_precision='bf16'"
+        if self.still_steps >= limit and not self.adapter_took_part:
+            reason = f"the adapter took no part in the gradient of {self.still_steps} steps"
+            return (
+                reason,
+                "train_experts names the expert of other timesteps: change it, or raise backprop_steps",
+            )
         if self.still_steps >= limit and self.objective.needs_reward_gradient:
             reason = f"the gradient of {self.still_steps} steps in a row was exactly zero"
             advice = (

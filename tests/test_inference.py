@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import weakref
+from types import SimpleNamespace
 
 import av
 import pytest
@@ -322,6 +324,24 @@ def test_a_failed_prompt_is_named_and_the_rest_goes_on(twin, plain, tmp_path, mo
     monkeypatch.setattr(inference, "generate", real)
     assert sample(twin, run, val_batch_size=4) == 0
     assert contents(run) == contents(plain)
+
+
+def test_a_batch_that_failed_holds_no_memory_while_its_videos_are_tried_alone(monkeypatch):
+    held = []
+
+    def faulty(backbone, samples, *args):
+        assert not [one for one in held if one() is not None]
+        large = torch.zeros(len(samples))
+        held.append(weakref.ref(large))
+        try:
+            raise RuntimeError("out of memory")
+        except RuntimeError as error:
+            raise ValueError("another that came of it") from error
+
+    monkeypatch.setattr(inference, "generate", faulty)
+    backbone = SimpleNamespace(settings=SimpleNamespace(clips_per_video=1))
+    pairs = [(SimpleNamespace(name=name), None) for name in "ab"]
+    assert inference.generate_each(backbone, pairs, progress=False) == [None, None] and len(held) == 3
 
 
 def test_pixels_that_are_no_numbers_are_a_failure(twin, tmp_path, monkeypatch, capsys):

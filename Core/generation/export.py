@@ -241,7 +241,7 @@ def write_merged(
     config = load_config([config_file, *flags])
     exact: dict[str, Any] = {"dtype": "fp32", "base_quant": "none"}
     obeyed = {key: value for key, value in exact.items() if key in config.backbone.obeys}
-    config = replace(config, models=replace(config.models, **obeyed))
+    config = replace(config, models=replace(config.models, stream_blocks=False, **obeyed))
     backbone = new_backbone(config, torch.device("cpu"))
     with backbone.loading("the model", backbone.weights.keys() - set(backbone.text_weights)):
         backbone.load()

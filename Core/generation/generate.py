@@ -19,6 +19,7 @@ from Core.data.video import animated_gif, save_video
 from Core.generation.manifest import MANIFEST, PARTIAL, Sample, append_line
 from Core.sampling.euler import run_steps
 from Core.utils import rng
+from Core.utils.errors import without_frames
 
 logger = logging.getLogger("vader")
 
@@ -192,7 +193,7 @@ def generate_each(
         if not torch.isfinite(videos).all():
             raise ValueError("its pixels are not finite numbers; try dtype='bf16' or 'fp32'")
     except (ValueError, OSError, RuntimeError) as error:  # out of memory is a RuntimeError
-        fault = error
+        fault = without_frames(error)  # the retries need their memory
     if lockstep:
         _keep_step(turns, fault, [lockstep.spare[1]] * len(pairs))
     if fault and len(pairs) == 1:

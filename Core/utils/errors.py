@@ -18,5 +18,14 @@ def memory_errors() -> tuple[type[BaseException], ...]:
     return (MemoryError, torch.OutOfMemoryError) if torch else (MemoryError,)
 
 
+def without_frames(error: Exception) -> Exception:
+    """The same error without the frames it went through, which keep their tensors alive."""
+    cause: BaseException | None = error
+    while cause is not None:
+        cause.__traceback__ = None
+        cause = cause.__context__
+    return error
+
+
 class IncompleteError(RuntimeError):
     """Some videos could not be made; those that could are there."""

@@ -94,9 +94,13 @@ def test_the_sampling_loop_waits_for_no_gpu(tmp_path, preset):
 
 
 @needs_gpu
+@pytest.mark.parametrize("objective", ["reward_gradient", "leap"])
 @pytest.mark.parametrize("preset", SMALL)
-def test_a_step_waits_as_often_however_many_sampling_steps_it_has(tmp_path, record_property, preset):
-    counts = {steps: waits(small_bench(tmp_path / str(steps), preset, steps)) for steps in (4, 8)}
+def test_a_step_waits_as_often_however_many_sampling_steps_it_has(
+    tmp_path, record_property, preset, objective
+):
+    change = f";objective={objective}"
+    counts = {steps: waits(small_bench(tmp_path / str(steps), preset, steps, change)) for steps in (4, 8)}
     record_property("waits_in_a_step", counts[4])
     assert counts[4] == counts[8]
 

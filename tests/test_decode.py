@@ -63,6 +63,18 @@ def backbone() -> OpenSora:
     return built
 
 
+@pytest.mark.parametrize("kind", [torch.float16, torch.bfloat16])
+def test_videos_are_encoded_in_the_vaes_own_dtype(backbone, kind):
+    """Under the trainer's autocast, whose float16 would overflow."""
+    video = torch.rand(1, 3, 17, 16, 16) * 2 - 1
+    with torch.random.fork_rng(), torch.no_grad():
+        torch.manual_seed(0)
+        plain = backbone.encode(video)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", kind):
+            assert torch.equal(backbone.encode(video), plain)
+
+
 def test_each_frame_is_decoded_alone(backbone):
     torch.manual_seed(0)
     z = torch.randn(2, *backbone.latent_shape())

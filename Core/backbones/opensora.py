@@ -463,7 +463,8 @@ class OpenSora(Backbone):
         )
 
     def encode(self, video: Tensor) -> Tensor:
-        z = self.vae.encode(video.to(self.device, self.vae.dtype))
+        with torch.autocast(self.device.type, enabled=False):  # which would overflow in float16
+            z = self.vae.encode(video.to(self.device, self.vae.dtype))
         return z.to(torch.promote_types(z.dtype, torch.float32))
 
     def decode(self, z: Tensor) -> Tensor:

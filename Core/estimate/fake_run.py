@@ -285,4 +285,4 @@ def make_videos(config: Config, backbone: Any, reward: Any, prompts: Sequence[En
     lora.set_dropout(backbone.denoiser, False)
     samples = plan_samples([encoded.prompt for encoded in prompts], 1, config.run.seed)
     videos = generate(backbone, samples, prompts)
-    score_videos(reward, videos[:1], [prompts[0].prompt], config.video.file_fps)
+    score_videos(reward, videos[:1], [prompts[0].prompt], backbone.video.fps)

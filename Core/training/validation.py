@@ -108,7 +108,7 @@ class Validation:
     def _score(self, video: Video) -> dict[str, float]:
         """Reward, its parts, the monitors, and what is always measured unless a scorer of that name gives it."""
         pixels, prompt = video.pixels[None].to(self.distributed.device), [video.sample.prompt]
-        fps = self.config.video.file_fps
+        fps = self.backbone.video.fps  # as in training, whatever the files play at
         output = score_videos(self.reward, pixels, prompt, fps)
         values = {"reward": output.score.item()} | {name: part.item() for name, part in output.parts.items()}
         for name, monitor in self.monitors.items():

@@ -87,10 +87,10 @@ class Leap(GradientObjective):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Latents before each video's two ``steps``, and the finished ones."""
         z = self.rollout.noise(samples)
-        first, second = z, z
+        first, second, steps = z, z, steps.to(z.device)
         with self.backbone.no_grad_steps():
             for i in range(len(step.timesteps)):
-                begins, goes_on = (steps == i).to(z.device)
+                begins, goes_on = steps == i
                 first = torch.where(per_video(begins), z, first)
                 second = torch.where(per_video(goes_on), z, second)
                 z = step(z, i)

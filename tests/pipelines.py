@@ -262,12 +262,17 @@ def train(family: str, folder: Path, run: Path, *flags: str, **keys: Any) -> lis
         return list(csv.DictReader(file))
 
 
+def assert_learns(family: str, folder: Path, place: Path, gain: float = 0.03, **keys: Any) -> None:
+    """30 steps raise the reward by ``gain``."""
+    rewards = [float(row["reward"]) for row in train(family, folder, place / "whole", **keys)]
+    assert sum(rewards[-5:]) > sum(rewards[:5]) + 5 * gain, rewards
+
+
 def assert_learns_and_resumes(
     family: str, folder: Path, place: Path, gain: float = 0.03, **keys: Any
 ) -> None:
     """30 steps raise the reward by ``gain``, and 10 steps resumed to 30 give the same adapter to the last bit."""
-    rewards = [float(row["reward"]) for row in train(family, folder, place / "whole", **keys)]
-    assert sum(rewards[-5:]) > sum(rewards[:5]) + 5 * gain, rewards
+    assert_learns(family, folder, place, gain, **keys)
     train(family, folder, place / "halves", "--max-train-steps", "10", **keys)
     train(family, folder, place / "halves", **keys)
     adapters = [load_file(place / name / "adapter" / lora.WEIGHTS) for name in ("whole", "halves")]

@@ -11,7 +11,7 @@ from same_run import adapter, assert_same_run, checkpoint_state, largest_differe
 from twins import config_file, settings
 
 DISTURBING = dict(reward_fn=f"{Path(__file__).with_name('disturbing_reward.py')}:Disturbing", reward_args={})
-KILLS = 25
+KILLS = 12  # scripts/soak.py is for more
 
 
 @pytest.fixture(scope="module")
@@ -49,7 +49,7 @@ def test_any_split_of_the_global_batch_gives_the_same_adapter(server, configured
             train_batch_size=batch,
             gradient_accumulation_steps=accumulation,
             **loud(twin),
-            max_train_steps=5,
+            max_train_steps=3,
             lr=2e-4,
             lora_dropout=0.2,
             backprop_mode="rand",
@@ -65,7 +65,11 @@ def test_any_split_of_the_global_batch_gives_the_same_adapter(server, configured
     assert max(float(value.abs().max()) for value in ups) > 2e-4
     for name in splits:
         assert largest_difference(runs["one"], runs[name]) <= 1e-9, name
-        assert len(rows(runs[name] / "metrics.csv")) == 5
+        steps = zip(rows(runs["one"] / "metrics.csv"), rows(runs[name] / "metrics.csv"), strict=True)
+        for expected, found in steps:
+            for column in ("reward", "loss", "grad_norm"):
+                assert float(found[column]) == pytest.approx(float(expected[column]), rel=1e-6), column
+        assert int(found["step"]) == 3
 
 
 def test_a_run_killed_at_random_moments_ends_as_if_undisturbed(server, configured):

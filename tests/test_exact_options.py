@@ -1,6 +1,7 @@
 """What is on by default for speed or memory changes neither the final latent nor the adapter's gradient."""
 
 import dataclasses
+import functools
 from collections import Counter
 from collections.abc import Callable
 
@@ -215,7 +216,9 @@ def programs() -> int:
 
 
 @pytest.mark.parametrize(("dtype", "mixed"), [("fp32", "no"), ("bf16", "bf16")])
-def test_compiled_blocks_are_the_plain_path_in_a_few_programs(dtype, mixed, twin, tmp_path):
+def test_compiled_blocks_are_the_plain_path_in_a_few_programs(dtype, mixed, twin, tmp_path, monkeypatch):
+    """They are traced, and split into forward and backward; to make kernels of them takes PyTorch most of a minute."""
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
     options = dict(dtype=dtype, mixed_precision=mixed, backprop_steps=2, lora_dropout=0.1)
     options |= dict(prompt=["fox", "a fox", "a red fox"], aes=None)  # captions of 5, 7 and 10 tokens
     plain, compiled = (

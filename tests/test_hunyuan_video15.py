@@ -8,7 +8,7 @@ import torch
 from diffusers.pipelines.hunyuan_video1_5.image_processor import HunyuanVideo15ImageProcessor
 from pipelines import (
     CAPTIONS,
-    assert_learns_and_resumes,
+    assert_learns,
     config_for,
     gradient_error,
     in_float64,
@@ -120,9 +120,9 @@ def test_gradients_equal_central_differences(folder, context, reach, tiled, monk
     assert gradient_error(backbone, encoded, torch.tensor([[2], [2]]), context, reach) < 1e-4
 
 
-def test_a_tiny_model_learns_and_resumes(folder, tmp_path):
+def test_a_tiny_model_learns(folder, tmp_path):
     keys = SIZE | {"num_frames": 5, "guidance_scale": 1.0, "train_batch_size": 1}
-    assert_learns_and_resumes(FAMILY, folder, tmp_path, gain=0.05, **keys)
+    assert_learns(FAMILY, folder, tmp_path, gain=0.05, **keys)
 
 
 def test_chosen_frames_are_those_of_the_video(folder):
@@ -147,7 +147,7 @@ def test_memory_of_decoding_with_a_gradient():
     assert abs(long - short) < 0.1 * short
     plain, _ = saved_bytes(lambda: list(decode_clip(step, z)))
     kept, _ = saved_bytes(lambda: list(decode_clip(recomputed(step), z)))
-    assert kept < 0.6 * plain
+    assert kept < 0.2 * plain
 
 
 def test_caches_of_the_published_decoder():

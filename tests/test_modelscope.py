@@ -8,7 +8,7 @@ import pytest
 import torch
 from pipelines import (
     CAPTIONS,
-    assert_learns_and_resumes,
+    assert_learns,
     config_for,
     gradient_error,
     in_float64,
@@ -89,7 +89,7 @@ def test_gradients_equal_central_differences(folder, tiled, monkeypatch):
     assert gradient_error(backbone, encoded, torch.tensor([[2, 0], [1, 1]]), "isolated") < 1e-4
 
 
-def test_a_tiny_model_learns_and_resumes(folder, tmp_path):
+def test_a_tiny_model_learns(folder, tmp_path):
     # The last of DDIM's steps starts at the second noise level, where a prediction changes little.
     keys = SIZE | {
         "num_frames": 2,
@@ -99,7 +99,7 @@ def test_a_tiny_model_learns_and_resumes(folder, tmp_path):
         "lr": 0.1,
     }
     # Attention alone is adapted, whose part in this small network's prediction is small.
-    assert_learns_and_resumes(FAMILY, folder, tmp_path, gain=0.01, grad_checkpoint=False, **keys)
+    assert_learns(FAMILY, folder, tmp_path, gain=0.01, grad_checkpoint=False, **keys)
 
 
 def test_grpo_leaves_out_a_step_that_draws_no_noise(folder, tmp_path, capsys):

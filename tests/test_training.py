@@ -2,16 +2,12 @@
 
 import csv
 import math
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import av
 import pytest
 import torch
 import twin_runs
-import twins
 from safetensors.torch import load_file
 
 from Core.backbones import base
@@ -182,37 +178,3 @@ def test_eight_bit_storage_halves_the_frozen_weights(twin, tmp_path):
         weights = [p for p in trainer.backbone.denoiser.parameters() if not p.requires_grad and p.dim() == 2]
         sizes[dtype] = sum(p.numel() * p.element_size() for p in weights)
     assert 0.5 <= sizes["fp8"] / sizes["bf16"] < 0.7
-
-
-@pytest.fixture(scope="module")
-def five_steps(twin, tmp_path_factory) -> Path:
-    """Five steps of one process with a global batch of four."""
-    folder = tmp_path_factory.mktemp("single") / "run"
-    assert twin_runs.start(twin, folder, train_batch_size=4, max_train_steps=5) == 0
-    return folder
-
-
-def test_accumulation_splits_a_batch_without_changing_it(five_steps, twin, tmp_path):
-    options = dict(train_batch_size=1, gradient_accumulation_steps=4, max_train_steps=5)
-    assert twin_runs.start(twin, tmp_path / "run", **options) == 0
-    assert largest_difference(adapter(five_steps), adapter(tmp_path / "run")) <= 1e-6
-
-
-def test_two_processes_train_as_one(five_steps, twin, tmp_path):
-    values = twins.settings(twin, tmp_path / "run", train_batch_size=2, max_train_steps=5)
-    config = twins.config_file(tmp_path / "config.py", values)
-    paths = [str(TESTS.parent), str(TESTS.parent / "Open-Sora")]
-    done = subprocess.run(
-        [sys.executable, *LAUNCHER, str(TESTS / "rank_worker.py"), str(tmp_path), str(config)],
-        env={**os.environ, "ACCELERATE_USE_CPU": "true", "OMP_NUM_THREADS": "1", "PYTHONPATH": ":".join(paths)},
-        capture_output=True, text=True, timeout=600,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    ranks = [load_file(tmp_path / f"rank_{rank}.safetensors") for rank in range(2)]
-    assert largest_difference(*ranks) == 0
-    assert largest_difference(ranks[0], adapter(tmp_path / "run")) == 0
-    assert largest_difference(ranks[0], adapter(five_steps)) <= 1e-6
-    alone = metrics(five_steps)
-    for row, expected in zip(metrics(tmp_path / "run"), alone, strict=True):
-        assert row["loss"] == pytest.approx(expected["loss"], abs=1e-6)
-        assert row["reward"] == pytest.approx(expected["reward"], abs=1e-4)

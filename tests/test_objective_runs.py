@@ -138,7 +138,7 @@ def refused(twin, tmp_path, capsys, **keys) -> str:
         (dict(objective="grpo", grad_steps=4), "grad_steps must be at most the 2 sampling steps, got 4"),
         (
             dict(objective="leap", reward_fn="command", reward_args=dict(command="true")),
-            "reward 'command' has no gradient with respect to the frames; set objective to 'grpo', 'nft'",
+            "reward 'command' has no gradient with respect to the frames; set objective to 'nft', 'dpo'",
         ),
         (
             dict(objective="grpo", reward_fn="command", reward_args=dict(command="no_such")),
@@ -172,7 +172,7 @@ def test_a_reward_file_without_a_gradient_is_refused_by_gradient_objectives_alon
         "        return [float(image.mean()) for image in images]\n"
     )
     keys = STEPS | dict(reward_fn=f"{file}:Numbers", reward_args={}, max_train_steps=1, val_batch_size=1)
-    sentence = "has no gradient with respect to the frames; set objective to 'grpo', 'nft'"
+    sentence = "has no gradient with respect to the frames; set objective to 'nft', 'dpo'"
     assert sentence in refused(twin, tmp_path, capsys, **keys)
     assert twin_runs.start(twin, tmp_path / "free", **keys, objective="grpo", group_size=2) == 0
     (row,) = read_table(tmp_path / "free" / "metrics.csv")

@@ -499,7 +499,7 @@ class Backbone(ABC):
 
         Args:
             guided: with classifier-free guidance; False gives the prediction for the captions alone.
-            null_grad: whether guidance's null branch keeps a graph where the caption's does.
+            null_grad: whether guidance's unconditional branch keeps a graph where the caption's does.
             observe: sees the captions' own prediction at every step that keeps its graph.
         """
 

@@ -20,7 +20,6 @@ from Core.utils.state_dict import load_strictly
 VBENCH = "Huang et al. 2024, arXiv:2311.17982"
 DINO_B16 = Weight(source="facebook/dino-vitb16", size=343_000_000, licence="Apache-2.0")
 CLIP_B32 = Weight(source="openai/clip-vit-base-patch32", size=605_000_000, licence="MIT")
-DINO_SIDE = 224  # short side in pixels that frames are brought to
 FLOW_RATE = 8  # frames per second that motion is measured at
 FASTEST = 0.05  # share of a frame's pixels that its motion is read off
 BORDER = 16  # of each side of a frame, a part of so many is left out of its motion

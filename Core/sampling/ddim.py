@@ -112,10 +112,6 @@ class DDIM:
         alpha, drawn = self._alpha(t), self._alpha(t_next.clamp_min(1))
         return noise_level * ((1 - drawn) / (1 - alpha) * (1 - alpha / drawn)).sqrt()
 
-    def x0_from(self, z: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
-        """The clean latent that a prediction at ``z`` [B, C, T, h, w] and timesteps ``t`` [B] implies."""
-        return self._parts(z, t, prediction)[0]
-
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t at timesteps ``t`` [B]."""
         signal, spread = self._scales(t)

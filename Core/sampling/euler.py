@@ -50,9 +50,6 @@ class Process(Protocol):
     def arrival(self, t: Tensor) -> Tensor:
         """Where the sampler's step towards ``t`` ends: ``t`` itself, or beside it where its schedule has it so."""
 
-    def x0_from(self, z: Tensor, t: Tensor, prediction: Tensor) -> Tensor:
-        """The clean latent that a prediction implies."""
-
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t of a clean latent."""
 
@@ -107,10 +104,6 @@ class RectifiedFlow:
     def arrival(self, t: Tensor) -> Tensor:
         """``t`` itself: the time axis is continuous."""
         return t
-
-    def x0_from(self, z: Tensor, t: Tensor, velocity: Tensor) -> Tensor:
-        """The clean latent where the velocity leads."""
-        return self.step(z, velocity, t, torch.zeros_like(t))
 
     def add_noise(self, x0: Tensor, noise: Tensor, t: Tensor) -> Tensor:
         """x_t at timesteps ``t`` [B]."""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .euler import Predict
 
-# (prediction for the captions, prediction for the null branch, timesteps [B]) → guided prediction
+# (prediction for the captions, prediction for the unconditional branch, timesteps [B]) → guided prediction
 Combine = Callable[[Tensor, Tensor, Tensor], Tensor]
 # (latent [B, …], timesteps [B], prediction for the captions without guidance, shaped as the latent)
 PredictionObserver = Callable[[Tensor, Tensor, Tensor], None]
@@ -53,8 +53,8 @@ def guided(
     Args:
         text, null: predictions for the captions, and for what guidance leads away from.
         both: of a doubled batch, captions first, which is one pass of the network.
-        combine: None leaves the null branch out.
-        null_grad: False keeps the null branch out of the graph: it runs by itself, without one.
+        combine: None leaves the unconditional branch out.
+        null_grad: False keeps the unconditional branch out of the graph: it runs by itself, without one.
         in_turn: run the branches one after the other where they keep a graph, so that a backward pass that recomputes
             has a block of one branch at a time in memory.
         observe: sees the captions' own prediction at every step that keeps its graph.

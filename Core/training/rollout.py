@@ -47,7 +47,7 @@ class GuidedSettings(ObjectiveSettings):
     """Keys of an objective whose gradient runs through guided predictions."""
 
     guidance_grad: Literal["both", "cond"] = option(
-        "both", "guidance branches that keep gradients; `cond` saves the memory of the null branch"
+        "both", "guidance branches that keep gradients; `cond` saves the memory of the unconditional branch"
     )
 
 

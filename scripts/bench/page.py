@@ -17,7 +17,9 @@ FOLDER = ROOT / "docs" / "benchmarks"
 PAGE = ROOT / "docs" / "performance.md"
 
 BEGIN = "<!-- measured: written by scripts/benchmark.py --write-docs -->"
-NO_GPU = "No figure on this page is from a GPU; [Prove it on your GPU](gpu.md) says how to measure yours."
+NO_GPU = (
+    "No figure on this page is from a GPU; [Measure and test on your GPU](gpu.md) says how to measure yours."
+)
 
 
 def fit_line(points: Sequence[dict[str, float]], key: str) -> dict[str, float]:

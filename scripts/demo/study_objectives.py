@@ -103,8 +103,9 @@ graph counts three, without what is recomputed. Seconds are steps times the quic
 those of the whole process:"""
 
 FIGURE = "Reward against queries and seconds, range of the seeds shaded; without a gradient, of the long runs"
-RATIOS = """Columns: reward queries, and what `{}` gains with them on the 32 prompts. Cells: how many times as many an
-objective needs for that gain, by seed. `> n`: not reached with n times as many."""
+RATIOS = """Each column names a number of reward queries and the gain that `{}` reaches with them on the 32 prompts.
+Each cell says, for each seed, how many times as many queries the objective needed for the same gain; `> n`: not reached
+with n times as many."""
 LONGER = f"""Longer runs. Those without a gradient take the best setting with a rate of {LASTING_RATE:g} or less.
 `trained reward` is measured on the 32 prompts, the other gains as above:"""
 WITH_ORACLE = """The same settings trained with a reward that has no gradient: the share of colour, shape and direction

@@ -14,7 +14,7 @@ from Core.rewards import Reward, RewardOutput
 from Core.utils.timing import Stopwatch
 
 # Objectives of the registry whose ``needs_reward_gradient`` is False.
-GRADIENT_FREE = ("grpo", "nft", "dpo", "dpo_pairs")
+GRADIENT_FREE = ("nft", "dpo", "grpo", "dpo_pairs")
 # Prompts and global sample numbers of one backward pass.
 Batch = tuple[Sequence[EncodedPrompt], Sequence[int]]
 # Rows of every process, one after the other, on the CPU.

@@ -1,4 +1,4 @@
-"""Train a LoRA adapter for Open-Sora 1.2 by reward gradient; every key is described in README.md."""
+"""Train a LoRA adapter for Open-Sora 1.2 by reward gradient; docs/options.md describes every key."""
 
 resolution = "240p"
 aspect_ratio = "3:4"

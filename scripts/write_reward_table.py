@@ -17,7 +17,6 @@ from Core.utils.hub import human_size  # noqa: E402
 
 DOCS = ROOT / "docs"
 PAGE = DOCS / "rewards.md"
-EXAMPLE = DOCS / "my_reward.py"
 
 
 def table(header: str, rows: list[list[str]]) -> str:
@@ -77,13 +76,9 @@ def details() -> str:
     return "\n\n".join(sections)
 
 
-def example() -> str:
-    return f"```python\n{EXAMPLE.read_text(encoding='utf-8').rstrip()}\n```"
-
-
 def render(page: str) -> str:
     """``page`` with its generated parts renewed."""
-    for name, content in (("overview", overview()), ("details", details()), ("example", example())):
+    for name, content in (("overview", overview()), ("details", details())):
         pattern = rf"(<!-- {name}: generated[^\n]*-->\n).*?(<!-- end -->)"
         page = re.sub(pattern, lambda m, text=content: f"{m[1]}\n{text}\n\n{m[2]}", page, flags=re.DOTALL)
     return page

@@ -21,6 +21,19 @@ NO_GPU = (
     "No figure on this page is from a GPU; [Measure and test on your GPU](gpu.md) says how to measure yours."
 )
 
+# Name of a file → heading; others get their name.
+TITLES = {
+    "cpu-twin-compare": "Default against plain",
+    "cpu-twin-fp32-compare": "Default against plain, both in float32",
+    "cpu-twin-bf16-compare": "Default against plain, both in bf16",
+    "cpu-twin-compiled-compare": "Compiled blocks against the default",
+    "cpu-twin-default": "A default step by phase",
+    "cpu-twin-plain": "A plain step by phase",
+    "demo-nothing-lost": "Learning with each saving left out",
+    "demo-approximations": "Approximations",
+    "demo-scaling": "Two processes",
+}
+
 
 def fit_line(points: Sequence[dict[str, float]], key: str) -> dict[str, float]:
     """Least squares through (value, ``key``): slope, intercept, and r² (1 for points on a line)."""
@@ -50,12 +63,18 @@ def deliver(result: dict[str, Any], path: Path | None) -> None:
         write_json(path, result)
 
 
+def swept(result: dict[str, Any]) -> str:
+    """What the values of a sweep count, as a column's head."""
+    quantity, unit = result["quantity"], result["unit"]
+    return quantity if unit in quantity else f"{unit}s"
+
+
 def _sweep_table(result: dict[str, Any]) -> str:
     lines = [
         (f"{p['value']:g}", f"{p['seconds']:.3f}", f"{p['peak_bytes'] / GIB:.2f}") for p in result["points"]
     ]
     fit, memory = result["lines"]["seconds"], result["lines"]["peak_bytes"]
-    points = rows((result["quantity"], "seconds", "peak GiB"), lines)
+    points = rows((swept(result), "seconds", "peak GiB"), lines)
     return (
         f"{points}\n\nLinear fit: {fit['intercept']:.3f} s + {fit['slope']:.4g} s per {result['unit']} "
         f"(r² = {fit['r2']:.3f}); {memory['slope'] / GIB:.3g} GiB per {result['unit']}."
@@ -180,7 +199,7 @@ def picture(result: dict[str, Any], path: Path) -> None:
             line = result["lines"]["seconds"]
             axes.plot(x, [point["seconds"] for point in result["points"]], "o")
             axes.plot(x, [line["intercept"] + line["slope"] * value for value in x])
-            axes.set(xlabel=result["quantity"], ylabel="seconds", ylim=(0, None))
+            axes.set(xlabel=swept(result), ylabel="seconds", ylim=(0, None))
         else:
             bars = show(result)
             axes.barh(list(bars)[::-1], list(bars.values())[::-1])
@@ -197,8 +216,8 @@ def section(path: Path, result: dict[str, Any]) -> str:
     )
     where = ", ".join(cpu["gpus"]) or f"{cpu['cpu']}, {used}"
     parts = [
-        f"### {path.stem.replace('-', ' ').replace('_', ' ')}",
-        f"`{result['command']}` on {where}; PyTorch {result['versions']['torch']}.",
+        f"### {TITLES.get(path.stem) or path.stem.replace('-', ' ').replace('_', ' ')}",
+        f"`{result['command']}` on {where}; PyTorch {result['versions']['torch']}, commit {result['commit'][:7]}.",
         table(result),
     ]
     if result["kind"] == "run":

@@ -1,4 +1,6 @@
+import gc
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,22 @@ from Core.backbones import base
 from Core.training.trainer import Trainer
 
 torch.set_num_threads(1)
+IMPORTED = 200  # new modules from which on what stands is frozen again
+
+
+@pytest.fixture(scope="session")
+def frozen_modules() -> list[int]:
+    """How many modules there were at the last freeze."""
+    return [0]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def quick_collections(frozen_modules):
+    """No garbage collection looks through the libraries, which takes a third of a second."""
+    if len(sys.modules) > frozen_modules[0] + IMPORTED:
+        gc.collect()
+        gc.freeze()
+        frozen_modules[0] = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

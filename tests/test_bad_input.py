@@ -137,7 +137,7 @@ def test_one_process_of_a_machine_says_what_is_wrong(twin, tmp_path, capfd, monk
         (
             {},
             "set train_batch_size=1, activation_offloading=True, grad_checkpoint='parts', stream_blocks=True, "
-            "dtype='fp8', use_AdamW8bit=True, guidance_grad='cond', a smaller resolution",
+            "use_AdamW8bit=True, dtype='fp8', guidance_grad='cond', a smaller resolution",
         ),
         (
             dict(is_vader_training=False, val_batch_size=4),

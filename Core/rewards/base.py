@@ -216,7 +216,10 @@ class Reward(nn.Module):
         Errors name the file where the scorer is a user's.
         """
         with blamed(self.origin, "while scoring"):
-            output = self.evaluate(frames.to(self._device_or(frames.device)), prompts)
+            there = self._device_or(frames.device)
+            output = self.evaluate(frames.to(there), prompts)
+            if there == frames.device:
+                return output
             parts = {name: part.to(frames.device) for name, part in output.parts.items()}
             return RewardOutput(output.score.to(frames.device), output.loss.to(frames.device), parts)
 

@@ -215,9 +215,10 @@ def section(path: Path, result: dict[str, Any]) -> str:
         else f"{result.get('threads', cpu['cores'])} of {cpu['cores']} cores"
     )
     where = ", ".join(cpu["gpus"]) or f"{cpu['cpu']}, {used}"
+    code = f", commit {result['commit'][:7]}" if result.get("commit") else ""
     parts = [
         f"### {TITLES.get(path.stem) or path.stem.replace('-', ' ').replace('_', ' ')}",
-        f"`{result['command']}` on {where}; PyTorch {result['versions']['torch']}, commit {result['commit'][:7]}.",
+        f"`{result['command']}` on {where}; PyTorch {result['versions']['torch']}{code}.",
         table(result),
     ]
     if result["kind"] == "run":

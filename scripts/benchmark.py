@@ -159,7 +159,7 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(args.threads)
     try:
         for text in args.compare or [args.setting]:
-            config_of(args.preset, Setting.parse(text), "")
+            config_of(args.preset, Setting.parse(text), Path("unused"))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

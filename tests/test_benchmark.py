@@ -134,8 +134,12 @@ def test_the_peak_starts_anew_each_time():
     assert memory.take() < with_it - 2**27
 
 
-def test_two_settings_are_stepped_in_turns_in_processes_of_their_own():
-    result = benchmark.compare("cpu-twin", ["default" + TINY, "plain" + TINY], rounds=1)
+def test_two_settings_are_stepped_in_turns_in_processes_of_their_own(tmp_path, capsys):
+    settings, file = ["default" + TINY, "plain" + TINY], tmp_path / "compare.json"
+    command = ["cpu-twin", "--compare", *settings, "--steps", "1", "--json", str(file)]
+    assert benchmark.main(command) == 0
+    assert f"| `{settings[1]}` | " in capsys.readouterr().out
+    result = json.loads(file.read_text())
     (first, second), ratios = result["sides"], result["ratios"]
     assert ratios["seconds"] == [second["seconds"][0] / first["seconds"][0]]
     assert min(first["peak_bytes"], second["peak_bytes"]) > 2**26

@@ -32,7 +32,7 @@ from scripts.bench.plain import plain_path
 from scripts.bench.presets import PRESETS, Setting
 
 
-def config_of(preset: str, setting: Setting, folder: Path | str) -> Config:
+def config_of(preset: str, setting: Setting, folder: Path) -> Config:
     """The config of ``preset`` under ``setting``.
 
     Raises:

@@ -23,39 +23,56 @@ from Core.utils.files import write_whole  # noqa: E402
 FLAGS = ("--gradient-accumulation-steps", "1", "--val-batch-size", "1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Reported:
-    """seconds: of one video. words: as the source has them. config, steps: what makes the same video here."""
+    """What a model's authors say.
+
+    seconds: of one video, or a ``bound`` of them. words: as the source has them. config: what makes the video here.
+    """
 
     model: str
     card: str
     seconds: float
     words: str
+    bound: bool = False
     source: str
     config: str
     steps: int = 50
 
 
-COGVIDEOX = "https://huggingface.co/THUDM/CogVideoX-{}"
+def of_cogvideox(size: str, card: str, seconds: float) -> Reported:
+    return Reported(
+        model=f"CogVideoX {size}, 480p, 6 s",
+        card=card,
+        seconds=seconds,
+        words=f"about {seconds:.0f} seconds",
+        source=f"https://huggingface.co/THUDM/CogVideoX-{size.lower()}",
+        config=f"cogvideox/{size.lower()}",
+    )
+
+
 REPORTED = (
     Reported(
-        *("Wan 2.1 1.3B, 480p, 81 frames", "rtx4090", 240, "about 4 minutes"),
-        *("https://github.com/Wan-Video/Wan2.1", "wan/t2v_1_3b"),
+        model="Wan 2.1 1.3B, 480p, 81 frames",
+        card="rtx4090",
+        seconds=240,
+        words="about 4 minutes",
+        source="https://github.com/Wan-Video/Wan2.1",
+        config="wan/t2v_1_3b",
     ),
     Reported(
-        *("Wan 2.2 TI2V-5B, 704p, 121 frames", "rtx4090", 540, "under 9 minutes"),
-        *("https://github.com/Wan-Video/Wan2.2", "wan/ti2v_5b"),
+        model="Wan 2.2 TI2V-5B, 704p, 121 frames",
+        card="rtx4090",
+        seconds=540,
+        words="under 9 minutes",
+        bound=True,
+        source="https://github.com/Wan-Video/Wan2.2",
+        config="wan/ti2v_5b",
     ),
-    *(
-        Reported(
-            *(f"CogVideoX {size}, 480p, 6 s", card, seconds, f"about {seconds} seconds"),
-            *(COGVIDEOX.format(size.lower()), f"cogvideox/{size.lower()}"),
-        )
-        for size, card, seconds in (
-            *(("2B", "a100", 90), ("2B", "h100", 45)),
-            *(("5B", "a100", 180), ("5B", "h100", 90)),
-        )
-    ),
+    of_cogvideox("2B", "a100", 90),
+    of_cogvideox("2B", "h100", 45),
+    of_cogvideox("5B", "a100", 180),
+    of_cogvideox("5B", "h100", 90),
 )
 
 

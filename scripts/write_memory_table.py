@@ -120,24 +120,24 @@ def check_table(found: Sequence[Mapping[str, Any]]) -> str:
 def reported_table(found: Sequence[Mapping[str, Any]]) -> str:
     lines = ["| one video of | card | estimated | its authors report | |", "| --- | --- | --- | --- | --- |"]
     for one in found:
-        ratio = one["estimated"] / one["seconds"] - 1
+        ratio = "–" if one["bound"] else f"{one['estimated'] / one['seconds'] - 1:+.0%}"
         lines.append(
             f"| {one['model']}, {one['steps']} steps | {one['card']} | {one['estimated']:.0f} s | "
-            f"[{one['words']}]({one['source']}) | {ratio:+.0%} |"
+            f"[{one['words']}]({one['source']}) | {ratio} |"
         )
     return "\n".join(lines)
 
 
 def write_pages() -> None:
+    found, check, reported = (
+        json.loads(file.read_text(encoding="utf-8")) for file in (FIGURES, CHECK, REPORTED)
+    )
     tables = {
-        name: write(json.loads(file.read_text(encoding="utf-8")))
-        for name, file, write in (
-            *(("memory", FIGURES, memory_table), ("check", CHECK, check_table)),
-            ("reported", REPORTED, reported_table),
-        )
+        "memory": memory_table(found),
+        "check": check_table(check),
+        "reported": reported_table(reported),
     }
     write_tables(PAGE, tables)
-    found = json.loads(FIGURES.read_text(encoding="utf-8"))
     for page in (ROOT / "docs" / "families").glob("*.md"):
         write_tables(page, {page.stem: family_table(page.stem, found)})
 

@@ -1,6 +1,5 @@
 import gc
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,22 +12,15 @@ from Core.backbones import base
 from Core.training.trainer import Trainer
 
 torch.set_num_threads(1)
-IMPORTED = 200  # new modules from which on what stands is frozen again
-
-
-@pytest.fixture(scope="session")
-def frozen_modules() -> list[int]:
-    """How many modules there were at the last freeze."""
-    return [0]
+MANY = 100_000  # objects that a garbage collection looks through in a tenth of a second
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick_collections(frozen_modules):
+def quick_collections():
     """No garbage collection looks through the libraries, which takes a third of a second."""
-    if len(sys.modules) > frozen_modules[0] + IMPORTED:
+    if len(gc.get_objects()) > MANY:  # of those that are not frozen
         gc.collect()
         gc.freeze()
-        frozen_modules[0] = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

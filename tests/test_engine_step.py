@@ -250,6 +250,14 @@ def test_a_stop_request_is_noted_once_and_handlers_are_put_back(capfd):
     assert "once more exits at once" in capfd.readouterr().err
 
 
+def test_a_signal_that_the_launcher_passes_on_as_well_counts_once(monkeypatch):
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with StopRequest() as stop:
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.signal_name == "SIGUSR1"
+
+
 @pytest.fixture
 def scaled():
     """Processes with fp16's gradient scaler, on the CPU, one parameter and its SGD."""
@@ -258,6 +266,14 @@ def scaled():
     distributed.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
     parameter = nn.Parameter(torch.tensor([1.0]))
     return distributed, parameter, distributed.prepare(torch.optim.SGD([parameter], lr=1.0))
+
+
+def test_a_first_step_without_a_loss_is_no_fault_in_fp16(scaled):
+    distributed, parameter, optimizer = scaled
+    distributed.average_gradients([parameter], [False])
+    assert distributed.clip([parameter], 1.0) == 0
+    assert not distributed.optimizer_step(optimizer, 0.0, False)
+    assert parameter.item() == 1
 
 
 def test_fp16_gradients_are_unscaled_once(scaled):

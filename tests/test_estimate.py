@@ -266,6 +266,15 @@ def test_frozen_weights_that_are_elsewhere_take_no_memory(twin_config):
         fake_run(sharded)
 
 
+def test_captions_that_are_encoded_on_the_cpu_take_none_of_the_card(twin_config):
+    on_cpu = build_config({**twin_config.flat(), "text_encoding": "cpu"})
+    plain, without = (fake_run(config, validate=False) for config in (twin_config, on_cpu))
+    assert plain.phases["text"].peak > 10 * without.phases["text"].peak
+    assert {name: phase.work for name, phase in plain.phases.items()} == {
+        name: phase.work for name, phase in without.phases.items()
+    }
+
+
 def operations(run: FakeRun) -> float:
     return sum(phase.operations for phase in run.step.values())
 

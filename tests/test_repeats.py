@@ -69,6 +69,14 @@ def test_an_estimate_is_that_of_running_everything(tmp_path, monkeypatch, kind, 
         assert counted.phases[name].peak == pytest.approx(phase.peak, rel=0.001), name
 
 
+def test_a_step_that_reaches_no_adapter_has_no_estimate(tmp_path):
+    MAKERS["wan a14b"](tmp_path / "pipeline")
+    (tmp_path / "reward.py").write_text(REWARD)
+    keys = {**COMMON, "reward_fn": f"{tmp_path / 'reward.py'}:Brightness", "train_experts": "high_noise"}
+    with pytest.raises(ValueError, match="no evaluation of the estimated step reached the adapter"):
+        fake_run(config_for("wan", tmp_path / "pipeline", **keys, backprop_steps=1), validate=False)
+
+
 class Block(nn.Module):
     def __init__(self, width: int = 4):
         super().__init__()

@@ -1,4 +1,4 @@
-"""Whole runs of the tiny twin: what lies in the run folder, resuming, sampling, precisions, two processes."""
+"""Whole runs of the tiny twin: what lies in the run folder, resuming, sampling, precisions."""
 
 import csv
 import math
@@ -12,9 +12,6 @@ from safetensors.torch import load_file
 
 from Core.backbones import base
 from Core.config import load_config
-
-TESTS = Path(__file__).resolve().parent
-LAUNCHER = "-m torch.distributed.run --standalone --nproc_per_node 2".split()
 
 
 def adapter(run: Path) -> dict[str, torch.Tensor]:

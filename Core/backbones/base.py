@@ -402,6 +402,11 @@ class Backbone(ABC):
         return []
 
     @property
+    def partly_adapted(self) -> bool:
+        """Whether an evaluation of the denoiser may reach no adapter, and so no gradient."""
+        return False
+
+    @property
     def called_from_outside(self) -> list[sharding.Part]:
         """Modules of the denoiser with a method that is called when neither they nor their block run ``forward``."""
         return []

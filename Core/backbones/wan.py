@@ -221,6 +221,10 @@ class Wan(CausalDecode):
         return bool(self.index.get("expand_timesteps"))
 
     @property
+    def partly_adapted(self) -> bool:
+        return self.settings.train_experts != "both"
+
+    @property
     def boundary(self) -> float:
         """The timestep from which on the high-noise expert is asked."""
         return self.index["boundary_ratio"] * self.process.num_timesteps

@@ -176,7 +176,10 @@ QUESTIONS = {
 
 
 def fitting(file: Path, memory: int) -> tuple[str, dict[str, Any]]:
-    """What is predicted of the config on a GPU of so many GB, and the settings with which it fits best."""
+    """What is predicted of the config on a GPU of so many GB, and the settings that it takes to fit.
+
+    Where nothing makes it fit, the settings are those with which it needs least.
+    """
     with importing():
         from Core.config import load_config
         from Core.estimate.advice import best_for
@@ -190,16 +193,16 @@ def fitting(file: Path, memory: int) -> tuple[str, dict[str, Any]]:
     if best.needed <= room:
         return f"Predicted to need {needed} of {memory} GB, which are {room / GIB:.1f} GiB.", best.changes
     return (
-        f"Does not fit {memory} GB, which are {room / GIB:.1f} GiB: predicted to need {needed}. Use a smaller "
-        "resolution, fewer num_frames, or shard_frozen on several GPUs.",
+        f"Does not fit {memory} GB, which are {room / GIB:.1f} GiB: predicted to need {needed}, most of it in "
+        f"{best.run.fullest}. Use a smaller resolution, fewer num_frames, or shard_frozen on several GPUs.",
         best.changes,
     )
 
 
 def setting_line(key: str, value: Any) -> str:
-    from Core.estimate.memory_savers import MEMORY_SAVERS
+    from Core.estimate.memory_savers import EFFECTS
 
-    return f"{key} = {literal(value)}  # {MEMORY_SAVERS.get((key, value), 'goes with the others')}"
+    return f"{key} = {literal(value)}  # {EFFECTS.get((key, value), 'needed beside the others')}"
 
 
 def config_text(

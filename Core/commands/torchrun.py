@@ -14,8 +14,10 @@ from types import FrameType
 import psutil
 
 PACKAGE = Path(__file__).resolve().parents[1]
-# torchrun handles no others: it would kill the processes 30 seconds after a signal, in the middle of a step or a save.
-LEFT_TO_TORCHRUN = "SIGHUP,SIGQUIT"
+# The others are passed on below: torchrun kills the processes 30 seconds after a signal that it handles, in the middle
+# of a step or a save.
+LEFT_TO_TORCHRUN = "SIGQUIT"
+passed_on: list[int] = []
 
 
 def main(argv: Sequence[str]) -> int:
@@ -33,7 +35,10 @@ def main(argv: Sequence[str]) -> int:
     try:
         torchrun(["--standalone", "--nproc-per-node", processes, str(PACKAGE / "__main__.py"), *words])
     except ChildFailedError as error:
-        return explained([failure.exitcode for failure in error.failures.values()])
+        codes = [failure.exitcode for failure in error.failures.values()]
+        if passed_on and set(codes) <= {-passed_on[0], -signal.SIGTERM}:
+            return 128 + passed_on[0]  # it came before they knew what to do
+        return explained(codes)
     except SignalException as error:
         return 128 + error.sigval
     return 0
@@ -44,6 +49,7 @@ def pass_on(number: int, frame: FrameType | None) -> None:
     workers = psutil.Process().children()
     if not workers:
         sys.exit(128 + number)
+    passed_on.append(number)
     for worker in workers:
         with contextlib.suppress(psutil.NoSuchProcess):
             worker.send_signal(number)

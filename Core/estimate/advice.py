@@ -9,7 +9,7 @@ from Core.config import Config, ConfigError
 from Core.config.load import build_config
 from Core.estimate.cards import Card, device_bytes
 from Core.estimate.fake_run import FakeRun, fake_run
-from Core.estimate.memory_savers import needed_beside, unused_savers
+from Core.estimate.memory_savers import TEXT_SAVER, needed_beside, unused_savers
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,10 @@ def trials(config: Config, first: Trial, processes: int, tell: Callable[[str], N
     Args:
         first: the configuration as it is.
     """
-    best = first
-    for key, value in unused_savers(config):
+    best, savers = first, unused_savers(config)
+    of_text = [TEXT_SAVER] if config.models.text_encoding != "cpu" else []
+    while left := of_text if best.run.fullest == "text" else savers:
+        key, value = left.pop(0)
         changes = {**best.changes, key: value}
         changes |= needed_beside(key, config.flat() | changes)
         tell(f"{key}={value!r}")

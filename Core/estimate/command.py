@@ -86,7 +86,7 @@ def verdicts(
     """A line on each card; on all of them, without advice, where none is named."""
     first = Trial({}, run)
     needed = first.needed
-    lines = [f"a card needs {needed / GIB:.1f} GiB; the most is in {fullest(run)}"]
+    lines = [f"a card needs {needed / GIB:.1f} GiB; the most is in {run.fullest}"]
     if not names:
         fits = [card.name for card in CARDS.values() if needed <= card.memory]
         return [*lines, f"fits: {', '.join(fits) or 'no card listed'}"]
@@ -106,17 +106,13 @@ def verdicts(
     return lines
 
 
-def fullest(run: FakeRun) -> str:
-    return max(run.phases, key=lambda name: run.phases[name].peak)
-
-
 def verdict(card: Card, first: Trial, found: Sequence[Trial], config: Config, processes: int) -> str:
     has, fitting = f"{card.name} ({card.memory / GIB:.0f} GiB)", first_fitting(found, card)
     if fitting is first:
         return f"{has}: fits, {training_time(config, processes, first.step_seconds(card))}"
     if fitting is None:
         least = min(found, key=lambda trial: trial.needed)
-        best = f"; {least} needs {least.needed / GIB:.1f} GiB, most of it in {fullest(least.run)}"
+        best = f"; {least} needs {least.needed / GIB:.1f} GiB, most of it in {least.run.fullest}"
         return f"{has}: does not fit{best if least.changes else ''}; use a smaller resolution or fewer num_frames"
     return (
         f"{has}: does not fit; {fitting} does, with {fitting.needed / GIB:.1f} GiB, "

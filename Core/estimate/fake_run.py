@@ -78,6 +78,11 @@ class FakeRun:
     def peak(self) -> int:
         return max(phase.peak for phase in self.phases.values())
 
+    @property
+    def fullest(self) -> str:
+        """The phase with the peak."""
+        return max(self.phases, key=lambda name: self.phases[name].peak)
+
 
 class Meter(TorchDispatchMode):
     """Live bytes and work, whose laps end together; one mode for both, since each takes time at every operator."""
@@ -143,7 +148,8 @@ def fake_run(
         backbone.mesh = distributed.mesh if config.models.shard_frozen else None
         gc.freeze()
         tell("text")
-        prompts, validation_prompts = encode_used(built, backbone, processes)
+        with meter.live.elsewhere() if config.models.text_encoding == "cpu" else nullcontext():
+            prompts, validation_prompts = encode_used(built, backbone, processes)
         gc.collect()
         meter.lap("text")
         tell("load")
@@ -161,6 +167,11 @@ def fake_run(
         gc.freeze()  # what stands is not looked through again at every collection
         trainer.stopwatch = meter.stopwatch
         trainer.train_step()
+        if not trainer.adapter_took_part:
+            raise ValueError(
+                "no evaluation of the estimated step reached the adapter; train_experts names the expert of other "
+                "timesteps"
+            )
         if validate:
             tell("validation")
             make_videos(built, backbone, trainer.objective.reward, validation_prompts)

@@ -9,6 +9,8 @@ from typing import Any
 from Core.config import Config
 from Core.config.checks import OPTIONAL_KEYS, PLACEMENTS
 
+# The text encoder has the card to itself, before anything else is loaded; nothing but this lowers its peak.
+TEXT_SAVER = ("text_encoding", "cpu")
 # Key and value → what it does.
 MEMORY_SAVERS: dict[tuple[str, Any], str] = {
     ("grad_checkpoint", True): "the same training; activations are computed twice",
@@ -26,6 +28,7 @@ MEMORY_SAVERS: dict[tuple[str, Any], str] = {
     ("dtype", "fp8"): "the frozen denoiser in 8 bits, computing in bf16",
     ("guidance_grad", "cond"): "no gradient through guidance's unconditional prediction",
 }
+EFFECTS = MEMORY_SAVERS | {TEXT_SAVER: "captions are encoded on the CPU, before training"}
 OF_INFERENCE = ("val_batch_size", "stream_blocks", "dtype")
 
 

@@ -81,7 +81,8 @@ class Trainer:
         self.stop = StopRequest()
         self.step = self.bad_steps = self.skipped_steps = 0
         self.still_steps = 0  # steps in a row whose gradient was exactly zero
-        self.adapter_took_part = False  # in any step since this process began
+        self.adapter_took_part = False  # in the last step, on any process
+        self.idle_steps = 0  # steps in a row in which it did not
         self.recent_rewards: list[float] = []
         self.save_fault = ""  # why the last save failed
         self.stopwatch: Callable[[torch.device], Stopwatch] = Stopwatch
@@ -96,6 +97,7 @@ class Trainer:
         timer = self.stopwatch(self.distributed.device)
         lora.set_dropout(self.backbone.denoiser, True, self.seed, self.step)
         self.objective.begin_step(self.step)
+        self.adapter_took_part = False
         batches = [(self.prompts_of(samples), samples) for samples in self.micro_batches()]
         with self.distributed.autocast():
             self.objective.collect(batches, self.distributed.gather, timer)
@@ -108,15 +110,14 @@ class Trainer:
 
     def update(self, timer: Stopwatch) -> StepMetrics:
         """Backward passes of all micro batches, and the optimiser step that they make."""
-        with torch.autograd.set_detect_anomaly(
-            self.config.run.debug
-        ):  # a NaN ends the run with its operation
+        # A NaN then ends the run, and names its operation.
+        with torch.autograd.set_detect_anomaly(self.config.run.debug):
             values = torch.cat([self.micro_step(samples, timer) for samples in self.micro_batches()])
         fault = find_fault(self.local_samples(), values, self.named_parameters)
         # A gradient that is not finite shows in the norm of the average, on every process.
-        flags = [bool(fault and fault.samples), self.stop.requested]
+        flags = [bool(fault and fault.samples), self.stop.requested, self.adapter_took_part]
         timer.lap("guards")
-        faulty, stopping = self.distributed.average_gradients(self.parameters, flags)
+        faulty, stopping, self.adapter_took_part = self.distributed.average_gradients(self.parameters, flags)
         timer.lap("all_reduce")
         grad_norm = self.distributed.clip(self.parameters, self.config.optimizer.max_grad_norm)
         calibrating = self.distributed.optimizer_step(self.optimizer, grad_norm, faulty)
@@ -141,7 +142,7 @@ class Trainer:
         terms = self.objective.losses(self.prompts_of(samples), samples, timer)
         values = []
         while (output := self.next_term(terms)) is not None:
-            if output.loss.requires_grad:  # else only an expert without an adapter took part
+            if output.loss.requires_grad or not self.backbone.partly_adapted:
                 self.distributed.backward(
                     output.loss.mean() / self.config.optimizer.gradient_accumulation_steps
                 )
@@ -215,6 +216,7 @@ class Trainer:
         if not metrics.scaler_calibrating:
             self.bad_steps = self.bad_steps + 1 if metrics.skipped else 0
         self.still_steps = self.still_steps + 1 if metrics.grad_norm == 0 else 0
+        self.idle_steps = 0 if self.adapter_took_part else self.idle_steps + 1
         self.skipped_steps += metrics.skipped
         self.recent_rewards.append(metrics.reward)
         self.trackers.log(metrics.scalars(lr) | {"train/skipped_steps": self.skipped_steps}, self.step)
@@ -245,8 +247,8 @@ class Trainer:
         if self.bad_steps >= limit:
             reason = f"{self.bad_steps} steps in a row had no finite reward and gradient"
             return reason, "lower lr, or set mixed_precision='bf16'"
-        if self.still_steps >= limit and not self.adapter_took_part:
-            reason = f"the adapter took no part in the gradient of {self.still_steps} steps"
+        if self.idle_steps >= limit:
+            reason = f"the adapter took no part in {self.idle_steps} steps in a row"
             return (
                 reason,
                 "train_experts names the expert of other timesteps: change it, or raise backprop_steps",
@@ -346,6 +348,7 @@ class Trainer:
             "bad_steps": self.bad_steps % self.config.optimizer.max_bad_steps,
             "skipped_steps": self.skipped_steps,
             "still_steps": self.still_steps % self.config.optimizer.max_bad_steps,
+            "idle_steps": self.idle_steps % self.config.optimizer.max_bad_steps,
             "recent_rewards": self.recent_rewards,
             "course": self.history.results,
             "optimizer": self.optimizer.state_dict(),
@@ -367,4 +370,5 @@ class Trainer:
         self.history.results = state["course"]
         self.step, self.bad_steps = state["step"], state["bad_steps"]
         self.skipped_steps, self.recent_rewards = state["skipped_steps"], state["recent_rewards"]
-        self.still_steps = state.get("still_steps", 0)  # not in checkpoints of earlier versions
+        # Not in checkpoints of earlier versions.
+        self.still_steps, self.idle_steps = state.get("still_steps", 0), state.get("idle_steps", 0)

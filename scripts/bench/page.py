@@ -207,6 +207,12 @@ def picture(result: dict[str, Any], path: Path) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
+def title(path: Path, result: dict[str, Any]) -> str:
+    if result["kind"] == "sweep":
+        return f"More {swept(result)}"
+    return TITLES.get(path.stem) or path.stem.replace("-", " ").replace("_", " ")
+
+
 def section(path: Path, result: dict[str, Any]) -> str:
     cpu = result["hardware"]
     used = (
@@ -217,7 +223,7 @@ def section(path: Path, result: dict[str, Any]) -> str:
     where = ", ".join(cpu["gpus"]) or f"{cpu['cpu']}, {used}"
     code = f", commit {result['commit'][:7]}" if result.get("commit") else ""
     parts = [
-        f"### {TITLES.get(path.stem) or path.stem.replace('-', ' ').replace('_', ' ')}",
+        f"### {title(path, result)}",
         f"`{result['command']}` on {where}; PyTorch {result['versions']['torch']}{code}.",
         table(result),
     ]

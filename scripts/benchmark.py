@@ -62,12 +62,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def run(preset: str, setting: str, steps: int) -> dict[str, Any]:
-    """Measure one setting by phase."""
+    """Measure one setting by phase.
+
+    Raises:
+        RuntimeError: the step is quicker than the machine's ceiling allows, so that one of the two is wrong.
+    """
     from scripts.bench.bench import Worker
 
     worker = Worker(preset, setting)
     measured = worker.measure(steps)
     worker.close()
+    operations, seconds = (
+        sum(phase[key] for phase in measured["phases"].values()) for key in ("operations", "seconds")
+    )
+    if operations > seconds * measured["ceiling"]:
+        raise RuntimeError(
+            f"the step does {operations / seconds:.3g} operations a second, and the machine's ceiling was measured as "
+            f"{measured['ceiling']:.3g}: something else was running then; repeat the command"
+        )
     return {"kind": "run", "setting": setting, **measured}
 
 

@@ -145,6 +145,25 @@ def test_two_settings_are_stepped_in_turns_in_processes_of_their_own(tmp_path, c
     assert min(first["peak_bytes"], second["peak_bytes"]) > 2**26
 
 
+@pytest.mark.parametrize(("ceiling", "code"), [(10.0, 0), (1.0, 1)])
+def test_a_step_above_the_ceiling_is_refused(ceiling, code, monkeypatch, tmp_path, capsys):
+    phase = {"seconds": 1.0, "operations": 2.0, "bytes": 1.0, "roofline_seconds": 0.5}
+
+    class Worker:
+        def __init__(self, *_):
+            self.close = lambda: None
+
+        def measure(self, steps):
+            return {"phases": {"prefix": phase}, "ceiling": ceiling}
+
+    monkeypatch.setattr("scripts.bench.bench.Worker", Worker)
+    monkeypatch.setattr(page, "table", lambda result: "")
+    assert benchmark.main(["cpu-twin", "--json", str(tmp_path / "run.json")]) == code
+    refused = code == 1
+    assert ("repeat the command" in capsys.readouterr().err) == refused
+    assert (tmp_path / "run.json").exists() != refused
+
+
 def test_score_matrices_give_the_same_attention():
     q, k, v = (torch.randn(2, 3, n, 8) for n in (5, 7, 7))
     mask = torch.rand(2, 1, 1, 7) < 0.7

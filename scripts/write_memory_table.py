@@ -21,6 +21,7 @@ sys.path[:0] = [str(ROOT), str(ROOT / "Open-Sora")]
 
 from Core.config import load_config  # noqa: E402
 from Core.estimate.cards import CARDS, device_bytes  # noqa: E402
+from Core.estimate.command import GIB  # noqa: E402
 from Core.estimate.fake_run import FakeRun, fake_run  # noqa: E402
 from Core.utils.files import write_whole  # noqa: E402
 
@@ -29,7 +30,6 @@ FIGURES = ROOT / "docs" / "estimates" / "memory.json"
 CHECK = ROOT / "docs" / "estimates" / "check.json"
 REPORTED = ROOT / "docs" / "estimates" / "reported.json"
 TABLE = "(<!-- {}: [^\n]*-->\n)(.*?)(<!-- end -->)"
-GIB = 1 << 30
 OPENSORA = "Open-Sora/configs/opensora-v1-2/vader/vader_train.py"
 PICTURE = ROOT / "assets" / "before_after.png"
 FROM_A_PICTURE = f'a fox wakes up {{"reference_path": "{PICTURE}"}}'

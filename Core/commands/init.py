@@ -19,7 +19,6 @@ HELP = """Writes a config to train with, commented: a model, a reward, and what 
 is predicted in up to a few minutes (`vader estimate`). What is not given as a flag is asked for.
 
   vader init my_train.py --model wan/t2v_1_3b --reward hps --memory 24"""
-GIB = 1 << 30
 # For a reward of motion; the configs' decode_frame gives it too few.
 ALL_FRAMES = 'decode_frame = "all"  # every latent frame is decoded, since the reward needs several\n'
 CONFIG = '''"""{model} for {reward} on {memory} GB: `vader check {file}`, then `vader train {file}`."""
@@ -183,7 +182,7 @@ def fitting(file: Path, memory: int) -> tuple[str, dict[str, Any]]:
     with importing():
         from Core.config import load_config
         from Core.estimate.advice import best_for
-        from Core.estimate.command import progress
+        from Core.estimate.command import GIB, progress
     room = memory * 10**9  # cards of a nominal size have at least so many bytes
     try:
         best = best_for(load_config([str(file)]), room, progress())

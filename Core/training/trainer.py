@@ -249,10 +249,8 @@ class Trainer:
             return reason, "lower lr, or set mixed_precision='bf16'"
         if self.idle_steps >= limit:
             reason = f"the adapter took no part in {self.idle_steps} steps in a row"
-            return (
-                reason,
-                "train_experts names the expert of other timesteps: change it, or raise backprop_steps",
-            )
+            advice = "train_experts names the expert of other timesteps: change it, or raise backprop_steps"
+            return reason, advice
         if self.still_steps >= limit and self.objective.needs_reward_gradient:
             reason = f"the gradient of {self.still_steps} steps in a row was exactly zero"
             advice = (

@@ -79,9 +79,8 @@ class Distributed:
 
     def prepare(self, optimizer: Optimizer) -> Optimizer:
         """The optimiser behind the gradient scaler of fp16; the model itself is never wrapped."""
-        if (
-            self.scales_gradients
-        ):  # its scale is made when it is first asked, which a step without a loss does not
+        if self.scales_gradients:
+            # Its scale is made when it is first asked for, which a step without a loss does not.
             self.accelerator.scaler.scale(torch.zeros((), device=self.device))
         return self.accelerator.prepare_optimizer(optimizer)
 

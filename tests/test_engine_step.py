@@ -4,6 +4,7 @@ import dataclasses
 import os
 import signal
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from Core.config.schema import OptimizerSettings
 from Core.modules import lora
 from Core.modules.ema import Ema
 from Core.modules.lora import StepDropout
+from Core.rewards import RewardOutput
 from Core.training.early_stopping import ValidationHistory
 from Core.training.nan_check import find_fault
 from Core.training.objectives.reward_gradient import WindowRollout
@@ -28,6 +30,7 @@ from Core.utils import rng
 from Core.utils.distributed import Distributed
 from Core.utils.timing import Stopwatch
 
+SCORED = RewardOutput(torch.zeros(1), torch.zeros(1), {})
 ROOTED = """
 from Core.rewards import ImageReward, RewardInfo
 
@@ -356,3 +359,18 @@ def test_a_validation_cut_short_has_no_score_and_is_left_out_of_warnings():
     assert history.score_at(20) is None and history.score_at(10) == 5.0 and history.score_at(5) is None
     (warning,) = history.warnings(["motion", "diversity"])
     assert "from 1 to 5 since step 0 while motion went from 0.4 to 0.2" in warning
+
+
+def test_validation_scores_at_the_frame_rate_of_training(twin, tmp_path, monkeypatch):
+    """Whatever the files play at."""
+    seen = []
+    monkeypatch.setattr(
+        "Core.training.validation.score_videos", lambda *given: seen.append(given[3]) or SCORED
+    )
+    trainer = twin_runs.built_trainer(
+        twin, tmp_path / "run", fps=24, save_fps=8, num_frames=1, decode_frame=0
+    )
+    trainer.validation._score(
+        SimpleNamespace(pixels=torch.zeros(3, 1, 16, 32), sample=SimpleNamespace(prompt=None))
+    )
+    assert seen == [24]

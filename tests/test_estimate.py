@@ -292,6 +292,15 @@ def test_a_tokenizer_that_counts_letters():
     assert tokens.to("cpu")["input_ids"].shape == (2, 8)
 
 
+def test_the_page_has_the_savers_in_the_order_in_which_they_are_tried():
+    page = (write_memory_table.ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    _, _, listed = page.partition("First those that leave the training as it is")
+    places = [
+        listed.index(f"`{key}={json.dumps(value)}`".replace("true", "True")) for key, value in MEMORY_SAVERS
+    ]
+    assert places == sorted(places)
+
+
 def test_every_config_has_a_row_in_the_table():
     found = {flags[0] for flags in write_memory_table.RUNS.values()}
     configs = {
